@@ -1,0 +1,94 @@
+//! Addresses of servers, written as URLs.
+
+use std::{fmt, path::PathBuf, str::FromStr};
+
+use crate::error::Error;
+
+/// Where a server listens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Address {
+    /// `shm:///path/to/socket`: a Unix socket on this host; data moves through shared memory.
+    Shm(PathBuf),
+    /// `rdma://host:port`: InfiniBand, RoCE or iWARP through librdmacm. A client may add `?from=ADDRESS`
+    /// to choose the local address (and with it the device) that it connects from.
+    Rdma {
+        /// Name or address of the host.
+        host: String,
+        /// Port of the RDMA connection manager.
+        port: u16,
+        /// Local address to connect from.
+        from: Option<String>,
+    },
+    /// `sim://name`: a node of a simulation, which lives inside one process.
+    Sim(String),
+}
+
+impl FromStr for Address {
+    type Err = Error;
+
+    fn from_str(url: &str) -> Result<Self, Error> {
+        let bad = |reason: &str| Error::BadAddress { url: url.to_owned(), reason: reason.to_owned() };
+        let Some((scheme, rest)) = url.split_once("://") else {
+            return Err(bad("it has no scheme; write shm:///path/to/socket or rdma://host:port"));
+        };
+        match scheme {
+            "shm" if rest.starts_with('/') && rest.len() > 1 => Ok(Address::Shm(rest.into())),
+            "shm" => Err(bad("the path of a shm URL is absolute: shm:///path/to/socket")),
+            "rdma" => {
+                let (endpoint, from) = match rest.split_once("?from=") {
+                    Some((endpoint, from)) if !from.is_empty() => (endpoint, Some(from.to_owned())),
+                    Some(_) => return Err(bad("?from= names no address")),
+                    None => (rest, None),
+                };
+                let (host, port) =
+                    endpoint.rsplit_once(':').ok_or_else(|| bad("it has no port; write rdma://host:port"))?;
+                let port = port.parse().map_err(|_| bad("the port is not a number from 0 to 65535"))?;
+                let host = host.trim_start_matches('[').trim_end_matches(']');
+                if host.is_empty() {
+                    return Err(bad("it has no host; write rdma://host:port"));
+                }
+                Ok(Address::Rdma { host: host.to_owned(), port, from })
+            }
+            "sim" if !rest.is_empty() => Ok(Address::Sim(rest.to_owned())),
+            _ => Err(bad("the scheme is unknown; Fervor has shm:///path/to/socket and rdma://host:port")),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Shm(path) => write!(f, "shm://{}", path.display()),
+            Address::Rdma { host, port, from } => {
+                if host.contains(':') {
+                    write!(f, "rdma://[{host}]:{port}")?;
+                } else {
+                    write!(f, "rdma://{host}:{port}")?;
+                }
+                from.as_ref().map_or(Ok(()), |from| write!(f, "?from={from}"))
+            }
+            Address::Sim(name) => write!(f, "sim://{name}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_round_trip() {
+        for url in ["shm:///tmp/a", "rdma://10.7.0.1:7471", "rdma://[::1]:1?from=::2", "sim://a"] {
+            assert_eq!(url.parse::<Address>().unwrap().to_string(), url);
+        }
+    }
+
+    #[test]
+    fn bad_addresses_are_refused_with_the_value_and_the_cure() {
+        for url in ["", "tcp://a:1", "shm://a", "shm:///", "rdma://a", "rdma://:1", "rdma://a:99999", "sim://"] {
+            let message = url.parse::<Address>().unwrap_err().to_string();
+            assert!(message.contains(&format!("`{url}`")), "{message}");
+            assert!(message.contains("://"), "no cure in: {message}");
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! Fervor's transport: registered memory, connections and completions behind one small contract.
+//!
+//! This is the only crate of the workspace with `unsafe` code, and it knows nothing of rows, clocks or
+//! tables. [`transport`] is the contract, with what a user may assume and no more; every provider
+//! (a folder or file of `transport/`) passes the one conformance suite in `transport/conformance`.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`transport`] | the contract: traits, completions, ordering and ownership rules |
+//! | [`memory`] | memory that a NIC or a peer reads or writes; never a slice while it may be written |
+//! | [`address`] | `shm:///path`, `rdma://host:port`, `sim://name` |
+//! | [`error`] | what can go wrong: the call, the values, the cure |
+
+pub mod address;
+pub mod error;
+pub mod memory;
+pub mod transport;
+
+pub use address::Address;
+pub use error::Error;
+pub use memory::{Exclusive, Memory};

@@ -1,0 +1,261 @@
+//! Memory that a NIC or a peer may read or write.
+//!
+//! **Why not slices.** A `&[u8]` promises the compiler that nobody writes the bytes, a `&mut [u8]` that
+//! nobody else even reads them. A NIC keeps no such promise. So [`Memory`] is only copied into and out of,
+//! by instructions that the compiler neither sees through nor moves ([`copy`](self::copy)), and by aligned
+//! 8-byte atomic words. Whether a copy is *consistent* is not this module's business: the contract of
+//! [`transport`](crate::transport) says when it is, and what is read without such a promise proves itself
+//! with a checksum.
+//!
+//! **Who writes, who reads.**
+//!
+//! | type | written by | read by |
+//! |---|---|---|
+//! | [`Memory`] | any thread, the NIC, peers with the right | any thread, the NIC, peers with the right |
+//! | [`Exclusive`] | its one owner, through `&mut` | its owner; peers, by one-sided READ only |
+//!
+//! [`Exclusive`] can be a slice because nothing but its owner ever *writes* it: it can be registered for
+//! remote read only ([`Transport::export`](crate::transport::Transport::export)), it cannot be the target of a
+//! READ, a WRITE or a SEND (it is no [`Region`](crate::transport::Region)), and a reader from outside sees it
+//! through a mapping or a NIC of its own, which no reference of this program covers.
+
+use std::{
+    fmt,
+    fs::File,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use crate::error::Error;
+
+mod copy;
+
+/// Bytes of a huge page on the machines that Fervor runs on.
+const HUGE_PAGE: usize = 2 << 20;
+
+struct Mapping {
+    map: MmapRaw,
+    file: File,
+    len: usize,
+    huge: bool,
+}
+
+/// A piece of memory that can be registered, shared and written from outside. Cheap to clone; freed with
+/// the last clone. Zeroed at first, page-aligned, on huge pages when the machine has some free.
+#[derive(Clone)]
+pub struct Memory(Arc<Mapping>);
+
+impl Memory {
+    /// Allocates `len` bytes. `name` shows in `/proc/PID/maps`.
+    ///
+    /// # Errors
+    /// The system's, when it has no such memory.
+    pub fn new(name: &str, len: usize) -> Result<Self, Error> {
+        let len = len.max(1);
+        if len >= HUGE_PAGE {
+            if let Ok(memory) = Self::map(name, len.next_multiple_of(HUGE_PAGE), len, libc::MFD_HUGETLB) {
+                return Ok(memory);
+            }
+        }
+        Self::map(name, len, len, 0)
+    }
+
+    fn map(name: &str, file_len: usize, len: usize, flags: libc::c_uint) -> Result<Self, Error> {
+        let name = std::ffi::CString::new(name.replace('\0', "?")).expect("no NUL is left");
+        // SAFETY: `name` is a NUL-terminated string that outlives the call.
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), flags | libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(Error::last_os(format!("memfd_create({name:?})")));
+        }
+        // SAFETY: `memfd_create` has just returned this descriptor to us, and nobody else owns it.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        file.set_len(file_len as u64).map_err(Error::io(format!("ftruncate(memfd, {file_len})")))?;
+        // `fallocate` reserves huge pages now: a missing one would otherwise be a SIGBUS at first touch.
+        // SAFETY: plain system call on a descriptor that `file` keeps open.
+        if flags != 0 && unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, file_len as i64) } != 0 {
+            return Err(Error::last_os(format!("fallocate(memfd, {file_len})")));
+        }
+        let map = MmapOptions::new()
+            .len(file_len)
+            .map_raw(&file)
+            .map_err(Error::io(format!("mmap({file_len} bytes)")))?;
+        Ok(Self(Arc::new(Mapping { map, file, len, huge: flags != 0 })))
+    }
+
+    /// Size in bytes.
+    pub fn len(&self) -> usize {
+        self.0.len
+    }
+
+    /// Never: a memory has at least one byte.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Whether it lies on huge pages.
+    pub fn huge_pages(&self) -> bool {
+        self.0.huge
+    }
+
+    /// Whether `self` and `other` are clones of one memory.
+    pub fn same(&self, other: &Memory) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// The aligned 8-byte word at byte `offset`, read whole; acquires what its writer released, if the
+    /// writer was a thread of this machine.
+    pub fn load(&self, offset: usize) -> u64 {
+        self.word(offset).load(Ordering::Acquire)
+    }
+
+    /// Writes the aligned 8-byte word at byte `offset` whole, and releases what was written before it.
+    pub fn store(&self, offset: usize, value: u64) {
+        self.word(offset).store(value, Ordering::Release);
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU64 {
+        self.check(offset, 8);
+        assert!(offset.is_multiple_of(8), "offset {offset} is not aligned to 8 bytes");
+        // SAFETY: the 8 bytes lie inside the mapping (`check`), which lives as long as `self`; they are
+        // aligned, since mappings are page-aligned and the offset is a multiple of 8; every bit pattern is
+        // a `u64`; and no reference but atomic ones is ever made to a `Memory` that is not inside an
+        // `Exclusive`, which hands out no clone of it.
+        unsafe { AtomicU64::from_ptr(self.0.map.as_mut_ptr().add(offset).cast()) }
+    }
+
+    /// Copies bytes `offset..offset + into.len()` out. They may be torn: see the module.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        self.check(offset, into.len());
+        // SAFETY: the source lies inside the mapping (`check`); the target is an exclusive slice of the same
+        // length, which cannot overlap a mapping that no slice is ever made of.
+        unsafe { copy::copy(self.0.map.as_ptr().add(offset), into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Copies `from` in, to bytes `offset..offset + from.len()`.
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        self.check(offset, from.len());
+        // SAFETY: as for `read`, with source and target exchanged.
+        unsafe { copy::copy(from.as_ptr(), self.0.map.as_mut_ptr().add(offset), from.len()) }
+    }
+
+    fn check(&self, offset: usize, len: usize) {
+        assert!(
+            offset <= self.len() && len <= self.len() - offset,
+            "bytes {offset}..{} are outside a memory of {} bytes",
+            offset.saturating_add(len),
+            self.len()
+        );
+    }
+
+    /// First byte of the mapping, for providers to register or copy from and to.
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.0.map.as_mut_ptr()
+    }
+
+    /// The memfd behind the mapping, for providers that pass it to a peer.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.file.as_fd()
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Memory({} bytes)", self.len())
+    }
+}
+
+/// Memory with one writer in this program, and remote readers only: what a shard's rows live in.
+#[derive(Debug)]
+pub struct Exclusive(Memory);
+
+impl Exclusive {
+    /// As [`Memory::new`].
+    ///
+    /// # Errors
+    /// The system's, when it has no such memory.
+    pub fn new(name: &str, len: usize) -> Result<Self, Error> {
+        Memory::new(name, len).map(Self)
+    }
+
+    /// Size in bytes.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Never: a memory has at least one byte.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Whether it lies on huge pages.
+    pub fn huge_pages(&self) -> bool {
+        self.0.huge_pages()
+    }
+
+    /// The bytes, to read.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the mapping has `len` bytes and lives as long as `self`. Nobody writes them while the
+        // slice lives: writers need `&mut self`, and providers register an `Exclusive` for remote read only.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.0.len()) }
+    }
+
+    /// The bytes, to write. A peer's READ may see any mixture of old and new cache lines.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `bytes`; `&mut self` makes this the only reference. Remote READs do not go through
+        // this mapping's references: a NIC reads physical memory, a peer process reads its own mapping.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_ptr(), self.0.len()) }
+    }
+
+    /// The memory, for providers to export. It must not be handed on: see [`Memory::word`].
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_of_every_length_and_alignment() {
+        let memory = Memory::new("test", 600).unwrap();
+        let data: Vec<u8> = (0..256).map(|i| i as u8).collect();
+        for len in 0..=256 {
+            for shift in 0..9 {
+                memory.write(0, &[0xee; 600]);
+                memory.write(16 + shift, &data[..len]);
+                let mut all = [0; 600];
+                memory.read(0, &mut all);
+                assert_eq!(&all[16 + shift..16 + shift + len], &data[..len], "{len} {shift}");
+                assert!(all[..16 + shift].iter().chain(&all[16 + shift + len..]).all(|&b| b == 0xee));
+            }
+        }
+    }
+
+    #[test]
+    fn words_are_the_bytes_they_lie_in() {
+        let memory = Memory::new("test", 64).unwrap();
+        memory.store(8, 0x0807_0605_0403_0201);
+        let mut bytes = [0; 10];
+        memory.read(7, &mut bytes);
+        assert_eq!(bytes, [0, 1, 2, 3, 4, 5, 6, 7, 8, 0]);
+        assert_eq!(memory.load(8), 0x0807_0605_0403_0201);
+    }
+
+    #[test]
+    #[should_panic(expected = "outside a memory of 64 bytes")]
+    fn a_read_past_the_end_is_a_bug() {
+        Memory::new("test", 64).unwrap().read(60, &mut [0; 5]);
+    }
+
+    #[test]
+    #[should_panic(expected = "outside a memory of 64 bytes")]
+    fn an_offset_that_overflows_is_a_bug() {
+        Memory::new("test", 64).unwrap().write(usize::MAX, &[0; 5]);
+    }
+}

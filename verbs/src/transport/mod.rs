@@ -1,0 +1,523 @@
+//! The transport contract: about ten calls, the same for every provider.
+//!
+//! ```text
+//!  Transport ──register/export──▶ Region        memory that can be named in a work request
+//!      ├──────endpoint──────────▶ Endpoint      one completion queue + one shared pool of receive buffers;
+//!      │                            │           owned by one polling thread
+//!      │                            └─attach──▶ Attach   handle of other threads: connect, accept, wake
+//!      ├──────listen────────────▶ Listener ──▶ Request ──accept(attach)──▶ Connection
+//!      └──────connect(attach)───▶ Connection    a reliable, ordered queue pair; owned by one posting thread
+//! ```
+//!
+//! # What a user may assume, and no more
+//!
+//! **Memory.**
+//! 1. An aligned 8-byte word is read and written whole. Nothing larger is: inside one READ or WRITE, cache
+//!    lines come in any order, and a READ may mix old and new lines.
+//! 2. Two WRITEs of one connection may be seen in either order by code that only looks at memory. When the
+//!    completion of a SEND or of a WRITE with immediate ([`Completion::Received`],
+//!    [`Completion::WriteImmediate`]) has been polled at the receiver, every earlier WRITE of that connection
+//!    is visible.
+//! 3. The completion of a WRITE at its sender means that it reached the peer's NIC, not that the peer's CPU
+//!    sees it. The completion of a READ posted after it on the same connection proves that it is visible.
+//! 4. Two READs in flight together may see memory in either order; to order them, wait for the first.
+//! 5. After an error on a connection, every operation not completed may or may not have happened.
+//! 6. What a thread wrote to its own memory before it posted is what a READ posted by anyone who learned
+//!    of that post (by a message, an immediate, a WRITE) sees, or something later.
+//!
+//! **Work requests.** Those of one connection execute in the order they were posted; a READ may be overtaken
+//! by later SENDs and WRITEs. A post may take effect at any time from the call on, and takes effect at the
+//! latest after [`Connection::ring`]: post many, ring once. A post is `signalled` if it has an id; then there
+//! is one [`Completion::Work`] with that id, which says the same of every unsignalled one before it on that connection.
+//! The send queue holds [`EndpointConfig::send_depth`] requests; a post beyond is refused with
+//! [`PostError::Full`] and nothing happens (poll, then post again). The provider sees to it that unsignalled
+//! requests leave the queue too, as the endpoint is polled.
+//!
+//! **Buffers.** Memory named in a request belongs to the transport from the post until its completion (or
+//! that of a later signalled request of the same connection); a payload given [`Payload::Inline`] is copied at the
+//! post. The provider keeps a registered region alive as long as a connection that has named it. A receive
+//! buffer belongs to the user from [`Completion::Received`] to [`Endpoint::release`], and nobody writes
+//! it in between.
+//!
+//! **Receiving.** Each SEND uses up one receive buffer of the receiver's endpoint, each WRITE with immediate
+//! one receive *credit* of it (a buffer that the provider takes and gives back by itself when the completion is
+//! polled). The buffers are shared by all connections of the endpoint. A sender whose receiver
+//! has none left may wait or lose the connection: it is for the user's protocol to see that this does not
+//! happen (credits). A SEND longer than [`EndpointConfig::receive_size`] breaks the connection.
+//!
+//! **Remote access.** A connection reaches those regions of its peer that were registered when it was made,
+//! and later ones only if the provider can. Out of bounds, or without the right: an error at the
+//! initiator, nothing read or written, and the connection is broken.
+//!
+//! **Errors.** When a connection breaks (a failed request, a dead peer, [`Connection::disconnect`], the drop of
+//! the peer's end) every signalled request that is outstanding completes, with an error if it is not known to have
+//! happened; then there is exactly one [`Completion::Disconnected`], the last word of that connection. A dead
+//! peer is found out within two seconds, on idle connections too, provided that the endpoint is polled.
+//! Posts on a broken connection are refused with [`PostError::Disconnected`].
+//!
+//! **Threads and time.** User code reads the time, waits, sleeps and starts threads through the transport and
+//! its objects alone. These calls may let other threads run: [`Transport::relax`], [`Transport::connect`],
+//! [`Endpoint::wait`], [`Signal::wait`], [`Listener::accept`], [`Request::accept`], [`Thread::join`]. A thread that is
+//! in one of them must hold no lock that another takes without `try_lock`. The other calls neither block nor
+//! let others run. Waiting without any of them does not end in a simulation.
+
+use std::{fmt, time::Duration};
+
+use crate::{
+    address::Address,
+    error::Error,
+    memory::{Exclusive, Memory},
+};
+
+#[cfg(any(test, feature = "conformance"))]
+pub mod conformance;
+#[cfg(feature = "rdma")]
+pub mod rdma;
+pub mod shm;
+pub mod sim;
+
+/// Longest private data of a connection request, bytes.
+pub const MAX_REQUEST_DATA: usize = 48;
+/// Longest private data of an acceptance or a refusal, bytes.
+pub const MAX_REPLY_DATA: usize = 128;
+/// Longest payload that every provider takes inline, bytes.
+pub const MAX_INLINE: usize = 64;
+/// Most pieces of a gather list.
+pub const MAX_SGE: usize = 4;
+
+/// What peers may do to a registered region. Local access is always allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing: a source of SENDs and WRITEs, a target of own READs.
+    Local,
+    /// READ.
+    RemoteRead,
+    /// READ and WRITE.
+    RemoteWrite,
+}
+
+/// How a peer names a region: sent to it in a message, used in its work requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RemoteRegion {
+    /// Address of the first byte, as the owner's NIC knows it.
+    pub address: u64,
+    /// Size in bytes.
+    pub length: u64,
+    /// The key (`rkey`) that grants the access.
+    pub key: u32,
+}
+
+impl RemoteRegion {
+    /// The place `offset` bytes into the region.
+    pub fn at(&self, offset: u64) -> RemoteAddress {
+        RemoteAddress { address: self.address.wrapping_add(offset), key: self.key }
+    }
+}
+
+/// A place in a peer's region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RemoteAddress {
+    /// Address as the owner's NIC knows it.
+    pub address: u64,
+    /// The key (`rkey`).
+    pub key: u32,
+}
+
+/// A registered memory. Clones name the same registration, which ends with the last of them.
+pub trait Region: Clone + Send + Sync + fmt::Debug + 'static {
+    /// The memory.
+    fn memory(&self) -> &Memory;
+    /// What to tell peers.
+    fn remote(&self) -> RemoteRegion;
+}
+
+/// The registration of an [`Exclusive`]: for remote READ alone. No [`Region`], so that no work request
+/// of this process can name it.
+pub trait Export: Send + Sync + fmt::Debug + 'static {
+    /// What to tell peers.
+    fn remote(&self) -> RemoteRegion;
+}
+
+/// One piece of a gather (or, for a READ, scatter) list.
+#[derive(Debug)]
+pub struct Sge<'a, R> {
+    /// The region.
+    pub region: &'a R,
+    /// First byte within the region.
+    pub offset: usize,
+    /// Number of bytes.
+    pub length: usize,
+}
+
+impl<R> Clone for Sge<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<R> Copy for Sge<'_, R> {}
+
+/// What a SEND or a WRITE carries.
+#[derive(Debug)]
+pub enum Payload<'a, R> {
+    /// These bytes, copied at the post; at most [`MAX_INLINE`].
+    Inline(&'a [u8]),
+    /// Registered memory, gathered when the request executes; at most [`MAX_SGE`] pieces.
+    Gather(&'a [Sge<'a, R>]),
+}
+
+impl<R> Clone for Payload<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<R> Copy for Payload<'_, R> {}
+
+/// Why a post was refused. Nothing has happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PostError {
+    /// The send queue is full: poll, then post again.
+    #[error("the send queue is full")]
+    Full,
+    /// The connection is broken.
+    #[error("the connection is broken")]
+    Disconnected,
+}
+
+/// Why a work request failed, or a connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WorkError {
+    /// The peer has no such region there, or grants no such right.
+    #[error("remote access error: outside the peer's region, or without the right")]
+    RemoteAccess,
+    /// The message did not fit the receiver's buffer, or the request was malformed for the peer.
+    #[error("remote invalid request: the message is longer than the receive buffer")]
+    RemoteInvalid,
+    /// The peer does not answer.
+    #[error("the peer does not answer (retries exceeded)")]
+    RetryExceeded,
+    /// The receiver had no receive buffer for too long.
+    #[error("the receiver had no receive buffer (RNR retries exceeded)")]
+    ReceiverNotReady,
+    /// The connection broke before this request was known to have happened.
+    #[error("flushed: the connection broke before this request completed")]
+    Flushed,
+    /// The peer, or this side, ended the connection.
+    #[error("disconnected")]
+    Disconnected,
+    /// Another status of the provider, by its number (`ibv_wc_status`).
+    #[error("work completion status {0}")]
+    Other(u32),
+}
+
+/// Names a connection within its endpoint; never used again there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnectionId(pub u32);
+
+/// A receive buffer with a message in it. Give it back with [`Endpoint::release`]: a buffer that is dropped
+/// is lost to the endpoint.
+#[derive(Debug)]
+#[must_use = "a receive buffer that is not released is lost to the endpoint"]
+pub struct ReceiveBuffer {
+    pub(crate) index: u32,
+    pub(crate) length: u32,
+}
+
+impl ReceiveBuffer {
+    /// Length of the message, bytes.
+    pub fn len(&self) -> usize {
+        self.length as usize
+    }
+
+    /// Whether the message is empty.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+}
+
+/// What [`Endpoint::poll`] reports.
+#[derive(Debug)]
+pub enum Completion {
+    /// A signalled request is done, and with it every earlier one of the connection.
+    Work {
+        /// The connection.
+        connection: ConnectionId,
+        /// The id given at the post.
+        id: u64,
+        /// Whether it happened.
+        result: Result<(), WorkError>,
+    },
+    /// A SEND arrived.
+    Received {
+        /// The connection.
+        connection: ConnectionId,
+        /// The message.
+        buffer: ReceiveBuffer,
+        /// The immediate of the SEND, if it had one.
+        immediate: Option<u32>,
+    },
+    /// A WRITE with immediate arrived: it and all earlier WRITEs of the connection are visible.
+    WriteImmediate {
+        /// The connection.
+        connection: ConnectionId,
+        /// The immediate.
+        immediate: u32,
+    },
+    /// The connection is over; nothing more comes of it.
+    Disconnected {
+        /// The connection.
+        connection: ConnectionId,
+        /// Why: the first error, or [`WorkError::Disconnected`].
+        cause: WorkError,
+    },
+}
+
+/// What an endpoint is made for. All of it is allocated at once.
+#[derive(Debug, Clone)]
+pub struct EndpointConfig {
+    /// Receive buffers, shared by all connections; also the number of SENDs and WRITEs with immediate that
+    /// may be on their way to this endpoint.
+    pub receive_buffers: usize,
+    /// Bytes of each receive buffer.
+    pub receive_size: usize,
+    /// Requests in the send queue of each connection.
+    pub send_depth: usize,
+    /// READs in flight of each connection that it may initiate, and may be asked to serve.
+    pub read_depth: usize,
+    /// Most connections at a time.
+    pub connections: usize,
+    /// Completion vector (interrupt) of the queue, for providers that have several.
+    pub completion_vector: usize,
+}
+
+impl Default for EndpointConfig {
+    fn default() -> Self {
+        Self {
+            receive_buffers: 64,
+            receive_size: 4096,
+            send_depth: 128,
+            read_depth: 16,
+            connections: 16,
+            completion_vector: 0,
+        }
+    }
+}
+
+/// A way to move data between processes. Cheap to clone: clones share everything.
+pub trait Transport: Clone + Send + Sync + 'static {
+    /// Registered memory.
+    type Region: Region;
+    /// Exported memory.
+    type Export: Export;
+    /// A completion queue with receive buffers.
+    type Endpoint: Endpoint<Attach = Self::Attach>;
+    /// Handle of an endpoint for other threads.
+    type Attach: Attach;
+    /// One end of a connection.
+    type Connection: Connection<Region = Self::Region>;
+    /// A listening address.
+    type Listener: Listener<Request = Self::Request>;
+    /// A peer that wants to connect.
+    type Request: Request<Attach = Self::Attach, Connection = Self::Connection>;
+    /// An event count for threads of this process.
+    type Signal: Signal;
+    /// A running thread.
+    type Thread: Thread;
+
+    /// Registers `memory` with `access` for peers.
+    ///
+    /// # Errors
+    /// [`Error::Memlock`] when the memory cannot be pinned.
+    fn register(&self, memory: &Memory, access: Access) -> Result<Self::Region, Error>;
+
+    /// Registers `memory` for remote READ. It must be kept as long as the export.
+    ///
+    /// # Errors
+    /// [`Error::Memlock`] when the memory cannot be pinned.
+    fn export(&self, memory: &Exclusive) -> Result<Self::Export, Error>;
+
+    /// Makes an endpoint.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] when the device has less than the configuration asks for.
+    fn endpoint(&self, config: &EndpointConfig) -> Result<Self::Endpoint, Error>;
+
+    /// Listens at `address`. For `rdma`, port 0 picks a free one: see [`Listener::address`].
+    ///
+    /// # Errors
+    /// [`Error::AddressInUse`], [`Error::WrongProvider`].
+    fn listen(&self, address: &Address) -> Result<Self::Listener, Error>;
+
+    /// Connects `endpoint` to the listener at `address`, with at most [`MAX_REQUEST_DATA`] bytes for it, and
+    /// returns the connection with the private data of the acceptance, of the length given there. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the refusal's private data; [`Error::Unreachable`]; [`Error::Timeout`].
+    fn connect(
+        &self,
+        endpoint: &Self::Attach,
+        address: &Address,
+        private_data: &[u8],
+        timeout: Duration,
+    ) -> Result<(Self::Connection, Vec<u8>), Error>;
+
+    /// Time since some fixed moment; never goes back.
+    fn now(&self) -> Duration;
+
+    /// One turn of waiting: spins for the first turns (`turn` counts from 0), later yields the processor.
+    fn relax(&self, turn: u32);
+
+    /// A new event count.
+    fn signal(&self) -> Self::Signal;
+
+    /// Starts a thread, pinned to processor `core` if one is given.
+    ///
+    /// # Errors
+    /// The system's; a core that this process may not use.
+    fn spawn(
+        &self,
+        name: &str,
+        core: Option<usize>,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<Self::Thread, Error>;
+}
+
+/// One completion queue with one shared pool of receive buffers. One thread polls it.
+pub trait Endpoint: Send + 'static {
+    /// Handle for other threads.
+    type Attach: Attach;
+
+    /// The handle.
+    fn attach(&self) -> Self::Attach;
+
+    /// Takes what has completed, up to some number, appends it to `into` and returns how much that was.
+    /// Never blocks and, when there is nothing, makes no system call.
+    fn poll(&mut self, into: &mut Vec<Completion>) -> usize;
+
+    /// Sleeps until there may be something to poll, [`Attach::wake`] is called (also shortly before), or
+    /// `timeout` is over.
+    fn wait(&mut self, timeout: Duration);
+
+    /// The message in a receive buffer.
+    fn message(&self, buffer: &ReceiveBuffer) -> &[u8];
+
+    /// Gives a receive buffer back.
+    fn release(&mut self, buffer: ReceiveBuffer);
+}
+
+/// Handle of an [`Endpoint`] for other threads.
+pub trait Attach: Clone + Send + Sync + 'static {
+    /// Ends a present or the next [`Endpoint::wait`].
+    fn wake(&self);
+}
+
+/// One end of a reliable, ordered connection (a queue pair). One thread posts to it. Dropped, it disconnects.
+pub trait Connection: Send + fmt::Debug + 'static {
+    /// The regions that its requests name.
+    type Region: Region;
+
+    /// Its name in the completions of its endpoint.
+    fn id(&self) -> ConnectionId;
+
+    /// Posts a SEND. `signal` is the id of its completion.
+    ///
+    /// # Errors
+    /// [`PostError`]; nothing has happened then.
+    fn send(
+        &mut self,
+        payload: Payload<'_, Self::Region>,
+        immediate: Option<u32>,
+        signal: Option<u64>,
+    ) -> Result<(), PostError>;
+
+    /// Posts a WRITE to `remote`, with an immediate if one is given.
+    ///
+    /// # Errors
+    /// [`PostError`]; nothing has happened then.
+    fn write(
+        &mut self,
+        payload: Payload<'_, Self::Region>,
+        remote: RemoteAddress,
+        immediate: Option<u32>,
+        signal: Option<u64>,
+    ) -> Result<(), PostError>;
+
+    /// Posts a READ from `remote` into the pieces of `into`.
+    ///
+    /// # Errors
+    /// [`PostError`]; nothing has happened then.
+    fn read(
+        &mut self,
+        into: &[Sge<'_, Self::Region>],
+        remote: RemoteAddress,
+        signal: Option<u64>,
+    ) -> Result<(), PostError>;
+
+    /// Hands all posted requests to the NIC: one doorbell for many.
+    ///
+    /// # Errors
+    /// [`PostError::Disconnected`]; the requests complete in error.
+    fn ring(&mut self) -> Result<(), PostError>;
+
+    /// Requests that may be posted now before the queue is full.
+    fn room(&self) -> usize;
+
+    /// Ends the connection; both sides get [`Completion::Disconnected`].
+    fn disconnect(&mut self);
+}
+
+/// A listening address. Dropped, it stops listening; accepted connections go on.
+pub trait Listener: Send + 'static {
+    /// What it yields.
+    type Request: Send;
+
+    /// Waits for a peer that wants to connect, for `timeout` at most.
+    ///
+    /// # Errors
+    /// The system's; the listener is of no use then.
+    fn accept(&mut self, timeout: Duration) -> Result<Option<Self::Request>, Error>;
+
+    /// Where it listens, with the port that was picked.
+    fn address(&self) -> &Address;
+}
+
+/// A peer that wants to connect. Dropped, it is refused without a word.
+pub trait Request: Send + 'static {
+    /// Handle of the endpoint to join.
+    type Attach;
+    /// What comes of it.
+    type Connection;
+
+    /// The private data that the peer gave, of the length that it gave.
+    fn private_data(&self) -> &[u8];
+
+    /// Accepts, as a connection of `endpoint`; it can be posted to at once. Completions of it may be polled
+    /// by the endpoint's thread before this returns.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] when the endpoint has no place left; the peer is refused then.
+    fn accept(self, endpoint: &Self::Attach, private_data: &[u8]) -> Result<Self::Connection, Error>;
+
+    /// Refuses, with at most [`MAX_REPLY_DATA`] bytes of private data.
+    fn reject(self, private_data: &[u8]);
+}
+
+/// An event count: threads of one process wait for a change that another announces.
+///
+/// ```text
+/// waiter:    let seen = signal.epoch(); if !condition() { signal.wait(seen, timeout) }
+/// announcer: make_condition_true(); signal.notify()
+/// ```
+pub trait Signal: Clone + Send + Sync + 'static {
+    /// Number of notifications so far.
+    fn epoch(&self) -> u64;
+    /// Waits until there has been a notification since `epoch` returned `seen`, or for `timeout`.
+    fn wait(&self, seen: u64, timeout: Duration);
+    /// Lets all waiters go on.
+    fn notify(&self);
+}
+
+/// A thread started by [`Transport::spawn`]. Dropped, it goes on by itself.
+pub trait Thread: Send + 'static {
+    /// Waits for its end. `false`: it panicked.
+    fn join(self) -> bool;
+}
