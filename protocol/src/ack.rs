@@ -58,6 +58,11 @@ impl SendWindow {
         self.credits - (self.sent - self.acknowledged)
     }
 
+    /// The receive buffers granted.
+    pub fn credits(&self) -> u64 {
+        self.credits
+    }
+
     /// The sequence of a message that is sent now, if there is a credit.
     pub fn take(&mut self) -> Option<u64> {
         (self.room() > 0).then(|| {
