@@ -71,9 +71,9 @@ use crate::{
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
+pub mod host;
 #[cfg(feature = "rdma")]
 pub mod rdma;
-pub mod host;
 pub mod shm;
 pub mod sim;
 
