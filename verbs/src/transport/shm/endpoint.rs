@@ -131,8 +131,9 @@ struct Polled {
     peer_slot: u32,
     /// Requests retired so far.
     retired: u64,
-    /// In `ready` or in `blocked`.
-    queued: bool,
+    /// Listed in `ready`, and in `blocked`.
+    ready: bool,
+    blocked: bool,
     /// Until when the last messages may wait for receive buffers.
     linger: Option<Instant>,
 }
@@ -188,8 +189,8 @@ pub struct ShmEndpoint {
     ready: VecDeque<u32>,
     /// Slots to visit when a receive buffer is free.
     blocked: Vec<u32>,
-    /// Blocked connections whose peer is gone.
-    lingering: usize,
+    /// Some blocked connection's peer is gone.
+    lingering: bool,
     notified: bool,
 }
 
@@ -225,7 +226,7 @@ impl ShmEndpoint {
             slots,
             ready: VecDeque::new(),
             blocked: Vec::new(),
-            lingering: 0,
+            lingering: false,
             notified: false,
         })
     }
@@ -234,8 +235,16 @@ impl ShmEndpoint {
     fn welcome(&mut self) {
         for Arrival { link, inbox, peer_bell, peer_slot } in self.shared.seats().arrivals.drain(..) {
             let slot = link.slot as usize;
-            self.slots[slot] =
-                Some(Polled { link, inbox, peer_bell, peer_slot, retired: 0, queued: false, linger: None });
+            self.slots[slot] = Some(Polled {
+                link,
+                inbox,
+                peer_bell,
+                peer_slot,
+                retired: 0,
+                ready: false,
+                blocked: false,
+                linger: None,
+            });
         }
     }
 
@@ -245,11 +254,7 @@ impl ShmEndpoint {
         let Self { shared, slots, ready, .. } = self;
         let mut strangers = false;
         let notified = bell::take(&shared.bell, |slot| match slots.get_mut(slot as usize) {
-            Some(Some(polled)) if !polled.queued => {
-                polled.queued = true;
-                ready.push_back(slot);
-            }
-            Some(Some(_)) => {}
+            Some(Some(polled)) => polled.enqueue(slot, ready),
             _ => strangers = true,
         });
         self.notified |= notified;
@@ -263,61 +268,70 @@ impl ShmEndpoint {
         self.welcome();
         for (slot, polled) in self.slots.iter_mut().enumerate() {
             if let Some(polled) = polled {
-                if !polled.queued {
-                    polled.queued = true;
-                    self.ready.push_back(slot as u32);
-                }
+                polled.enqueue(slot as u32, &mut self.ready);
             }
         }
     }
 
     /// Lets the blocked connections try again.
     fn unblock(&mut self) {
-        self.ready.extend(self.blocked.drain(..));
-        self.lingering = 0;
+        self.lingering = false;
+        for slot in self.blocked.drain(..) {
+            if let Some(polled) = &mut self.slots[slot as usize] {
+                polled.blocked = false;
+                polled.enqueue(slot, &mut self.ready);
+            }
+        }
+    }
+}
+
+impl Polled {
+    #[inline]
+    fn enqueue(&mut self, slot: u32, ready: &mut VecDeque<u32>) {
+        if !self.ready {
+            self.ready = true;
+            ready.push_back(slot);
+        }
     }
 
-    fn visit(&mut self, slot: u32, into: &mut Vec<Completion>) -> Visit {
-        let Some(polled) = self.slots[slot as usize].as_mut() else { return Visit::Idle };
+    fn visit(&mut self, buffers: &mut Buffers, into: &mut Vec<Completion>) -> Visit {
         // Before the ring: what the peer published before it left is then seen.
-        let cause = polled.link.cause();
-        let (retired, all) = polled.link.complete(polled.retired, VISIT_BATCH, into);
-        polled.retired = retired;
-        let end = cause.map_or(Ok(()), |_| polled.inbox.close());
-        let visit = match end.and_then(|()| polled.receive(&mut self.buffers, into)) {
+        let cause = self.link.cause();
+        let (retired, all) = self.link.complete(self.retired, VISIT_BATCH, into);
+        self.retired = retired;
+        let end = cause.map_or(Ok(()), |_| self.inbox.close());
+        let visit = match end.and_then(|()| self.receive(buffers, into)) {
             Ok(visit) => visit,
             Err(Corrupt) => {
                 // The peer broke the protocol of the ring: nothing more is taken from it.
-                polled.inbox.abandon();
-                polled.link.close(WorkError::RemoteInvalid);
+                self.inbox.abandon();
+                self.link.close(WorkError::RemoteInvalid);
                 Visit::Idle
             }
         };
-        let Some(cause) = polled.link.cause() else {
+        let Some(cause) = self.link.cause() else {
             return if all { visit } else { Visit::More };
         };
         match visit {
             Visit::More => return Visit::More,
-            Visit::Blocked if polled.link.peer_left() => {
+            Visit::Blocked if self.link.peer_left() => {
                 let now = Instant::now();
-                if now < *polled.linger.get_or_insert(now + LINGER) {
+                if now < *self.linger.get_or_insert(now + LINGER) {
                     return Visit::Blocked;
                 }
             }
             _ => {}
         }
-        if polled.inbox.is_open() {
+        if self.inbox.is_open() {
             // The end came during this visit: look once more at what was published before.
             return Visit::More;
         }
-        polled.link.seal();
-        polled.link.complete(polled.retired, usize::MAX, into);
-        into.push(Completion::Disconnected { connection: polled.link.id, cause });
+        self.link.seal();
+        self.link.complete(self.retired, usize::MAX, into);
+        into.push(Completion::Disconnected { connection: self.link.id, cause });
         Visit::Over
     }
-}
 
-impl Polled {
     /// Moves messages from the ring to receive buffers.
     #[inline]
     fn receive(&mut self, buffers: &mut Buffers, into: &mut Vec<Completion>) -> Result<Visit, Corrupt> {
@@ -363,7 +377,7 @@ impl Endpoint for ShmEndpoint {
 
     fn poll(&mut self, into: &mut Vec<Completion>) -> usize {
         self.answer_bell();
-        if self.lingering > 0 {
+        if self.lingering {
             self.unblock();
         }
         if self.ready.is_empty() {
@@ -376,16 +390,16 @@ impl Endpoint for ShmEndpoint {
                 break;
             }
             let Some(slot) = self.ready.pop_front() else { break };
-            match self.visit(slot, into) {
-                Visit::More => self.ready.push_back(slot),
+            let Some(polled) = &mut self.slots[slot as usize] else { continue };
+            polled.ready = false;
+            match polled.visit(&mut self.buffers, into) {
+                Visit::Idle => {}
+                Visit::More => polled.enqueue(slot, &mut self.ready),
                 Visit::Blocked => {
-                    let polled = self.slots[slot as usize].as_ref();
-                    self.lingering += usize::from(polled.is_some_and(|polled| polled.linger.is_some()));
-                    self.blocked.push(slot);
-                }
-                Visit::Idle => {
-                    if let Some(polled) = &mut self.slots[slot as usize] {
-                        polled.queued = false;
+                    self.lingering |= polled.linger.is_some();
+                    if !polled.blocked {
+                        polled.blocked = true;
+                        self.blocked.push(slot);
                     }
                 }
                 Visit::Over => {
@@ -401,7 +415,7 @@ impl Endpoint for ShmEndpoint {
         if std::mem::take(&mut self.notified) || !self.ready.is_empty() {
             return;
         }
-        let timeout = if self.lingering > 0 { timeout.min(LINGER_LOOK) } else { timeout };
+        let timeout = if self.lingering { timeout.min(LINGER_LOOK) } else { timeout };
         bell::wait(&self.shared.bell, timeout);
     }
 

@@ -97,7 +97,7 @@ impl Link {
     pub(super) fn complete(&self, next: u64, most: usize, into: &mut Vec<Completion>) -> (u64, bool) {
         // SYNC POINT: acquires what `post` released.
         let posted = self.posted.load(Ordering::Acquire) & !SEALED;
-        let full = into.len() + most;
+        let full = into.len().saturating_add(most);
         let mut next = next;
         while next != posted && into.len() < full {
             let request = &self.requests[(next % self.depth()) as usize];

@@ -1,6 +1,7 @@
 //! What the conformance suite cannot say of all providers: sockets, strangers, processes, corrupt peers.
 
 use std::{
+    collections::VecDeque,
     os::unix::net::UnixDatagram,
     path::PathBuf,
     process::{Child, Command},
@@ -30,12 +31,24 @@ struct Side {
     connection: ShmConnection,
     region: ShmRegion,
     remote: RemoteRegion,
+    pending: VecDeque<Completion>,
 }
 
 impl Side {
     /// The next completion; panics if none comes.
     fn next(&mut self) -> Completion {
-        next(&mut self.endpoint)
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(completion) = self.pending.pop_front() {
+                return completion;
+            }
+            assert!(Instant::now() < deadline, "nothing came");
+            let mut some = Vec::new();
+            if self.endpoint.poll(&mut some) == 0 {
+                self.endpoint.wait(Duration::from_millis(100));
+            }
+            self.pending.extend(some);
+        }
     }
 
     fn work(&mut self) -> (u64, Result<(), WorkError>) {
@@ -64,7 +77,7 @@ impl Side {
     }
 
     fn silent(&mut self) -> bool {
-        self.endpoint.poll(&mut Vec::new()) == 0
+        self.pending.is_empty() && self.endpoint.poll(&mut Vec::new()) == 0
     }
 }
 
@@ -110,6 +123,7 @@ fn pair_with(config: &EndpointConfig, access: Access) -> (Side, Side) {
         connection,
         region,
         remote,
+        pending: VecDeque::new(),
     };
     (side(server, accepted, of_client), side(client, connected.0, of_server))
 }
@@ -125,7 +139,8 @@ fn reads_writes_and_messages_of_all_sizes() {
     for (turn, size) in [0, 1, 7, 64, 4096, 1 << 20].into_iter().cycle().take(60).enumerate() {
         let data: Vec<u8> = (0..size).map(|i| (i * 7 + turn) as u8).collect();
         a.region.memory().write(0, &data);
-        let payload = piece(&a.region, 0, size);
+        let region = a.region.clone();
+        let payload = piece(&region, 0, size);
         a.connection.write(Payload::Gather(&payload), a.remote.at(0), None, Some(1)).unwrap();
         a.connection.ring().unwrap();
         assert_eq!(a.work(), (1, Ok(())));
@@ -185,7 +200,8 @@ fn what_is_not_granted_is_refused_and_breaks_the_connection() {
         );
         assert!(matches!(all[1], Completion::Work { id: 10, result: Err(WorkError::Flushed), .. }), "{text}");
         assert!(matches!(all[2], Completion::Disconnected { cause: WorkError::RemoteAccess, .. }), "{text}");
-        assert_eq!(read(&mut a, a.remote.at(0)), Err(PostError::Disconnected));
+        let remote = a.remote.at(0);
+        assert_eq!(read(&mut a, remote), Err(PostError::Disconnected));
         assert_eq!(a.connection.ring(), Err(PostError::Disconnected));
         assert_eq!(b.disconnected(), WorkError::Disconnected);
         let mut bytes = vec![0; 1 << 20];
@@ -214,7 +230,7 @@ fn the_send_queue_is_as_deep_as_asked_for() {
 #[test]
 fn a_full_ring_is_back_pressure_and_nothing_is_lost() {
     let config =
-        EndpointConfig { receive_buffers: 2, receive_size: 4096, send_depth: 1000, ..Default::default() };
+        EndpointConfig { receive_buffers: 2, receive_size: 4096, send_depth: 100_000, ..Default::default() };
     let (mut a, mut b) = pair(&config);
     let mut sent = 0u32;
     let mut received = 0u32;
@@ -231,7 +247,11 @@ fn a_full_ring_is_back_pressure_and_nothing_is_lost() {
             }
         }
         a.connection.ring().unwrap();
-        for _ in 0..300.min(sent - received) {
+        while a.endpoint.poll(&mut Vec::new()) > 0 {}
+        for _ in 0..300 {
+            if received == sent {
+                break;
+            }
             let mut some = Vec::new();
             assert!(b.endpoint.poll(&mut some) > 0 && some.len() <= 2, "{some:?}");
             for completion in some {
@@ -243,9 +263,10 @@ fn a_full_ring_is_back_pressure_and_nothing_is_lost() {
                 b.endpoint.release(buffer);
             }
         }
-        // The receiver's rings woke the sender's endpoint, so this returns at once or the test takes hours.
-        a.endpoint.wait(Duration::from_secs(3600));
-        a.endpoint.poll(&mut Vec::new());
+        if sent < 5000 {
+            // The receiver has rung the sender's bell, so this returns at once; or the test takes hours.
+            a.endpoint.wait(Duration::from_secs(3600));
+        }
     }
 }
 
@@ -353,6 +374,7 @@ fn a_wake_ends_a_present_or_the_next_wait() {
 #[test]
 fn a_parked_endpoint_sleeps_through_reads_and_writes_of_its_memory() {
     let (mut a, mut b) = pair(&EndpointConfig::default());
+    assert!(b.silent(), "the bell of the new connection is answered");
     let parked = std::thread::spawn(move || {
         b.endpoint.wait(Duration::from_secs(3600));
         let woken = Instant::now();
@@ -534,6 +556,7 @@ fn strangers_do_not_disturb_a_listener() {
     let unsealed = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
     let (_, short) = mapping::Mapping::create("test", 63).unwrap();
     let regular = std::fs::File::open("/proc/self/exe").unwrap();
+    let (regular_fd, unsealed_fd, short_fd) = ([regular.as_fd()], [unsealed.as_fd()], [short.as_fd()]);
     let (bell, none) = ([bell_file.as_fd()], []);
     type Said<'a> = (&'a [u8], &'a [std::os::fd::BorrowedFd<'a>]);
     let dialogues: Vec<Vec<Said<'_>>> = vec![
@@ -541,13 +564,13 @@ fn strangers_do_not_disturb_a_listener() {
         vec![(b"GET / HTTP/1.1", &none)],
         vec![(&good[..good.len() - 1], &bell)],
         vec![(&good, &none)],
-        vec![(&good, &[regular.as_fd()])],
+        vec![(&good, &regular_fd)],
         vec![(&good, &bell)],
         vec![(&good, &bell), (&record[..20], &bell)],
         vec![(&good, &bell), (&record, &none)],
-        vec![(&good, &bell), (&record, &[unsealed.as_fd()])],
-        vec![(&good, &bell), (&record, &[short.as_fd()])],
-        vec![(&good, &bell), (&record, &[regular.as_fd()])],
+        vec![(&good, &bell), (&record, &unsealed_fd)],
+        vec![(&good, &bell), (&record, &short_fd)],
+        vec![(&good, &bell), (&record, &regular_fd)],
     ];
     let mut silent = Vec::new();
     for dialogue in &dialogues {
