@@ -69,6 +69,7 @@ use crate::{
     memory::{Exclusive, Memory},
 };
 
+pub mod any;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 pub mod host;

@@ -5,6 +5,7 @@
 
 use std::{
     collections::VecDeque,
+    fmt,
     fs::{File, remove_file, symlink_metadata},
     io,
     os::{
@@ -474,5 +475,17 @@ impl Request for ShmRequest {
 impl Drop for ShmRequest {
     fn drop(&mut self) {
         self.refuse(&[]);
+    }
+}
+
+impl fmt::Debug for ShmListener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ShmListener({})", self.address)
+    }
+}
+
+impl fmt::Debug for ShmRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ShmRequest({} bytes of private data)", self.private_data.len())
     }
 }

@@ -453,3 +453,9 @@ impl fmt::Debug for ShmEndpoint {
         write!(f, "ShmEndpoint({:?})", self.shared.config)
     }
 }
+
+impl fmt::Debug for ShmAttach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ShmAttach({:?})", self.0.config)
+    }
+}

@@ -60,6 +60,8 @@ mod watch;
 mod wire;
 
 #[cfg(test)]
+mod suite;
+#[cfg(test)]
 mod tests;
 
 pub use connect::{ShmListener, ShmRequest};
