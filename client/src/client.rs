@@ -18,7 +18,7 @@ use fervor_protocol::{
 };
 use fervor_verbs::{
     Address, Error as TransportError, Memory,
-    transport::{Access, Connection, Endpoint, EndpointConfig, Region, Transport, host::Host},
+    transport::{Access, Connection, Endpoint, EndpointConfig, Region, Transport, any::Host},
 };
 use zerocopy::IntoBytes;
 
@@ -133,7 +133,7 @@ impl<T: Transport> Client<T> {
             attach: endpoint.attach(),
             engine: Mutex::new(Engine::new(transport, endpoint, memory, connections, &links)?),
             signal: transport.signal(),
-            clocks: Mutex::new(Clocks { client: start, ..Clocks::default() }),
+            clocks: Mutex::new(Clocks::at(start)),
             tables: RwLock::new(Vec::new()),
             bytes_read: AtomicU64::new(0),
             links,

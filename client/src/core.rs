@@ -45,6 +45,11 @@ pub struct Clocks {
 }
 
 impl Clocks {
+    /// Of a client without workers, at `clock`.
+    pub fn at(clock: u64) -> Self {
+        Self { client: clock, ..Self::default() }
+    }
+
     /// A new worker, at the client's clock: its id.
     pub fn join(&mut self) -> u64 {
         self.next += 1;

@@ -13,7 +13,7 @@ use fervor_protocol::{
     row::Header,
     wire::{PUSH_ONCE, SUBSCRIBE, SlotRecord, UNSUBSCRIBE},
 };
-use fervor_verbs::transport::{PostError, Transport, host::Host};
+use fervor_verbs::transport::{PostError, Transport, any::Host};
 use zerocopy::IntoBytes;
 
 use crate::{
