@@ -100,7 +100,7 @@ fn check(model: Model, clocks: u64) {
         })
         .collect();
     let stats: Vec<_> = clients.into_iter().flat_map(|c| c.join().unwrap()).collect();
-    println!("{model}: {:?}", stats[0]);
+    println!("{model}: {} hits, {} misses, {} asked", stats[0].hits, stats[0].misses, stats[0].asked);
     // Everything was applied: a new client reads the sums.
     let client = Client::connect(&[&running.url]).unwrap();
     let table = client.table::<i64>("t", WORKERS as u64, WIDTH, model).unwrap();
