@@ -33,7 +33,7 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use crate::error::Error;
 
-mod copy;
+pub(crate) mod copy;
 
 /// Bytes of a huge page on the machines that Fervor runs on.
 const HUGE_PAGE: usize = 2 << 20;

@@ -73,6 +73,7 @@ use crate::{
 pub mod conformance;
 #[cfg(feature = "rdma")]
 pub mod rdma;
+pub mod host;
 pub mod shm;
 pub mod sim;
 
