@@ -85,7 +85,9 @@ mod tests {
 
     #[test]
     fn bad_addresses_are_refused_with_the_value_and_the_cure() {
-        for url in ["", "tcp://a:1", "shm://a", "shm:///", "rdma://a", "rdma://:1", "rdma://a:99999", "sim://"] {
+        for url in
+            ["", "tcp://a:1", "shm://a", "shm:///", "rdma://a", "rdma://:1", "rdma://a:99999", "sim://"]
+        {
             let message = url.parse::<Address>().unwrap_err().to_string();
             assert!(message.contains(&format!("`{url}`")), "{message}");
             assert!(message.contains("://"), "no cure in: {message}");

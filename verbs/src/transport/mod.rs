@@ -69,11 +69,12 @@ use crate::{
     memory::{Exclusive, Memory},
 };
 
+pub mod any;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
+pub mod host;
 #[cfg(feature = "rdma")]
 pub mod rdma;
-pub mod host;
 pub mod shm;
 pub mod sim;
 
