@@ -58,6 +58,11 @@ impl SendWindow {
         self.credits - (self.sent - self.acknowledged)
     }
 
+    /// The receive buffers granted.
+    pub fn credits(&self) -> u64 {
+        self.credits
+    }
+
     /// The sequence of a message that is sent now, if there is a credit.
     pub fn take(&mut self) -> Option<u64> {
         (self.room() > 0).then(|| {
@@ -131,8 +136,11 @@ pub enum Admit {
     /// It is the next one: apply it.
     Apply,
     /// It has been applied: acknowledge it again, and do nothing.
-    Duplicate,
-    /// One before it is missing: refuse it.
+    Duplicate {
+        /// The LSN at which it was applied: a later one would tell the client that copies which contain it do not.
+        lsn: u64,
+    },
+    /// One before it is missing, or it is older than any that could come again: refuse it.
     Gap {
         /// The number that should have come.
         expected: u64,
@@ -140,16 +148,24 @@ pub enum Admit {
 }
 
 /// The numbers of one client's batches at a shard.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct BatchNumbers {
     applied: u64,
+    /// LSNs of the last batches, by number: as many as can be out, and so come again.
+    lsns: [u64; ACK_RING],
+}
+
+impl Default for BatchNumbers {
+    fn default() -> Self {
+        Self { applied: 0, lsns: [0; ACK_RING] }
+    }
 }
 
 impl BatchNumbers {
     /// What to do with batch `number`. Numbers start at 1.
     pub fn admit(&self, number: u64) -> Admit {
-        if number <= self.applied {
-            Admit::Duplicate
+        if number != 0 && number <= self.applied && self.applied - number < ACK_RING as u64 {
+            Admit::Duplicate { lsn: self.lsns[number as usize % ACK_RING] }
         } else if number == self.applied + 1 {
             Admit::Apply
         } else {
@@ -157,10 +173,11 @@ impl BatchNumbers {
         }
     }
 
-    /// Batch `number` has been applied.
-    pub fn applied(&mut self, number: u64) {
+    /// Batch `number` has been applied at `lsn`.
+    pub fn applied(&mut self, number: u64, lsn: u64) {
         assert_eq!(self.admit(number), Admit::Apply);
         self.applied = number;
+        self.lsns[number as usize % ACK_RING] = lsn;
     }
 
     /// Number of the last batch applied.
@@ -214,10 +231,16 @@ mod tests {
     fn batches_are_applied_once_and_in_order() {
         let mut numbers = BatchNumbers::default();
         assert_eq!(numbers.admit(1), Admit::Apply);
-        numbers.applied(1);
-        assert_eq!(numbers.admit(1), Admit::Duplicate);
+        numbers.applied(1, 40);
+        assert_eq!(numbers.admit(1), Admit::Duplicate { lsn: 40 });
         assert_eq!(numbers.admit(2), Admit::Apply);
         assert_eq!(numbers.admit(3), Admit::Gap { expected: 2 });
+        assert_eq!(numbers.admit(0), Admit::Gap { expected: 2 });
+        for number in 2..=1000 {
+            numbers.applied(number, number + 40);
+        }
+        assert_eq!(numbers.admit(1000 - 63), Admit::Duplicate { lsn: 1040 - 63 });
+        assert_eq!(numbers.admit(1000 - 64), Admit::Gap { expected: 1001 });
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub const MAX_ROWS: u64 = 1 << 32;
 /// Longest name of a table, bytes of UTF-8.
 pub const MAX_NAME: usize = 64;
 /// Most shards over all servers of a job.
-pub const MAX_SHARDS: usize = 1024;
+pub const MAX_SHARDS: usize = 256;
 
 /// Words in a client's ring of acknowledgements for one shard.
 pub const ACK_RING: usize = 64;

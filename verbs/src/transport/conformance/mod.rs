@@ -1,1 +1,232 @@
 //! The conformance suite: the contract as tests, written once, run for every provider.
+//!
+//! A *case* is a function over a [`Rig`]: what a provider needs to be tested (two hosts, addresses, and a way
+//! to kill a process). [`conformance!`](crate::conformance) makes one `#[test]` of each case; [`cases`] gives
+//! them as a list, for a program that runs them all (inside a virtual machine, say).
+//!
+//! ```text
+//! mod tests {
+//!     struct ShmRig { … }
+//!     impl Rig for ShmRig { … }
+//!     crate::conformance!(ShmRig);       // payloads_read, payloads_write, … and `victim`
+//! }
+//! ```
+//!
+//! **Who runs where.** A case runs in one thread, which holds the endpoints of both hosts and polls them in
+//! turn ([`Pair`](pair::Pair)); other threads, started by [`Transport::spawn`], accept connections, race with
+//! the NIC, or wait for signals. So the suite also runs where only one thread runs at a time. Every wait has
+//! a limit by [`Transport::now`], so a case that cannot end fails and says what it waited for.
+//!
+//! **Process death** is the one thing that a thread cannot do to itself: [`Rig::start`] starts a *victim*
+//! ([`victim`]) in a process (or a simulated node) of its own, [`Rig::kill`] ends it abruptly.
+//! [`VictimProcess`] does that for providers of real processes: it runs the test program again.
+
+use std::sync::Arc;
+
+use crate::{address::Address, transport::Transport};
+
+mod faults;
+mod handshake;
+mod order;
+mod pair;
+mod payloads;
+mod queues;
+mod rights;
+mod threads;
+mod victim;
+
+pub use victim::{Role, VictimProcess, victim, victim_main};
+
+/// One of the two hosts of a case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The one that connects.
+    Client,
+    /// The one that listens.
+    Server,
+}
+
+impl Side {
+    /// The other one.
+    pub fn other(self) -> Side {
+        match self {
+            Side::Client => Side::Server,
+            Side::Server => Side::Client,
+        }
+    }
+}
+
+/// How much a case does: less where the provider is slow.
+#[derive(Debug, Clone, Copy)]
+pub struct Effort {
+    /// Rounds of a case that looks for a rare event.
+    pub rounds: u32,
+    /// Operations in flight together over all connections.
+    pub in_flight: usize,
+}
+
+impl Default for Effort {
+    fn default() -> Self {
+        Self { rounds: 300, in_flight: 10_000 }
+    }
+}
+
+/// What a provider gives to be tested. Made anew for each case.
+pub trait Rig: Sized + Send + Sync + 'static {
+    /// The provider.
+    type Transport: Transport;
+    /// A process, or what stands for one, that can be killed.
+    type Victim: Send;
+
+    /// How often each case runs: once, or once per seed.
+    fn repeats() -> u64 {
+        1
+    }
+
+    /// A rig for the case of this name; `repeat` counts from 0 to [`Rig::repeats`].
+    fn new(case: &'static str, repeat: u64) -> Self;
+
+    /// Runs the case. Providers whose threads are special start one here, and wait for it.
+    fn run(&self, body: Box<dyn FnOnce() + Send>) {
+        body();
+    }
+
+    /// The transport of a host; both may be clones of one.
+    fn host(&self, side: Side) -> Self::Transport;
+
+    /// An address for the server host where nobody listens: the same for the same number, another one for
+    /// another number or another rig that lives. Complete: the port is not 0.
+    fn address(&self, number: u32) -> Address;
+
+    /// How the client host names a listener's address.
+    fn dial(&self, listening: &Address) -> Address {
+        listening.clone()
+    }
+
+    /// How much to do.
+    fn effort(&self) -> Effort {
+        Effort::default()
+    }
+
+    /// Starts a victim, which runs [`victim`] until it is killed: on the client's host if it connects to
+    /// `address`, on the server's host if it listens there.
+    fn start(&self, role: Role, address: &Address) -> Self::Victim;
+
+    /// Kills the victim as abruptly as the provider knows (SIGKILL), and returns when it is dead.
+    fn kill(&self, victim: Self::Victim);
+}
+
+/// A case of the suite.
+#[derive(Debug)]
+pub struct Case<R> {
+    /// Its name: the name of the `#[test]`, and what [`run`] takes.
+    pub name: &'static str,
+    body: fn(&R),
+}
+
+/// Runs the case `name` with rigs of type `R`.
+///
+/// # Panics
+/// When the provider does not keep the contract, or there is no such case.
+pub fn run<R: Rig>(name: &str) {
+    let case = cases::<R>().into_iter().find(|case| case.name == name);
+    let case = case.unwrap_or_else(|| panic!("the suite has no case `{name}`"));
+    for repeat in 0..R::repeats() {
+        let rig = Arc::new(R::new(case.name, repeat));
+        let inside = Arc::clone(&rig);
+        let body = case.body;
+        rig.run(Box::new(move || body(&inside)));
+    }
+}
+
+/// All cases of the suite.
+pub fn cases<R: Rig>() -> Vec<Case<R>> {
+    crate::conformance!(@with list ())
+}
+
+/// `conformance!(Rig)` makes one `#[test]` of each case of the conformance suite, for the
+/// [`Rig`](crate::transport::conformance::Rig) given, and an ignored test `victim` for
+/// [`VictimProcess`](crate::transport::conformance::VictimProcess) to run.
+#[macro_export]
+macro_rules! conformance {
+    // The list of cases, each with its function: handed to the rule `$use` below.
+    (@with $use:ident $args:tt) => { $crate::conformance! { @$use $args
+            payloads_read = payloads::read;
+            payloads_write = payloads::write;
+            payloads_write_with_immediate = payloads::write_with_immediate;
+            payloads_send = payloads::send;
+            payloads_inline_are_copied_at_the_post = payloads::inline;
+            payloads_gathered = payloads::gathered;
+            payloads_read_scattered = payloads::scattered;
+            payloads_read_from_an_export = payloads::export;
+            payloads_from_server_to_client = payloads::from_server_to_client;
+            order_writes_are_visible_when_an_immediate_is_polled = order::immediates_close_writes;
+            order_writes_are_visible_when_a_message_is_polled = order::messages_close_writes;
+            order_a_completed_read_proves_earlier_writes = order::reads_prove_writes;
+            order_the_last_write_wins = order::last_write_wins;
+            order_messages_and_immediates_keep_theirs = order::messages_and_immediates;
+            order_words_are_read_whole = order::words_are_read_whole;
+            order_words_are_written_whole = order::words_are_written_whole;
+            rights_reads_outside_are_refused = rights::reads_outside;
+            rights_writes_outside_are_refused = rights::writes_outside;
+            rights_reads_of_local_memory_are_refused = rights::reads_without_the_right;
+            rights_writes_without_the_right_are_refused = rights::writes_without_the_right;
+            rights_wrong_keys_are_refused = rights::wrong_keys;
+            rights_too_long_messages_are_refused = rights::too_long_messages;
+            queues_full_send_queue_refuses_and_loses_nothing = queues::full_send_queue;
+            queues_unsignalled_chains = queues::unsignalled_chains;
+            queues_unsignalled_without_end = queues::unsignalled_without_end;
+            queues_many_operations_in_flight = queues::many_in_flight;
+            queues_receive_buffers_are_shared = queues::shared_receive_buffers;
+            queues_late_release_loses_nothing = queues::late_release;
+            queues_immediates_give_their_credit_back = queues::immediate_credits;
+            queues_reads_beyond_the_read_depth_wait = queues::read_depth;
+            queues_one_sided_operations_need_no_poller = queues::no_poller;
+            handshake_private_data_of_every_length = handshake::private_data;
+            handshake_refusals_of_every_length = handshake::refusals;
+            handshake_dropped_request_is_refused = handshake::dropped_request;
+            handshake_nobody_listens = handshake::nobody_listens;
+            handshake_address_in_use = handshake::address_in_use;
+            handshake_wrong_provider = handshake::wrong_provider;
+            handshake_nobody_accepts = handshake::nobody_accepts;
+            handshake_accept_times_out = handshake::accept_times_out;
+            handshake_full_endpoint_refuses = handshake::full_endpoint;
+            handshake_server_posts_at_once = handshake::server_posts_at_once;
+            handshake_many_clients_at_once = handshake::many_clients;
+            faults_disconnect_is_seen_by_both = faults::disconnect;
+            faults_dropped_connection_disconnects = faults::dropped_connection;
+            faults_dropped_endpoint_disconnects = faults::dropped_endpoint;
+            faults_completed_messages_come_before_the_end = faults::messages_before_the_end;
+            faults_outstanding_operations_complete = faults::outstanding;
+            faults_other_connections_go_on = faults::other_connections;
+            faults_dead_client_idle = faults::dead_client_idle;
+            faults_dead_client_with_operations_outstanding = faults::dead_client_busy;
+            faults_dead_server_idle = faults::dead_server_idle;
+            faults_dead_server_with_operations_outstanding = faults::dead_server_busy;
+            threads_wait_ends_when_something_arrives = threads::wait_ends_on_arrival;
+            threads_wait_times_out = threads::wait_times_out;
+            threads_wake_ends_a_wait = threads::wake;
+            threads_signals_are_not_lost = threads::signals;
+            threads_signal_wait_times_out = threads::signal_times_out;
+            threads_join_tells_of_a_panic = threads::join;
+            threads_time_never_goes_back = threads::time;
+    } };
+    (@list () $($name:ident = $body:path;)*) => {
+        vec![$(Case { name: stringify!($name), body: $body }),*]
+    };
+    (@tests ($rig:ty) $($name:ident = $body:path;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                $crate::transport::conformance::run::<$rig>(stringify!($name));
+            }
+        )*
+
+        #[test]
+        #[ignore = "run by the suite, in a process to be killed"]
+        fn victim() {
+            $crate::transport::conformance::victim_main::<$rig>();
+        }
+    };
+    ($rig:ty) => { $crate::conformance!(@with tests ($rig)); };
+}

@@ -1,1 +1,161 @@
-//! The `sim` provider.
+//! The `sim` provider: many nodes in one process, in virtual time, replayable from a seed.
+//!
+//! ```no_run
+//! use fervor_verbs::transport::{Transport, sim::Sim};
+//!
+//! let sim = Sim::new(7);
+//! let (server, client) = (sim.node("server"), sim.node("client"));
+//! sim.spawn(&server, "main", { let server = server.clone(); move || { server.listen(&"sim://server".parse().unwrap()).unwrap(); } });
+//! sim.spawn(&client, "main", move || println!("{:?}", client.now()));
+//! sim.run();
+//! ```
+//!
+//! **The model.** A simulation is a queue of events in the order of virtual time ([`world`]). An event is a
+//! step of a NIC (a cache line of a WRITE lands, a completion is acknowledged) or a thread's turn. Threads are
+//! real ([`threads`]), but run one at a time, and hand over only at the contract's scheduling points; between
+//! two of them a thread runs in no time, and pays for its calls afterwards. Which thread is next, and how long
+//! anything takes, is drawn from the seed, and from nothing else: two runs of one seed and one program are
+//! the same ([`Sim::hash`]), if the program decides nothing by addresses, by the iteration order of a
+//! `HashMap`, or by real time.
+//!
+//! **It delivers everything that the contract allows**, and nothing more ([`connection`]): the lines of a
+//! READ or a WRITE move one by one in any order; a WRITE is complete long before it lands, and WRITEs land
+//! in any order until a later message, immediate or READ of the same connection proves them; SENDs and
+//! WRITEs overtake READs; gather lists are read as late as may be; completions show late; requests that
+//! were on their way when a connection broke happened, or in part, or not; regions registered after a
+//! connection was made are out of its reach; a dead peer is noticed at any time within two seconds. Each seed
+//! is after another kind of trouble ([`random::Temper`]).
+//!
+//! **Failures.** A root thread that panics, a thread whose panic nobody joined, a deadlock and a limit of
+//! virtual time fail the run, with the seed, what each thread waits in, and the last events.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::transport::{Signal as _, Transport};
+
+mod chunks;
+mod connection;
+mod endpoint;
+mod handshake;
+mod history;
+mod node;
+mod random;
+#[cfg(test)]
+mod tests;
+mod threads;
+mod world;
+
+pub use node::{Attach, Connection, Endpoint, Export, Listener, Node, Region, Request, Signal, Thread};
+pub use random::Network;
+
+use threads::{Shared, State};
+use world::{NodeState, World};
+
+/// What a simulation can be told, beyond its seed.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How long packets take.
+    pub network: Network,
+    /// A run that takes longer (virtual time) fails.
+    pub limit: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { network: Network::default(), limit: Duration::from_secs(300) }
+    }
+}
+
+/// A simulation. Clones are the same one.
+#[derive(Debug, Clone)]
+pub struct Sim {
+    shared: Arc<Shared>,
+}
+
+impl Sim {
+    /// A simulation with this seed and the default settings.
+    pub fn new(seed: u64) -> Self {
+        Self::with(seed, Settings::default())
+    }
+
+    /// A simulation with this seed.
+    pub fn with(seed: u64, settings: Settings) -> Self {
+        let limit = u64::try_from(settings.limit.as_nanos()).unwrap_or(u64::MAX);
+        Self { shared: Shared::new(World::new(seed, settings.network, limit)) }
+    }
+
+    /// A new node.
+    pub fn node(&self, name: &str) -> Node {
+        let mut world = self.shared.lock();
+        world.nodes.push(NodeState {
+            name: name.to_owned(),
+            alive: true,
+            regions: Default::default(),
+            registrations: 0,
+            next_address: 1 << 32,
+        });
+        Node { shared: Arc::clone(&self.shared), index: world.nodes.len() - 1 }
+    }
+
+    /// Makes a root thread: the run lasts until all of them have ended. Threads of a run may make more.
+    ///
+    /// # Panics
+    /// When the system has no thread left.
+    pub fn spawn(&self, node: &Node, name: &str, body: impl FnOnce() + Send + 'static) {
+        self.shared.spawn(node.index, name, true, body).expect("spawn a thread");
+    }
+
+    /// Runs until all root threads have ended; then other threads are ended where they wait. Once for a simulation.
+    ///
+    /// # Panics
+    /// When the simulation fails: see the module.
+    pub fn run(&self) {
+        if let Err(report) = self.try_run() {
+            panic!("{report}");
+        }
+    }
+
+    /// As [`Sim::run`].
+    ///
+    /// # Errors
+    /// The report of a failure.
+    pub fn try_run(&self) -> Result<(), String> {
+        self.shared.run();
+        let mut world = self.shared.lock();
+        let unseen =
+            |thread: &threads::ThreadState| thread.state == State::Ended { panicked: true } && !thread.joined;
+        if let Some(thread) = world.threads.iter().find(|thread| unseen(thread)) {
+            let what = format!("thread `{}` panicked, and nobody joined it", thread.name);
+            world.fail(what);
+        }
+        world.failure.take().map_or(Ok(()), Err)
+    }
+
+    /// Kills a node, as a process is killed: its threads never run again, nothing it holds matters any more, its
+    /// connections break at their other ends within two seconds. Kills the caller, if it is the caller's node.
+    pub fn kill(&self, node: &Node) {
+        let mut world = self.shared.lock();
+        world.kill(node.index);
+        let own = world.threads[self.shared.current()].node == node.index;
+        drop(world);
+        if own {
+            node.relax(0);
+        }
+    }
+
+    /// Lets virtual time pass for the calling thread of `node`.
+    pub fn sleep(&self, node: &Node, time: Duration) {
+        let signal = node.signal();
+        signal.wait(signal.epoch(), time);
+    }
+
+    /// A hash of everything that has happened: equal for equal runs.
+    pub fn hash(&self) -> u64 {
+        self.shared.lock().history.hash()
+    }
+
+    /// Number of things that have happened.
+    pub fn events(&self) -> u64 {
+        self.shared.lock().history.count()
+    }
+}

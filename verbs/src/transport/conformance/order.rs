@@ -1,0 +1,280 @@
+//! What is visible when: the memory rules, as far as a test can see them broken.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
+
+use super::{
+    Rig, Side,
+    pair::{Background, End, PATIENCE, Pair, RegionOf, bytes, pattern, piece},
+};
+use crate::transport::{
+    Access, Completion, Connection, Endpoint, EndpointConfig, Payload, PostError, Region, RemoteAddress,
+    Signal, Transport,
+};
+
+/// Rounds in flight at once: each has a part of the target region of its own.
+const PARTS: usize = 8;
+const PART: usize = 64 << 10;
+/// WRITEs of one round, as (offset within the part, length); the last is the one that closes.
+const WRITES: [(usize, usize); 5] = [(60_000, 8), (0, 4096), (8192, 40_000), (5000, 1), (56_000, 64)];
+
+pub(super) fn immediates_close_writes<R: Rig>(rig: &R) {
+    rounds_closed(rig, |end, payload, remote, round| end.write(payload, remote, Some(round), None));
+}
+
+pub(super) fn messages_close_writes<R: Rig>(rig: &R) {
+    rounds_closed(rig, |end, payload, remote, round| {
+        end.write(payload, remote, None, None)?;
+        end.send(Payload::Inline(b"closed"), Some(round), None)
+    });
+}
+
+/// Rounds of WRITEs, closed by `close`: when the close is polled, all of the round must be there. Up to
+/// `PARTS` rounds are on their way at once.
+fn rounds_closed<R: Rig>(
+    rig: &R,
+    close: impl Fn(&mut End<R>, Payload<'_, RegionOf<R>>, RemoteAddress, u32) -> Result<(), PostError>,
+) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, PARTS * PART, Access::RemoteWrite);
+    let own = pair.region(Side::Client, PARTS * PART, Access::Local);
+    pair.connect();
+    let rounds = rig.effort().rounds;
+    let (mut posted, mut checked) = (0, 0);
+    while checked < rounds {
+        while posted < rounds && posted < checked + PARTS as u32 {
+            let part = posted as usize % PARTS * PART;
+            own.memory().write(part, &pattern(u64::from(posted), PART));
+            for (i, (offset, length)) in WRITES.into_iter().enumerate() {
+                let payload = [piece(&own, part + offset, length)];
+                let remote = theirs.remote().at((part + offset) as u64);
+                let end = pair.end(Side::Client);
+                if i + 1 < WRITES.len() {
+                    end.write(Payload::Gather(&payload), remote, None, None).expect("post");
+                } else {
+                    close(end, Payload::Gather(&payload), remote, posted).expect("post");
+                }
+            }
+            pair.end(Side::Client).ring().expect("ring");
+            posted += 1;
+        }
+        let immediate = match pair.next(Side::Server) {
+            Completion::WriteImmediate { immediate, .. } => immediate,
+            Completion::Received { buffer, immediate, .. } => {
+                pair.server.endpoint.release(buffer);
+                immediate.expect("the immediate of the message")
+            }
+            other => panic!("expected the close of a round, found {other:?}"),
+        };
+        assert_eq!(immediate, checked, "the rounds arrived out of order");
+        let part = checked as usize % PARTS * PART;
+        let expected = pattern(u64::from(checked), PART);
+        for (offset, length) in WRITES {
+            assert!(
+                bytes(&theirs, part + offset, length) == expected[offset..offset + length],
+                "round {checked}: the WRITE of {length} bytes at {offset} is not visible"
+            );
+        }
+        checked += 1;
+    }
+}
+
+/// A thread of the server's host looks at memory when it is told that the READ is complete: it must see the WRITEs.
+pub(super) fn reads_prove_writes<R: Rig>(rig: &R) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, 64 << 10, Access::RemoteWrite);
+    let own = pair.region(Side::Client, 64 << 10, Access::Local);
+    pair.connect();
+    let rounds = u64::from(rig.effort().rounds);
+    let signal = pair.server.transport.signal();
+    let (proved, looked) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let looker = Background::start(&pair.server.transport.clone(), {
+        let (signal, proved, looked, theirs) =
+            (signal.clone(), Arc::clone(&proved), Arc::clone(&looked), theirs.clone());
+        move || {
+            for round in 1..=rounds {
+                loop {
+                    let seen = signal.epoch();
+                    if proved.load(Ordering::Acquire) >= round {
+                        break;
+                    }
+                    signal.wait(seen, PATIENCE);
+                }
+                let expected = pattern(round, 16 << 10);
+                assert_eq!(theirs.memory().load(0), round, "a WRITE before the READ is not visible");
+                assert!(bytes(&theirs, 4096, 16 << 10) == expected, "a long WRITE is not visible");
+                looked.store(round, Ordering::Release);
+                signal.notify();
+            }
+        }
+    });
+    for round in 1..=rounds {
+        own.memory().write(4096, &pattern(round, 16 << 10));
+        let end = pair.end(Side::Client);
+        let long = [piece(&own, 4096, 16 << 10)];
+        end.write(Payload::Gather(&long), theirs.remote().at(4096), None, None).expect("post");
+        end.write(Payload::Inline(&round.to_le_bytes()), theirs.remote().at(0), None, None).expect("post");
+        end.read(&[piece(&own, 0, 8)], theirs.remote().at(32 << 10), Some(round)).expect("post");
+        end.ring().expect("ring");
+        pair.work(Side::Client, round);
+        proved.store(round, Ordering::Release);
+        signal.notify();
+        pair.until("the looker", |_| (looked.load(Ordering::Acquire) == round).then_some(()));
+    }
+    looker.join();
+}
+
+pub(super) fn last_write_wins<R: Rig>(rig: &R) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, 4096, Access::RemoteWrite);
+    let own = pair.region(Side::Client, 4096, Access::Local);
+    pair.connect();
+    let mut value = 0_u64;
+    for round in 0..rig.effort().rounds {
+        let mut expected = bytes(&theirs, 0, 512);
+        for _ in 0..20 {
+            value += 1;
+            // Overlapping places, not aligned to anything.
+            let at = (value * 37 % 400) as usize;
+            let data = pattern(value, 40);
+            expected[at..at + 40].copy_from_slice(&data);
+            let end = pair.end(Side::Client);
+            end.write(Payload::Inline(&data), theirs.remote().at(at as u64), None, None).expect("post");
+        }
+        let end = pair.end(Side::Client);
+        end.read(&[piece(&own, 0, 512)], theirs.remote().at(0), Some(u64::from(round))).expect("post");
+        end.ring().expect("ring");
+        pair.work(Side::Client, u64::from(round));
+        assert_eq!(bytes(&own, 0, 512), expected, "a READ did not see the WRITEs before it");
+        assert_eq!(bytes(&theirs, 0, 512), expected, "an earlier WRITE won");
+    }
+}
+
+pub(super) fn messages_and_immediates<R: Rig>(rig: &R) {
+    let config = EndpointConfig { receive_buffers: 32, receive_size: 64, ..EndpointConfig::default() };
+    let mut pair = Pair::alike(rig, &config);
+    let theirs = pair.region(Side::Server, 64, Access::RemoteWrite);
+    pair.connect();
+    let (count, window) = (rig.effort().rounds, 32);
+    let (mut posted, mut arrived) = (0, 0);
+    while arrived < count {
+        while posted < count && posted < arrived + window {
+            let data = posted.to_le_bytes();
+            let end = pair.end(Side::Client);
+            let result = match posted % 3 {
+                0 => end.send(Payload::Inline(&data), None, None),
+                1 => end.send(Payload::Inline(&data), Some(!posted), None),
+                _ => end.write(Payload::Inline(&data), theirs.remote().at(0), Some(!posted), None),
+            };
+            if result.is_err() {
+                break;
+            }
+            posted += 1;
+        }
+        pair.end(Side::Client).ring().expect("ring");
+        if arrived % 3 == 2 {
+            assert_eq!(pair.immediate(Side::Server), !arrived);
+        } else {
+            let (_, message, immediate) = pair.message(Side::Server);
+            assert_eq!(message, arrived.to_le_bytes());
+            assert_eq!(immediate, (arrived % 3 == 1).then_some(!arrived));
+        }
+        arrived += 1;
+    }
+}
+
+/// Both halves of each word are the same number: a torn word shows.
+fn word(value: u64) -> u64 {
+    let half = value & 0xffff_ffff;
+    half << 32 | half
+}
+
+fn assert_whole(word: u64) {
+    assert_eq!(word >> 32, word & 0xffff_ffff, "the word {word:#018x} is torn");
+}
+
+const WORDS: usize = 256;
+
+/// Starts a thread of the server's host that turns `body` until told to stop.
+fn racer<R: Rig>(
+    pair: &Pair<'_, R>,
+    mut body: impl FnMut(u64) + Send + 'static,
+) -> (Arc<AtomicBool>, Background<R::Transport, ()>) {
+    let stop = Arc::new(AtomicBool::new(false));
+    let transport = pair.server.transport.clone();
+    let thread = Background::start(&pair.server.transport, {
+        let stop = Arc::clone(&stop);
+        move || {
+            let mut turn = 0;
+            while !stop.load(Ordering::Acquire) {
+                body(turn);
+                turn += 1;
+                // Turn 0 of `relax` spins: the race stays hot, and a simulation goes on.
+                transport.relax(0);
+            }
+        }
+    });
+    (stop, thread)
+}
+
+pub(super) fn words_are_read_whole<R: Rig>(rig: &R) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, WORDS * 8, Access::RemoteRead);
+    let own = pair.region(Side::Client, WORDS * 8, Access::Local);
+    (0..WORDS).for_each(|i| theirs.memory().store(i * 8, 0));
+    pair.connect();
+    let (stop, racer) = racer(&pair, {
+        let theirs = theirs.clone();
+        move |turn| (0..WORDS).for_each(|i| theirs.memory().store(i * 8, word(turn)))
+    });
+    let mut newest = 0;
+    for round in 0..u64::from(rig.effort().rounds) {
+        let end = pair.end(Side::Client);
+        end.read(&[piece(&own, 0, WORDS * 8)], theirs.remote().at(0), Some(round)).expect("post");
+        end.ring().expect("ring");
+        pair.work(Side::Client, round);
+        for i in 0..WORDS {
+            let word = own.memory().load(i * 8);
+            assert_whole(word);
+            newest = newest.max(word & 0xffff_ffff);
+        }
+    }
+    stop.store(true, Ordering::Release);
+    racer.join();
+    assert!(newest > 0, "the READs never saw a word of the racing writer");
+}
+
+pub(super) fn words_are_written_whole<R: Rig>(rig: &R) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, WORDS * 8, Access::RemoteWrite);
+    let own = pair.region(Side::Client, WORDS * 8, Access::Local);
+    (0..WORDS).for_each(|i| theirs.memory().store(i * 8, 0));
+    pair.connect();
+    let newest = Arc::new(AtomicU64::new(0));
+    let (stop, racer) = racer(&pair, {
+        let (theirs, newest) = (theirs.clone(), Arc::clone(&newest));
+        move |_| {
+            for i in 0..WORDS {
+                let word = theirs.memory().load(i * 8);
+                assert_whole(word);
+                newest.fetch_max(word & 0xffff_ffff, Ordering::Relaxed);
+            }
+        }
+    });
+    let rounds = u64::from(rig.effort().rounds);
+    for round in 1..=rounds {
+        (0..WORDS).for_each(|i| own.memory().store(i * 8, word(round)));
+        let end = pair.end(Side::Client);
+        let payload = [piece(&own, 0, WORDS * 8)];
+        end.write(Payload::Gather(&payload), theirs.remote().at(0), None, Some(round)).expect("post");
+        end.ring().expect("ring");
+        pair.work(Side::Client, round);
+    }
+    pair.until("the racer to see the last word", |_| {
+        (newest.load(Ordering::Relaxed) == rounds).then_some(())
+    });
+    stop.store(true, Ordering::Release);
+    racer.join();
+}

@@ -1,0 +1,111 @@
+//! Cutting a transfer into the cache lines that move each by itself.
+
+use std::{collections::VecDeque, ops::Range};
+
+use super::random::Random;
+use crate::memory::Memory;
+
+/// Bytes of a cache line: what moves whole is an aligned 8-byte word, but no more than a line moves at once.
+const LINE: usize = 64;
+/// Most chunks of one transfer: a longer one moves several neighbouring lines at once.
+const MOST: usize = 64;
+
+/// Some bytes of a memory.
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) memory: Memory,
+    pub(super) offset: usize,
+    pub(super) length: usize,
+}
+
+/// Neighbouring lines of one piece, and where they are in the payload.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Chunk {
+    pub(super) piece: usize,
+    /// First byte in the memory of the piece.
+    pub(super) offset: usize,
+    /// First byte in the payload.
+    pub(super) at: usize,
+    pub(super) length: usize,
+}
+
+/// Cuts the pieces where a cache line ends in their memory.
+pub(super) fn cut(pieces: &[Piece], random: &mut Random) -> Vec<Chunk> {
+    let lines: usize = pieces.iter().map(|piece| piece.length.div_ceil(LINE)).sum();
+    let group = lines.div_ceil(MOST).max(1) as u64;
+    let mut chunks = Vec::with_capacity(lines.min(2 * MOST) + pieces.len());
+    let mut at = 0;
+    for (index, piece) in pieces.iter().enumerate() {
+        let end = piece.offset + piece.length;
+        let mut offset = piece.offset;
+        while offset < end {
+            let lines = if group == 1 { 1 } else { 1 + random.below(2 * group) as usize };
+            let next = (offset / LINE * LINE + lines * LINE).min(end);
+            chunks.push(Chunk { piece: index, offset, at, length: next - offset });
+            at += next - offset;
+            offset = next;
+        }
+    }
+    chunks
+}
+
+/// A WRITE that has reached the peer's NIC, and of which some lines are not in its memory yet.
+#[derive(Debug)]
+pub(super) struct Landing {
+    /// Number of the WRITE among the requests of its connection's end.
+    pub(super) number: u64,
+    pub(super) target: Piece,
+    pub(super) data: Vec<u8>,
+    pub(super) chunks: Vec<Chunk>,
+    pub(super) landed: Vec<bool>,
+    pub(super) left: usize,
+}
+
+impl Landing {
+    pub(super) fn new(number: u64, target: Piece, data: Vec<u8>, random: &mut Random) -> Self {
+        let chunks = cut(std::slice::from_ref(&target), random);
+        let left = chunks.len();
+        Self { number, target, data, landed: vec![false; left], chunks, left }
+    }
+
+    /// Forgets some of the lines: they never land.
+    pub(super) fn tear(&mut self, random: &mut Random) {
+        self.chunks.retain(|_| random.one_in(2));
+        self.left = self.chunks.len();
+        self.landed.truncate(self.left);
+    }
+
+    /// Whether it may share bytes with `other`.
+    fn overlaps(&self, other: &Landing) -> bool {
+        let (a, b) = (&self.target, &other.target);
+        a.memory.same(&b.memory) && a.offset < b.offset + b.length && b.offset < a.offset + a.length
+    }
+}
+
+/// Lets chunk `chunk` of `landings[index]` land, but for the bytes of it on which a WRITE posted later has
+/// landed already: in the end, the one posted last wins.
+pub(super) fn land(landings: &mut VecDeque<Landing>, index: usize, chunk: usize) {
+    let landing = &landings[index];
+    if landing.landed[chunk] {
+        return;
+    }
+    let Chunk { offset, at, length, .. } = landing.chunks[chunk];
+    // What is to be written, as ranges of offsets in the memory.
+    let mut ranges = vec![offset..offset + length];
+    for later in landings.range(index + 1..).filter(|later| later.overlaps(landing)) {
+        for (other, _) in later.chunks.iter().zip(&later.landed).filter(|(_, landed)| **landed) {
+            let taken = other.offset..other.offset + other.length;
+            let outside = |range: Range<usize>| {
+                [range.start..range.end.min(taken.start), range.start.max(taken.end)..range.end]
+            };
+            ranges = ranges.into_iter().flat_map(outside).filter(|range| !range.is_empty()).collect();
+        }
+    }
+    for range in ranges {
+        let from = at + range.start - offset;
+        landing.target.memory.write(range.start, &landing.data[from..from + range.len()]);
+    }
+    let landing = &mut landings[index];
+    landing.landed[chunk] = true;
+    landing.left -= 1;
+}
