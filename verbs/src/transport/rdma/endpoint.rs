@@ -19,7 +19,7 @@
 //!  manager: queue pair → error state, peer told ──▶ news: InError
 //!      │  the device flushes what is in its send queue: a completion each
 //!      ▼
-//!  polling thread: all rung requests have completed, and the completion queue has been seen empty since InError
+//!  polling thread: all requests that ask for a completion have one, and the completion queue has been seen empty since InError
 //!      │  what was posted but never rung completes too
 //!      ▼
 //!  Disconnected; the link leaves the tables; later receives of its queue pair go back to the receive queue
@@ -105,8 +105,11 @@ impl Queues {
         let stride = config.receive_size.next_multiple_of(BUFFER_ALIGNMENT);
         let memory = Memory::new("fervor-receive", stride * config.receive_buffers)?;
         let buffers = device.register(&memory, Access::Local)?;
-        let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)
-            .map_err(|e| Error::io("eventfd()")(e.into()))?;
+        let wake = rustix::event::eventfd(
+            0,
+            rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK,
+        )
+        .map_err(|e| Error::io("eventfd()")(e.into()))?;
         let mut queues = Self {
             completion: ptr::null_mut(),
             channel: ptr::null_mut(),
@@ -178,7 +181,9 @@ impl Queues {
     /// Takes a place for a connection.
     pub(super) fn reserve(&self) -> Result<(), Error> {
         let limit = self.config.connections;
-        let taken = self.connections.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < limit).then_some(n + 1));
+        let taken = self
+            .connections
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < limit).then_some(n + 1));
         match taken {
             Ok(_) => Ok(()),
             Err(_) => Err(Error::Limit {
@@ -321,14 +326,18 @@ fn check(device: &Device, config: &EndpointConfig) -> Result<u64, Error> {
     if config.read_depth == 0 || config.send_depth == 0 || config.receive_buffers == 0 {
         return Err(Error::System {
             call: format!("endpoint({config:?})"),
-            source: io::Error::new(io::ErrorKind::InvalidInput, "read_depth, send_depth and receive_buffers are at least 1"),
+            source: io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "read_depth, send_depth and receive_buffers are at least 1",
+            ),
         });
     }
     at_most("receive_buffers", config.receive_buffers, limits.receives, "")?;
     at_most("receive_size", config.receive_size, limits.message, "; send longer messages in parts")?;
     // One place more than the user's, for the keep-alive.
     at_most("send_depth", config.send_depth, limits.sends.saturating_sub(1), "")?;
-    let completions = config.connections.saturating_mul(config.send_depth + 1).saturating_add(config.receive_buffers);
+    let completions =
+        config.connections.saturating_mul(config.send_depth + 1).saturating_add(config.receive_buffers);
     at_most(
         "the completion queue (connections * (send_depth + 1) + receive_buffers)",
         completions,
@@ -415,20 +424,20 @@ impl RdmaEndpoint {
                         self.ending.push(id);
                     }
                 }
-                News::GivenUp(id) => self.forget(id),
+                News::GivenUp(id) => drop(self.forget(id)),
             }
         }
     }
 
-    fn forget(&mut self, id: ConnectionId) {
-        let Some(entry) = self.links.remove(&id) else { return };
+    fn forget(&mut self, id: ConnectionId) -> Option<Entry> {
+        let entry = self.links.remove(&id)?;
         self.ending.retain(|&ending| ending != id);
         let number = entry.link.queue_pair_number;
         // Another queue pair may have the number by now.
         if self.by_queue_pair.get(&number) == Some(&id) {
             self.by_queue_pair.remove(&number);
         }
-        self.queues.unreserve();
+        Some(entry)
     }
 
     fn complete(&mut self, completion: &ibv_wc, into: &mut Vec<Completion>) {
@@ -477,7 +486,7 @@ impl RdmaEndpoint {
         for id in self.ending.clone() {
             let Some(entry) = self.links.get(&id) else { continue };
             let remains = entry.link.close();
-            if !entry.in_error || !entry.link.is_flushed(remains.rung) {
+            if !entry.in_error || !entry.link.is_flushed(remains.awaited) {
                 continue;
             }
             let cause = entry.cause.unwrap_or(WorkError::Disconnected);
@@ -489,6 +498,7 @@ impl RdmaEndpoint {
             into.extend(remains.unrung.into_iter().map(flushed));
             into.push(Completion::Disconnected { connection: id, cause });
             self.forget(id);
+            self.queues.unreserve();
         }
     }
 }
@@ -510,8 +520,11 @@ fn work_result(status: ibv_wc_status::Type) -> Result<(), WorkError> {
         ibv_wc_status::IBV_WC_SUCCESS => return Ok(()),
         ibv_wc_status::IBV_WC_WR_FLUSH_ERR => WorkError::Flushed,
         ibv_wc_status::IBV_WC_REM_ACCESS_ERR => WorkError::RemoteAccess,
-        ibv_wc_status::IBV_WC_REM_INV_REQ_ERR => WorkError::RemoteInvalid,
-        ibv_wc_status::IBV_WC_RETRY_EXC_ERR | ibv_wc_status::IBV_WC_RESP_TIMEOUT_ERR => WorkError::RetryExceeded,
+        // The second is what rxe says of a message that is too long for a buffer of a shared receive queue.
+        ibv_wc_status::IBV_WC_REM_INV_REQ_ERR | ibv_wc_status::IBV_WC_REM_OP_ERR => WorkError::RemoteInvalid,
+        ibv_wc_status::IBV_WC_RETRY_EXC_ERR | ibv_wc_status::IBV_WC_RESP_TIMEOUT_ERR => {
+            WorkError::RetryExceeded
+        }
         ibv_wc_status::IBV_WC_RNR_RETRY_EXC_ERR => WorkError::ReceiverNotReady,
         other => WorkError::Other(other),
     })
@@ -580,7 +593,10 @@ impl Endpoint for RdmaEndpoint {
     fn message(&self, buffer: &ReceiveBuffer) -> &[u8] {
         let memory = &self.queues.buffers.0.memory;
         let (offset, length) = (buffer.index as usize * self.queues.stride, buffer.length as usize);
-        assert!(length <= self.queues.stride && offset + length <= memory.len(), "a buffer of another endpoint");
+        assert!(
+            length <= self.queues.stride && offset + length <= memory.len(),
+            "a buffer of another endpoint"
+        );
         // SAFETY: the bytes lie inside the mapping, which lives as long as `self`. From the completion to the release of
         // the buffer (which takes it by value) neither the NIC nor anybody else writes them: it is not in
         // the receive queue, and its memory is registered for no remote access.

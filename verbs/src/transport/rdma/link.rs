@@ -46,7 +46,11 @@ use crate::{
     error::Error,
     transport::{
         ConnectionId, MAX_INLINE, MAX_SGE, PostError,
-        rdma::{device::Registration, endpoint::Queues, id::CmId},
+        rdma::{
+            device::{Device, Registration},
+            endpoint::Queues,
+            id::CmId,
+        },
     },
 };
 
@@ -132,6 +136,9 @@ pub(super) struct SendQueue {
     end: usize,
     posted: u32,
     rung: u32,
+    /// The number after the last rung request that asks for a completion. Such a request has one whatever happens; a
+    /// silent one only if it fails.
+    awaited: u32,
     /// Requests since the last one with a completion, whether the user's or a hidden one.
     silent: u32,
     /// Number of the keep-alive that is under way.
@@ -177,8 +184,8 @@ unsafe impl Sync for Link {}
 
 /// What is left of a send queue whose connection has ended.
 pub(super) struct Remains {
-    /// Requests that reached the device; every one of them completes.
-    pub rung: u32,
+    /// The number after the last request that completes, whatever happens.
+    pub awaited: u32,
     /// Ids of signalled requests that did not.
     pub unrung: Vec<u64>,
 }
@@ -328,14 +335,21 @@ impl Link {
             return Err(PostError::Full);
         }
         for registration in named {
-            queue.keep(registration);
+            queue.keep(registration, &self.queues.device);
         }
         let signalled = signal.is_some();
         self.append(&mut queue, operation, bytes, signal.unwrap_or(0), signalled);
         Ok(())
     }
 
-    fn append(&self, queue: &mut SendQueue, operation: Operation, bytes: Bytes<'_>, tag: u64, signalled: bool) {
+    fn append(
+        &self,
+        queue: &mut SendQueue,
+        operation: Operation,
+        bytes: Bytes<'_>,
+        tag: u64,
+        signalled: bool,
+    ) {
         let number = queue.posted;
         queue.silent += 1;
         // At least one in every half queue completes, so a full queue has at least one that will.
@@ -376,17 +390,18 @@ impl Link {
             }
             ibv_post_send(self.queue_pair, first, &mut bad)
         };
-        if errno == 0 {
-            queue.rung = queue.posted;
-            (queue.start, queue.end) = (0, 0);
-            return;
+        let taken = match errno {
+            0 => length,
+            // Those before `bad` were taken. The device may not say which one is bad: then none.
+            _ if bad.is_null() => 0,
+            // SAFETY: `bad` is a request of this chain.
+            _ => (unsafe { bad.offset_from(first) }) as usize,
+        };
+        queue.take(taken);
+        if taken < length {
+            // The others complete in error, as those of a connection that has ended.
+            self.break_off();
         }
-        // Those before `bad` were taken; the others complete in error, as those of a connection that has ended.
-        // SAFETY: `bad` is one of the chain, or NULL if the device did not say which.
-        let taken = if bad.is_null() { 0 } else { (unsafe { bad.offset_from(first) }) as usize };
-        queue.start += taken;
-        queue.rung = queue.rung.wrapping_add(taken as u32) & NUMBER_MASK;
-        self.break_off();
     }
 
     /// Has the manager end the connection, soon.
@@ -415,9 +430,9 @@ impl Link {
         tag
     }
 
-    /// Whether all of the first `rung` requests are done.
-    pub(super) fn is_flushed(&self, rung: u32) -> bool {
-        self.retired() == rung
+    /// Whether all requests before number `awaited` are done.
+    pub(super) fn is_flushed(&self, awaited: u32) -> bool {
+        distance(awaited, self.retired()) <= self.depth + 1
     }
 
     /// Ends posting for good, and says what is left. Called by the polling thread, once the link is down.
@@ -434,7 +449,7 @@ impl Link {
             })
             .collect();
         (queue.start, queue.end) = (0, 0);
-        Remains { rung: queue.rung, unrung }
+        Remains { awaited: queue.awaited, unrung }
     }
 
     /// Asks the peer for a sign of life if the connection has been idle: an empty WRITE, which needs no memory, no
@@ -495,6 +510,7 @@ impl SendQueue {
             end: 0,
             posted: 0,
             rung: 0,
+            awaited: 0,
             silent: 0,
             keep_alive: None,
             closed: false,
@@ -502,6 +518,20 @@ impl SendQueue {
             since: Instant::now(),
             kept: HashMap::new(),
             last_kept: ptr::null(),
+        }
+    }
+
+    /// The device has taken the first `number` requests of the chain.
+    fn take(&mut self, number: usize) {
+        for request in &self.requests[self.start..self.start + number] {
+            self.rung = next(self.rung);
+            if request.send_flags & ibv_send_flags::IBV_SEND_SIGNALED.0 != 0 {
+                self.awaited = self.rung;
+            }
+        }
+        self.start += number;
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
         }
     }
 
@@ -518,23 +548,35 @@ impl SendQueue {
         depth - in_flight
     }
 
-    fn keep(&mut self, registration: &Arc<Registration>) {
+    fn keep(&mut self, registration: &Arc<Registration>, device: &Arc<Device>) {
         let key = Arc::as_ptr(registration);
         if key != self.last_kept {
+            assert!(
+                Arc::ptr_eq(&registration.device, device),
+                "the region was registered by another transport than the connection's"
+            );
             self.last_kept = key;
             self.kept.entry(key).or_insert_with(|| Arc::clone(registration));
         }
     }
 
     /// Puts a request at the end of the chain.
-    fn chain(&mut self, id: WorkId, operation: Operation, bytes: Bytes<'_>, completes: bool, max_inline: u32) {
+    fn chain(
+        &mut self,
+        id: WorkId,
+        operation: Operation,
+        bytes: Bytes<'_>,
+        completes: bool,
+        max_inline: u32,
+    ) {
         let slot = self.end;
         let pieces = &mut self.pieces[slot];
         let mut flags = if completes { ibv_send_flags::IBV_SEND_SIGNALED.0 } else { 0 };
         let count = match bytes {
             Bytes::Inline(bytes) => {
                 self.inline[slot][..bytes.len()].copy_from_slice(bytes);
-                pieces[0] = ibv_sge { addr: self.inline[slot].as_ptr() as u64, length: bytes.len() as u32, lkey: 0 };
+                pieces[0] =
+                    ibv_sge { addr: self.inline[slot].as_ptr() as u64, length: bytes.len() as u32, lkey: 0 };
                 if !bytes.is_empty() {
                     flags |= ibv_send_flags::IBV_SEND_INLINE.0;
                 }
@@ -581,7 +623,11 @@ fn distance(from: u32, to: u32) -> u32 {
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "connection {} on {}, queue pair {}", self.id.0, self.queues.device.name, self.queue_pair_number)
+        write!(
+            f,
+            "connection {} on {}, queue pair {}",
+            self.id.0, self.queues.device.name, self.queue_pair_number
+        )
     }
 }
 
