@@ -82,7 +82,8 @@ impl Client<Host> {
     /// # Errors
     /// As [`Client::connect`].
     pub fn connect_with(urls: &[impl AsRef<str>], options: ClientOptions) -> Result<Self, Error> {
-        let addresses: Vec<_> = urls.iter().map(|url| Address::from_str(url.as_ref())).collect::<Result<_, _>>()?;
+        let addresses: Vec<_> =
+            urls.iter().map(|url| Address::from_str(url.as_ref())).collect::<Result<_, _>>()?;
         if addresses.is_empty() {
             return Err(Error::Servers("no server: give at least one shm:// or rdma:// URL".into()));
         }
@@ -118,8 +119,13 @@ impl<T: Transport> Client<T> {
             hello.length = region.remote().length;
             hello.control = (number * CONTROL_BYTES) as u64;
             hello.receives = CLIENT_RECEIVES as u32;
-            let (connection, welcome) =
-                connect_one(transport, &endpoint.attach(), &address, hello.as_bytes(), options.connect_timeout)?;
+            let (connection, welcome) = connect_one(
+                transport,
+                &endpoint.attach(),
+                &address,
+                hello.as_bytes(),
+                options.connect_timeout,
+            )?;
             connections.push(connection);
             links.push(Link::new(address, shard, welcome, number * CONTROL_BYTES));
         }
@@ -152,7 +158,13 @@ impl<T: Transport> Client<T> {
     /// # Errors
     /// Another schema is there (both are shown); the servers have not enough memory; the cache has not enough for a
     /// few rows; a server is lost.
-    pub fn table<E: Element>(&self, name: &str, rows: u64, width: usize, model: Model) -> Result<Table<E>, Error> {
+    pub fn table<E: Element>(
+        &self,
+        name: &str,
+        rows: u64,
+        width: usize,
+        model: Model,
+    ) -> Result<Table<E>, Error> {
         self.table_with(name, rows, width, model, TableOptions::default())
     }
 
@@ -323,9 +335,10 @@ pub fn connect_one<T: Transport>(
     timeout: Duration,
 ) -> Result<(T::Connection, Welcome), Error> {
     let refused = |reason: String| Error::Refused { address: address.to_string(), reason };
-    let (connection, answer) = transport.connect(attach, address, hello, timeout).map_err(|error| match error {
-        TransportError::Refused { private_data, .. } => refused(Refusal::parse(&private_data).0),
-        error => error.into(),
-    })?;
+    let (connection, answer) =
+        transport.connect(attach, address, hello, timeout).map_err(|error| match error {
+            TransportError::Refused { private_data, .. } => refused(Refusal::parse(&private_data).0),
+            error => error.into(),
+        })?;
     Ok((connection, Welcome::parse(&answer).map_err(refused)?))
 }

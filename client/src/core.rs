@@ -1,11 +1,11 @@
 //! What a client's threads share, and how they wait for each other and for the servers.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError,
         atomic::{AtomicU64, Ordering},
     },
-    collections::BTreeMap,
     time::Duration,
 };
 
@@ -193,7 +193,9 @@ impl<T: Transport> Core<T> {
         }
         self.wait(For::Memory, || {
             self.links.iter().all(|link| !link.flush.load(Ordering::Acquire))
-                && self.try_engine().is_some_and(|engine| (0..self.links.len()).all(|shard| engine.drained(shard)))
+                && self
+                    .try_engine()
+                    .is_some_and(|engine| (0..self.links.len()).all(|shard| engine.drained(shard)))
         })
     }
 

@@ -317,7 +317,12 @@ impl<T: Transport> Engine<T> {
     }
 
     /// Sends a batch of unsent updates; the last one ends `clock`. Whether there was one to send.
-    fn send_batch(&mut self, shard: usize, clock: Option<u64>, around: &Surroundings<'_>) -> Result<bool, PostError> {
+    fn send_batch(
+        &mut self,
+        shard: usize,
+        clock: Option<u64>,
+        around: &Surroundings<'_>,
+    ) -> Result<bool, PostError> {
         let (channel, link) = (&mut self.channels[shard], &around.links[shard]);
         let number = channel.batch + 1;
         let length = self.scratch.len().min(link.welcome.message_bytes as usize);

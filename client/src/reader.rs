@@ -7,8 +7,8 @@ use fervor_protocol::{limits::ROW_HEADER, row::Header, wire::Hello};
 use fervor_verbs::{
     Memory,
     transport::{
-        Access, Completion, Connection, ConnectionId, Endpoint, EndpointConfig, PostError, Region, RemoteAddress, Sge,
-        Transport,
+        Access, Completion, Connection, ConnectionId, Endpoint, EndpointConfig, PostError, Region,
+        RemoteAddress, Sge, Transport,
     },
 };
 use std::time::Duration;
@@ -86,7 +86,13 @@ impl<T: Transport> Reader<T> {
     }
 
     /// Posts the READ of a row into `place`.
-    pub fn post(&mut self, shard: usize, place: usize, remote: RemoteAddress, row_bytes: usize) -> Result<(), PostError> {
+    pub fn post(
+        &mut self,
+        shard: usize,
+        place: usize,
+        remote: RemoteAddress,
+        row_bytes: usize,
+    ) -> Result<(), PostError> {
         let piece =
             Sge { region: &self.scratch, offset: place * self.place_bytes, length: ROW_HEADER + row_bytes };
         self.connections[shard].read(&[piece], remote, Some(place as u64))

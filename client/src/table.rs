@@ -17,7 +17,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -109,6 +109,8 @@ pub struct TableCore<E> {
     pub cache: Cache,
     own_lsn: Vec<AtomicU64>,
     lacking: Vec<AtomicBool>,
+    /// Workers with a READ in hand that wait for an acknowledgement to decide what it contains.
+    undecided: AtomicUsize,
     pending: Vec<Mutex<ShardPending<E>>>,
 }
 
@@ -171,6 +173,7 @@ impl<E: Element> TableCore<E> {
             cache,
             own_lsn: (0..rows).map(|_| AtomicU64::new(0)).collect(),
             lacking: (0..rows).map(|_| AtomicBool::new(false)).collect(),
+            undecided: AtomicUsize::new(0),
             pending: places.iter().map(|_| pending()).collect(),
             places,
             schema,
@@ -244,7 +247,8 @@ impl<E: Element> TableCore<E> {
                 continue;
             }
             // Every push of the rounds up to `known` is visible in a slot that is subscribed: see `server::push`.
-            let clock = if word.state() == State::Subscribed { header.clock.max(known) } else { header.clock };
+            let clock =
+                if word.state() == State::Subscribed { header.clock.max(known) } else { header.clock };
             if clock < needed {
                 return Found::Miss;
             }
@@ -253,6 +257,14 @@ impl<E: Element> TableCore<E> {
             }
         }
         Found::Miss
+    }
+
+    /// Runs `wait`, during which acknowledgements do not drop what a READ in hand may lack.
+    pub fn while_undecided<R>(&self, wait: impl FnOnce() -> R) -> R {
+        self.undecided.fetch_add(1, Ordering::Relaxed);
+        let result = wait();
+        self.undecided.fetch_sub(1, Ordering::Relaxed);
+        result
     }
 
     /// Adds to a copy what it lacks of this client's own updates.
@@ -336,8 +348,10 @@ impl<E: Element> AnyTable for TableCore<E> {
         for &row in rows {
             let Some(pending) = shard.rows.get_mut(&row) else { continue };
             pending.acknowledged(number, lsn);
-            // Without a slot every copy to come is READ, and a READ posted from now on contains the batch.
-            if !self.cache.holds(row) || pending.len() > MANY_ENTRIES {
+            // Without a slot every copy to come is READ, and a READ posted from now on contains the batch. (A READ
+            // that waits for this would have to be done again.)
+            let useless = !self.cache.holds(row) && self.undecided.load(Ordering::Relaxed) == 0;
+            if useless || pending.len() > MANY_ENTRIES {
                 let entries = pending.len();
                 shard.drop_first(self, row, entries);
             }

@@ -144,7 +144,12 @@ impl<T: Transport> Worker<T> {
     ///
     /// # Errors
     /// As [`Worker::get`].
-    pub fn get_many<E: Element>(&mut self, table: &Table<E>, rows: &[u64], into: &mut [E]) -> Result<(), Error> {
+    pub fn get_many<E: Element>(
+        &mut self,
+        table: &Table<E>,
+        rows: &[u64],
+        into: &mut [E],
+    ) -> Result<(), Error> {
         let width = table.width();
         if into.len() != rows.len() * width {
             return Err(wrong_length(&*table.0, into.len(), rows.len() * width));
@@ -238,15 +243,28 @@ impl<T: Transport> Worker<T> {
     ///
     /// # Errors
     /// As [`Worker::inc`]; a column is out of range.
-    pub fn inc_at<E: Element>(&mut self, table: &Table<E>, row: u64, pairs: &[(u32, E)]) -> Result<(), Error> {
+    pub fn inc_at<E: Element>(
+        &mut self,
+        table: &Table<E>,
+        row: u64,
+        pairs: &[(u32, E)],
+    ) -> Result<(), Error> {
         let core = &*table.0;
         self.check(core, row)?;
         if let Some((column, _)) = pairs.iter().find(|(column, _)| *column as usize >= table.width()) {
             let table = core.schema().name.clone();
-            return Err(Error::Column { column: (*column).into(), table, width: core.schema().width as usize });
+            return Err(Error::Column {
+                column: (*column).into(),
+                table,
+                width: core.schema().width as usize,
+            });
         }
         if !core.schema().non_finite && !pairs.iter().all(|(_, value)| value.is_finite()) {
-            return Err(non_finite(core, row, pairs.iter().map(|(column, value)| (*column as usize, *value))));
+            return Err(non_finite(
+                core,
+                row,
+                pairs.iter().map(|(column, value)| (*column as usize, *value)),
+            ));
         }
         let (shard, _) = self.core.router.locate(row);
         self.oplog(table).add_at(shard, row, pairs);
@@ -295,7 +313,14 @@ impl<T: Transport> Worker<T> {
 
     /// Adds the worker's updates of this clock to a copy, and counts.
     #[inline]
-    fn finish<E: Element>(&mut self, table: &TableCore<E>, row: u64, shard: usize, clock: u64, copy: &mut [E]) {
+    fn finish<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        row: u64,
+        shard: usize,
+        clock: u64,
+        copy: &mut [E],
+    ) {
         if let Some(Some(oplog)) = self.oplogs.get_mut(table.number()) {
             let oplog: &mut Oplog<E> =
                 oplog.as_any().downcast_mut().expect("a table's number stands for its element type");
@@ -340,7 +365,13 @@ impl<T: Transport> Worker<T> {
         self.ask(table, row, shard, index, into)
     }
 
-    fn post<E: Element>(&mut self, table: &TableCore<E>, shard: usize, index: u64, place: usize) -> Result<(), Error> {
+    fn post<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        shard: usize,
+        index: u64,
+        place: usize,
+    ) -> Result<(), Error> {
         self.stats.reads += 1;
         let row_bytes = table.schema().row_bytes();
         self.core.bytes_read.fetch_add((size_of::<Header>() + row_bytes) as u64, Ordering::Relaxed);
@@ -388,7 +419,9 @@ impl<T: Transport> Worker<T> {
                 Err(Incomplete::Stale) => return Ok(false),
                 Err(Incomplete::Unknown(batch)) => {
                     let acknowledged = &self.core.links[shard].acknowledged;
-                    self.core.wait(For::Memory, || acknowledged.load(Ordering::Acquire) >= batch)?;
+                    table.while_undecided(|| {
+                        self.core.wait(For::Memory, || acknowledged.load(Ordering::Acquire) >= batch)
+                    })?;
                 }
             }
         }

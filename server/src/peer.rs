@@ -7,7 +7,7 @@ use fervor_protocol::{
     limits::ACK_RING,
     wire::Hello,
 };
-use fervor_verbs::transport::{Connection, ConnectionId, Payload, PostError, RemoteRegion};
+use fervor_verbs::transport::{Connection, Payload, PostError, RemoteRegion};
 
 use crate::{Target, shard::TableId, staging::Entry};
 
@@ -93,10 +93,6 @@ impl<C: Connection> Peer<C> {
             condemned: false,
             left: false,
         })
-    }
-
-    pub fn id(&self) -> ConnectionId {
-        self.connection.id()
     }
 
     /// Acknowledges message `sequence` at `lsn`.
