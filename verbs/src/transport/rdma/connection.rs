@@ -8,7 +8,8 @@ use crate::transport::{
     Connection, ConnectionId, MAX_INLINE, MAX_SGE, Payload, PostError, RemoteAddress, Sge,
     rdma::{
         device::RdmaRegion,
-        link::{Bytes, Link, Operation, Piece},
+        link::Link,
+        sending::{Bytes, Operation, Piece},
     },
 };
 

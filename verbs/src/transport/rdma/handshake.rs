@@ -21,11 +21,12 @@ use crate::{
         rdma::{
             connection::RdmaConnection,
             device::{Device, Limits},
-            endpoint::{News, Queues, RdmaAttach},
+            endpoint::RdmaAttach,
             frame::{Kind, frame, unframe},
             id::{CmId, EventChannel, Parameters},
             link::Link,
             manager::Manager,
+            queues::{News, Queues},
         },
     },
 };
@@ -452,5 +453,11 @@ impl Drop for RdmaRequest {
 impl fmt::Debug for RdmaRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "a peer that wants to connect to {}", self.address)
+    }
+}
+
+impl fmt::Debug for RdmaListener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "listener at {} on {}", self.address, self.device.name)
     }
 }
