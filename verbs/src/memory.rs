@@ -33,7 +33,7 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use crate::error::Error;
 
-mod copy;
+pub(crate) mod copy;
 
 /// Bytes of a huge page on the machines that Fervor runs on.
 const HUGE_PAGE: usize = 2 << 20;
@@ -68,7 +68,8 @@ impl Memory {
     fn map(name: &str, file_len: usize, len: usize, flags: libc::c_uint) -> Result<Self, Error> {
         let name = std::ffi::CString::new(name.replace('\0', "?")).expect("no NUL is left");
         // SAFETY: `name` is a NUL-terminated string that outlives the call.
-        let fd = unsafe { libc::memfd_create(name.as_ptr(), flags | libc::MFD_CLOEXEC) };
+        let fd =
+            unsafe { libc::memfd_create(name.as_ptr(), flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
         if fd < 0 {
             return Err(Error::last_os(format!("memfd_create({name:?})")));
         }
@@ -79,6 +80,12 @@ impl Memory {
         // SAFETY: plain system call on a descriptor that `file` keeps open.
         if flags != 0 && unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, file_len as i64) } != 0 {
             return Err(Error::last_os(format!("fallocate(memfd, {file_len})")));
+        }
+        // A peer maps this file, and would get a SIGBUS if it shrank: it never does, and the peer can check that.
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+        // SAFETY: plain system call on a descriptor that `file` keeps open.
+        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+            return Err(Error::last_os("fcntl(memfd, F_ADD_SEALS)"));
         }
         let map = MmapOptions::new()
             .len(file_len)
@@ -143,7 +150,7 @@ impl Memory {
         unsafe { copy::copy(from.as_ptr(), self.0.map.as_mut_ptr().add(offset), from.len()) }
     }
 
-    fn check(&self, offset: usize, len: usize) {
+    pub(crate) fn check(&self, offset: usize, len: usize) {
         assert!(
             offset <= self.len() && len <= self.len() - offset,
             "bytes {offset}..{} are outside a memory of {} bytes",

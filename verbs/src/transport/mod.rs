@@ -69,8 +69,10 @@ use crate::{
     memory::{Exclusive, Memory},
 };
 
+pub mod any;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
+pub mod host;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 pub mod shm;

@@ -241,6 +241,7 @@ pub(super) fn words_are_read_whole<R: Rig>(rig: &R) {
         let theirs = theirs.clone();
         move |turn| (0..WORDS).for_each(|i| theirs.memory().store(i * 8, word(turn)))
     });
+    pair.until("the racer to write", |_| (theirs.memory().load(0) != 0).then_some(()));
     let mut newest = 0;
     for round in 0..u64::from(rig.effort().rounds) {
         let end = pair.end(Side::Client);

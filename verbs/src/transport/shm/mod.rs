@@ -1,1 +1,158 @@
-//! The `shm` provider.
+//! The `shm` provider: connections between processes of one host, through shared memory.
+//!
+//! ```text
+//!  process A                                                         process B
+//!  ShmConnection::read/write ──── copy ────▶ B's region (memfd, mapped here)      no instruction of B
+//!  ShmConnection::send ── copy ──▶ ring (memfd) ── copy by B's poll ──▶ receive buffer of B
+//!                 └─ ring() ──▶ bell of B's endpoint (memfd): a bit; a futex wake if B sleeps
+//!  thread `fervor-shm-watch` ◀── end of the Unix socket: B disconnected or died
+//! ```
+//!
+//! | file | what it is |
+//! |---|---|
+//! | [`ring`] | the byte ring of one direction of a connection |
+//! | [`bell`] | the doorbell of an endpoint: who has something, and does its thread sleep |
+//! | [`link`] | what a connection and the endpoint of its own process share: completions, the end |
+//! | [`connection`], [`endpoint`] | the posting and the polling side |
+//! | [`region`] | registered regions, own and the peer's |
+//! | [`connect`], [`wire`] | listening and connecting; what is said over the socket |
+//! | [`watch`] | the thread that notices dead peers |
+//!
+//! What this provider makes of the freedom that the contract leaves:
+//! - Every request executes in the call that posts it; a SEND is complete when it is in the ring. [`Connection::ring`] rings bells.
+//! - A post is also refused as full while the ring to the peer is. The ring holds what the receiver's buffers or the
+//!   sender's queue hold, up to 4 MiB, and two of the longest messages in any case. When there is room again, the
+//!   endpoint of the sender is woken.
+//! - A message without a receive buffer waits in the ring; nothing is lost. If its sender is gone it waits for a second more.
+//! - A SEND longer than the peer's receive buffers is found out by the sender: [`WorkError::RemoteInvalid`].
+//! - A connection reaches the regions that were registered when it was made, and not later ones.
+//! - A peer that is alive and does nothing is no error.
+//!
+//! **Trust.** A peer can write the rings and bells that it shares with this process, and what was registered for it
+//! to write. Whatever it writes there, this process stays sound: it may end that connection, or look in vain.
+//!
+//! [`Connection::ring`]: super::Connection::ring
+//! [`WorkError::RemoteInvalid`]: super::WorkError::RemoteInvalid
+
+use std::{sync::Arc, time::Duration};
+
+use self::{region::Registry, watch::Watch};
+use crate::{
+    address::Address,
+    error::Error,
+    memory::{Exclusive, Memory},
+    transport::{
+        Access, EndpointConfig, Transport,
+        host::{self, HostSignal, HostThread},
+    },
+};
+
+mod atomic;
+mod bell;
+mod connect;
+mod connection;
+mod endpoint;
+mod link;
+mod mapping;
+mod region;
+mod ring;
+mod watch;
+mod wire;
+
+#[cfg(all(test, loom))]
+mod loom_tests;
+#[cfg(test)]
+mod suite;
+#[cfg(test)]
+mod tests;
+
+pub use connect::{ShmListener, ShmRequest};
+pub use connection::ShmConnection;
+pub use endpoint::{ShmAttach, ShmEndpoint};
+pub use region::{ShmExport, ShmRegion};
+
+/// What all objects of a transport share.
+#[derive(Debug)]
+struct Inner {
+    registry: Arc<Registry>,
+    watch: Arc<Watch>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.watch.stop();
+    }
+}
+
+/// The shared-memory transport.
+#[derive(Debug, Clone)]
+pub struct Shm(Arc<Inner>);
+
+impl Shm {
+    /// A new transport. Its regions are offered to the peers of its own connections alone.
+    ///
+    /// # Errors
+    /// The system's, when it has no descriptor left.
+    pub fn new() -> Result<Self, Error> {
+        Ok(Self(Arc::new(Inner { registry: Arc::default(), watch: Watch::new()? })))
+    }
+}
+
+impl Transport for Shm {
+    type Region = ShmRegion;
+    type Export = ShmExport;
+    type Endpoint = ShmEndpoint;
+    type Attach = ShmAttach;
+    type Connection = ShmConnection;
+    type Listener = ShmListener;
+    type Request = ShmRequest;
+    type Signal = HostSignal;
+    type Thread = HostThread;
+
+    fn register(&self, memory: &Memory, access: Access) -> Result<ShmRegion, Error> {
+        ShmRegion::new(&self.0.registry, memory, access)
+    }
+
+    fn export(&self, memory: &Exclusive) -> Result<ShmExport, Error> {
+        ShmExport::new(&self.0.registry, memory)
+    }
+
+    fn endpoint(&self, config: &EndpointConfig) -> Result<ShmEndpoint, Error> {
+        ShmEndpoint::new(&self.0, config)
+    }
+
+    fn listen(&self, address: &Address) -> Result<ShmListener, Error> {
+        ShmListener::new(address)
+    }
+
+    fn connect(
+        &self,
+        endpoint: &ShmAttach,
+        address: &Address,
+        private_data: &[u8],
+        timeout: Duration,
+    ) -> Result<(ShmConnection, Vec<u8>), Error> {
+        connect::connect_to(&endpoint.0, address, private_data, timeout)
+    }
+
+    fn now(&self) -> Duration {
+        host::now()
+    }
+
+    fn relax(&self, turn: u32) {
+        host::relax(turn);
+    }
+
+    fn signal(&self) -> HostSignal {
+        HostSignal::new()
+    }
+
+    fn spawn(
+        &self,
+        name: &str,
+        core: Option<usize>,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<HostThread, Error> {
+        host::spawn(name, core, body)
+    }
+}

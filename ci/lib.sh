@@ -1,0 +1,17 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: strict mode, where the repository is, and how to speak.
+set -Eeuo pipefail
+CI_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck disable=SC2034 # used by the scripts that source this file
+ROOT=$(dirname "$CI_DIR")
+: "${HOME:=/root}"
+# A shell opened before Rust was installed does not have cargo in its path; sbin is missing for many users.
+export HOME PATH="$PATH:$HOME/.cargo/bin:/usr/sbin:/sbin"
+
+say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+die() {
+	say "$*"
+	exit 1
+}
+# The comment at the top of a script is its help text.
+usage() { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "${1:-$0}"; }

@@ -1,0 +1,208 @@
+//! What a client's threads share, and how they wait for each other and for the servers.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use fervor_protocol::route::Router;
+use fervor_verbs::transport::{Attach, Endpoint, RemoteRegion, Signal, Transport};
+
+use crate::{
+    engine::{Engine, Link, Surroundings, Wish},
+    error::Error,
+    options::ClientOptions,
+    table::AnyTable,
+};
+
+/// Turns of waiting, spinning and then yielding, before a thread sleeps.
+const AWAKE_TURNS: u32 = 256;
+/// Longest sleep when an event ends it.
+const SLEEP: Duration = Duration::from_millis(10);
+/// Longest sleep when only memory changes: acknowledgements are plain WRITEs.
+const NAP: Duration = Duration::from_micros(100);
+
+/// What is waited for, which decides how to sleep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum For {
+    /// An immediate or a message: the endpoint wakes.
+    Event,
+    /// A word of memory: nothing wakes.
+    Memory,
+}
+
+/// The clocks of this client's workers.
+#[derive(Debug, Default)]
+pub struct Clocks {
+    pub workers: BTreeMap<u64, u64>,
+    next: u64,
+    /// The client's clock: the minimum, or where the last worker left it.
+    pub client: u64,
+}
+
+impl Clocks {
+    /// Of a client without workers, at `clock`.
+    pub fn at(clock: u64) -> Self {
+        Self { client: clock, ..Self::default() }
+    }
+
+    /// A new worker, at the client's clock: its id.
+    pub fn join(&mut self) -> u64 {
+        self.next += 1;
+        self.workers.insert(self.next, self.client);
+        self.next
+    }
+
+    /// After a change: the client's clock, if it rose.
+    fn advance(&mut self) -> Option<u64> {
+        let minimum = *self.workers.values().min()?;
+        (minimum > self.client).then(|| {
+            self.client = minimum;
+            minimum
+        })
+    }
+
+    /// `worker` ends a clock. The client's clock, if it rose.
+    pub fn tick(&mut self, worker: u64) -> Option<u64> {
+        *self.workers.get_mut(&worker).expect("a worker is there until it leaves") += 1;
+        self.advance()
+    }
+
+    /// `worker` leaves. The client's clock, if it rose.
+    pub fn leave(&mut self, worker: u64) -> Option<u64> {
+        self.workers.remove(&worker);
+        self.advance()
+    }
+}
+
+/// See the module.
+pub struct Core<T: Transport> {
+    pub transport: T,
+    pub options: ClientOptions,
+    /// Tells this client's tables from others'.
+    pub id: u64,
+    pub router: Router,
+    pub links: Vec<Link>,
+    pub engine: Mutex<Engine<T>>,
+    /// Ends the sleep of the thread that holds the engine.
+    pub attach: T::Attach,
+    /// Tells the threads that do not hold the engine that it did something.
+    pub signal: T::Signal,
+    pub clocks: Mutex<Clocks>,
+    pub tables: RwLock<Vec<Arc<dyn AnyTable>>>,
+    pub bytes_read: AtomicU64,
+    /// The region that servers write; see [`Core::region`].
+    pub region: T::Region,
+}
+
+/// A lock that a panicking thread leaves usable: what it guards is consistent between any two statements
+/// that can panic, or the panic was this client's own bug and is reported by that thread.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<T: Transport> Core<T> {
+    fn surroundings(&self) -> Surroundings<'_> {
+        Surroundings { links: &self.links, tables: &self.tables }
+    }
+
+    /// The region of a shard's rows, for READs.
+    pub fn remote(&self, shard: usize) -> RemoteRegion {
+        let welcome = &self.links[shard].welcome;
+        RemoteRegion { address: welcome.address, length: welcome.length, key: welcome.key }
+    }
+
+    /// Fails if a server is lost.
+    pub fn alive(&self) -> Result<(), Error> {
+        match self.links.iter().find_map(|link| link.end.get()) {
+            Some(end) => Err(end.clone()),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until `done`, driving the engine meanwhile, or until a server is lost.
+    pub fn wait(&self, what: For, mut done: impl FnMut() -> bool) -> Result<(), Error> {
+        let mut turn = 0;
+        loop {
+            if done() {
+                return Ok(());
+            }
+            self.alive()?;
+            let epoch = self.signal.epoch();
+            match self.try_engine() {
+                Some(mut engine) => {
+                    let work = engine.progress(&self.surroundings());
+                    if work == 0 && turn >= AWAKE_TURNS && !done() {
+                        engine.endpoint.wait(if what == For::Event { SLEEP } else { NAP });
+                    }
+                    drop(engine);
+                    if work > 0 {
+                        self.signal.notify();
+                        turn = 0;
+                        continue;
+                    }
+                }
+                None if turn == 0 => self.attach.wake(),
+                None if turn >= AWAKE_TURNS && !done() => self.signal.wait(epoch, SLEEP),
+                None => {}
+            }
+            if turn < AWAKE_TURNS {
+                self.transport.relax(turn);
+            }
+            turn = turn.saturating_add(1);
+        }
+    }
+
+    /// Drives the engine once, if nobody else does.
+    pub fn progress(&self) {
+        if let Some(mut engine) = self.try_engine() {
+            let work = engine.progress(&self.surroundings());
+            drop(engine);
+            if work > 0 {
+                self.signal.notify();
+            }
+        }
+    }
+
+    /// The engine, if nobody holds it.
+    pub fn try_engine(&self) -> Option<MutexGuard<'_, Engine<T>>> {
+        match self.engine.try_lock() {
+            Ok(engine) => Some(engine),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// The client's clock has risen: has it announced to every shard, behind all updates below it. Returns when that is posted.
+    pub fn announce(&self, clock: u64) -> Result<(), Error> {
+        for link in &self.links {
+            link.due.fetch_max(clock, Ordering::Release);
+        }
+        let announced = |link: &Link| link.announced.load(Ordering::Acquire) >= clock;
+        self.wait(For::Memory, || self.links.iter().all(announced))
+    }
+
+    /// Has everything unsent sent, and waits until all of it is acknowledged.
+    pub fn drain(&self) -> Result<(), Error> {
+        for link in &self.links {
+            link.flush.store(true, Ordering::Release);
+        }
+        self.wait(For::Memory, || {
+            self.links.iter().all(|link| !link.flush.load(Ordering::Acquire))
+                && self
+                    .try_engine()
+                    .is_some_and(|engine| (0..self.links.len()).all(|shard| engine.drained(shard)))
+        })
+    }
+
+    /// Leaves a wish for `shard`, to be sent with the next progress.
+    pub fn wish(&self, shard: usize, wish: Wish) -> usize {
+        let mut wishes = lock(&self.links[shard].wishes);
+        wishes.push(wish);
+        wishes.len()
+    }
+}

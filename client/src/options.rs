@@ -1,0 +1,31 @@
+//! How a client connects.
+
+use std::time::Duration;
+
+/// What a client may be told. `Default` is a job of one client.
+#[derive(Debug, Clone)]
+pub struct ClientOptions {
+    /// Clients in the job. The shard clock stands until so many have joined, so that none runs ahead of
+    /// others that are still starting.
+    pub clients: u16,
+    /// Bytes of cache for all tables together. Allocated, and registered for the servers to write, when connecting.
+    pub cache_bytes: usize,
+    /// Greatest part of `cache_bytes` that one table takes when no other is said; it takes no more than its rows.
+    pub cache_share: f64,
+    /// Most READs that one [`get_many`](crate::Worker::get_many) has in flight to one shard.
+    pub reads_in_flight: usize,
+    /// How long connecting may take, per connection.
+    pub connect_timeout: Duration,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        Self {
+            clients: 1,
+            cache_bytes: 64 << 20,
+            cache_share: 0.5,
+            reads_in_flight: 16,
+            connect_timeout: Duration::from_secs(10),
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! A worker's own way to the rows: one connection per shard, for READs that it posts and polls itself.
+//!
+//! No other thread is involved, at the client or at the server (invariant 1). The buffer of a READ is a place
+//! of the scratch memory; a place is free again when its READ has completed.
+
+use fervor_protocol::{limits::ROW_HEADER, row::Header, wire::Hello};
+use fervor_verbs::{
+    Memory,
+    transport::{
+        Access, Completion, Connection, ConnectionId, Endpoint, EndpointConfig, PostError, Region,
+        RemoteAddress, Sge, Transport,
+    },
+};
+use std::time::Duration;
+use zerocopy::IntoBytes;
+
+use crate::{core::Core, error::Error};
+
+/// Turns of waiting before a thread sleeps: a READ takes microseconds.
+const AWAKE_TURNS: u32 = 4096;
+const NAP: Duration = Duration::from_millis(1);
+
+/// See the module.
+pub struct Reader<T: Transport> {
+    endpoint: T::Endpoint,
+    connections: Vec<T::Connection>,
+    ids: Vec<ConnectionId>,
+    scratch: T::Region,
+    places: usize,
+    /// Bytes from one place of the scratch memory to the next.
+    place_bytes: usize,
+    completions: Vec<Completion>,
+}
+
+impl<T: Transport> Reader<T> {
+    /// Connects to every shard.
+    pub fn connect(core: &Core<T>) -> Result<Self, Error> {
+        let places = core.options.reads_in_flight.max(1);
+        let config = EndpointConfig {
+            receive_buffers: 1,
+            receive_size: 64,
+            send_depth: places.max(16),
+            read_depth: places.min(16),
+            connections: core.links.len(),
+            completion_vector: 0,
+        };
+        let endpoint = core.transport.endpoint(&config)?;
+        let mut reader = Self {
+            scratch: scratch(&core.transport, places, 4096)?,
+            connections: Vec::new(),
+            ids: Vec::new(),
+            places,
+            place_bytes: 4096,
+            completions: Vec::new(),
+            endpoint,
+        };
+        for link in &core.links {
+            let hello = Hello::reader(link.shard);
+            let attach = reader.endpoint.attach();
+            let (connection, _) = crate::client::connect_one(
+                &core.transport,
+                &attach,
+                &link.address,
+                hello.as_bytes(),
+                core.options.connect_timeout,
+            )?;
+            reader.ids.push(connection.id());
+            reader.connections.push(connection);
+        }
+        Ok(reader)
+    }
+
+    /// Rows that can be in flight at a time.
+    pub fn places(&self) -> usize {
+        self.places
+    }
+
+    /// Sees to it that rows of `row_bytes` bytes fit the places.
+    pub fn fit(&mut self, transport: &T, row_bytes: usize) -> Result<(), Error> {
+        let bytes = (ROW_HEADER + row_bytes).next_multiple_of(64);
+        if bytes > self.place_bytes {
+            self.scratch = scratch(transport, self.places, bytes)?;
+            self.place_bytes = bytes;
+        }
+        Ok(())
+    }
+
+    /// Posts the READ of a row into `place`.
+    pub fn post(
+        &mut self,
+        shard: usize,
+        place: usize,
+        remote: RemoteAddress,
+        row_bytes: usize,
+    ) -> Result<(), PostError> {
+        let piece =
+            Sge { region: &self.scratch, offset: place * self.place_bytes, length: ROW_HEADER + row_bytes };
+        self.connections[shard].read(&[piece], remote, Some(place as u64))
+    }
+
+    /// Rings for what was posted to `shard`.
+    pub fn ring(&mut self, shard: usize) -> Result<(), PostError> {
+        self.connections[shard].ring()
+    }
+
+    /// Waits until `count` READs have completed, however long that takes.
+    pub fn wait(&mut self, core: &Core<T>, mut count: usize) -> Result<(), Error> {
+        let mut turn = 0;
+        while count > 0 {
+            if self.endpoint.poll(&mut self.completions) == 0 {
+                if turn < AWAKE_TURNS {
+                    core.transport.relax(turn);
+                } else {
+                    self.endpoint.wait(NAP);
+                }
+                turn = turn.saturating_add(1);
+                continue;
+            }
+            for completion in self.completions.drain(..) {
+                match completion {
+                    Completion::Work { result: Ok(()), .. } => count -= 1,
+                    // The cause follows.
+                    Completion::Work { result: Err(_), .. } => {}
+                    Completion::Disconnected { connection, cause } => {
+                        let shard = self.ids.iter().position(|id| *id == connection).expect("one of ours");
+                        core.links[shard].lose(cause);
+                        return core.alive();
+                    }
+                    // The server sends nothing here.
+                    Completion::Received { buffer, .. } => self.endpoint.release(buffer),
+                    Completion::WriteImmediate { .. } => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The row that was READ into `place`: the header, and the data into `data`.
+    pub fn take(&self, place: usize, data: &mut [u8]) -> Header {
+        let mut header = Header::default();
+        let offset = place * self.place_bytes;
+        self.scratch.memory().read(offset, header.as_mut_bytes());
+        self.scratch.memory().read(offset + ROW_HEADER, data);
+        header
+    }
+}
+
+fn scratch<T: Transport>(transport: &T, places: usize, bytes: usize) -> Result<T::Region, Error> {
+    let memory = Memory::new("fervor-scratch", places * bytes)?;
+    Ok(transport.register(&memory, Access::Local)?)
+}

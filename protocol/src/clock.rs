@@ -1,0 +1,144 @@
+//! The vector clock of a shard and the staleness rule.
+//!
+//! A client's entry is the clock up to which *all* updates of all its workers have been applied here. The
+//! shard clock `C` is the minimum over the clients; it never goes back. A client that joins enters at `C`; one
+//! that leaves, or dies, no longer holds the others up.
+//!
+//! A job may declare how many clients it has. Until so many have joined the clock stands, so that
+//! the first one does not run ahead of those that are still starting.
+
+use std::collections::BTreeMap;
+
+use crate::schema::Model;
+
+/// Clocks of the clients of one shard.
+#[derive(Debug, Clone, Default)]
+pub struct VectorClock {
+    clocks: BTreeMap<u64, u64>,
+    shard: u64,
+    expected: usize,
+    joined: usize,
+}
+
+impl VectorClock {
+    /// The shard clock `C`.
+    pub fn shard(&self) -> u64 {
+        self.shard
+    }
+
+    /// Number of clients that it waits for.
+    pub fn clients(&self) -> usize {
+        self.clocks.len()
+    }
+
+    /// Adds `client`, of a job of `expected` clients, at the shard clock.
+    ///
+    /// The first client of a job sets its size; when all have left, the next one begins a new job.
+    ///
+    /// # Errors
+    /// The size of the running job, if it is another one.
+    pub fn join(&mut self, client: u64, expected: usize) -> Result<(), usize> {
+        if self.clocks.is_empty() && self.joined >= self.expected {
+            self.expected = expected;
+            self.joined = 0;
+        } else if self.expected != expected {
+            return Err(self.expected);
+        }
+        self.joined += 1;
+        let before = self.clocks.insert(client, self.shard);
+        assert!(before.is_none(), "client {client} joined twice");
+        Ok(())
+    }
+
+    /// Removes `client`. Returns the shard clock if it rose.
+    pub fn leave(&mut self, client: u64) -> Option<u64> {
+        self.clocks.remove(&client);
+        self.advance()
+    }
+
+    /// All updates of `client` stamped below `clock` have been applied. Returns the shard clock if it rose.
+    pub fn tick(&mut self, client: u64, clock: u64) -> Option<u64> {
+        let entry = self.clocks.get_mut(&client)?;
+        *entry = clock.max(*entry);
+        self.advance()
+    }
+
+    fn advance(&mut self) -> Option<u64> {
+        let minimum = *self.clocks.values().min()?;
+        if minimum <= self.shard || self.joined < self.expected {
+            return None;
+        }
+        self.shard = minimum;
+        Some(minimum)
+    }
+}
+
+/// The shard clock that a `get` at clock `clock` needs under `model`: it sees every update stamped
+/// `<= clock - staleness - 1` (SSP; arXiv 1410.8043, section 2).
+pub fn needed(model: Model, clock: u64) -> u64 {
+    model.staleness().map_or(0, |staleness| clock.saturating_sub(staleness.into()))
+}
+
+/// The clock differential of a `get`: clock of the data returned (`C - 1`, the last one that is in it as a whole)
+/// minus clock of the reader.
+pub fn differential(copy: u64, reader: u64) -> i64 {
+    copy as i64 - 1 - reader as i64
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_slowest_client_decides_and_the_dead_do_not() {
+        let mut vector = VectorClock::default();
+        vector.join(1, 2).unwrap();
+        assert_eq!(vector.tick(1, 5), None, "the second client has not joined");
+        vector.join(2, 2).unwrap();
+        assert_eq!(vector.tick(2, 1), Some(1));
+        assert_eq!(vector.tick(2, 1), None);
+        assert_eq!(vector.tick(9, 7), None, "not a client");
+        assert_eq!(vector.join(3, 4), Err(2));
+        assert_eq!(vector.leave(2), Some(5));
+        assert_eq!(vector.leave(1), None);
+        vector.join(3, 1).unwrap();
+        assert_eq!(vector.shard(), 5, "a new job goes on where the last one ended");
+        assert_eq!(vector.tick(3, 6), Some(6));
+    }
+
+    #[test]
+    fn a_job_of_which_one_left_before_the_others_came_still_waits_for_them() {
+        let mut vector = VectorClock::default();
+        vector.join(1, 2).unwrap();
+        vector.leave(1);
+        vector.join(2, 2).unwrap();
+        assert_eq!(vector.tick(2, 1), Some(1));
+    }
+
+    #[test]
+    fn staleness() {
+        let ssp = Model::Ssp { staleness: 3 };
+        assert_eq!([0, 3, 4, 10].map(|c| needed(ssp, c)), [0, 0, 1, 7]);
+        assert_eq!(needed(Model::Bsp, 4), 4);
+        assert_eq!(needed(Model::Async, 4), 0);
+        assert_eq!(differential(4, 4), -1);
+    }
+
+    proptest! {
+        #[test]
+        fn the_shard_clock_is_the_minimum_and_never_falls(steps in proptest::collection::vec((0u64..4, 0u64..3), 1..200)) {
+            let mut vector = VectorClock::default();
+            let mut clocks = [0u64; 4];
+            for client in 0..4 { vector.join(client, 4).unwrap(); }
+            for (client, by) in steps {
+                clocks[client as usize] += by;
+                let before = vector.shard();
+                let rose = vector.tick(client, clocks[client as usize]);
+                prop_assert_eq!(vector.shard(), *clocks.iter().min().unwrap());
+                prop_assert_eq!(rose, (vector.shard() > before).then(|| vector.shard()));
+            }
+        }
+    }
+}

@@ -1,0 +1,490 @@
+//! Handshake and messages.
+//!
+//! All structs are little-endian as they lie in memory, without implicit padding; sizes are asserted.
+//!
+//! | message | from | body |
+//! |---|---|---|
+//! | [`Kind::Batch`] | client | see [`batch`](crate::batch) |
+//! | [`Kind::Slots`] | client | [`SlotRecord`]s: subscribe, unsubscribe, push once |
+//! | [`Kind::CreateTable`] | client | [`TableHeader`], name |
+//! | [`Kind::Credit`] | client | nothing: the header returns receive buffers |
+//! | [`Kind::Leave`] | client | nothing: no more batches will come |
+//! | [`Kind::Table`] | server | [`TableReply`] |
+//! | [`Kind::Refused`] | server | text: the message with that sequence was refused |
+//! | [`Kind::Fault`] | server | text: the connection ends |
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::{
+    element::ElementType,
+    limits::{MAGIC, MAX_NAME, VERSION},
+    schema::{Model, Schema, SchemaError},
+};
+
+/// Kind of a message: its first byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// Updates.
+    Batch = 1,
+    /// Subscriptions.
+    Slots = 2,
+    /// Create or join a table.
+    CreateTable = 3,
+    /// Receive buffers are given back.
+    Credit = 4,
+    /// The client leaves.
+    Leave = 5,
+    /// A table is there.
+    Table = 65,
+    /// A request was refused.
+    Refused = 66,
+    /// The connection ends.
+    Fault = 67,
+}
+
+impl Kind {
+    fn from_code(code: u8) -> Option<Self> {
+        use Kind::*;
+        [Batch, Slots, CreateTable, Credit, Leave, Table, Refused, Fault]
+            .into_iter()
+            .find(|k| *k as u8 == code)
+    }
+}
+
+/// First bytes of every message.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct MessageHeader {
+    /// [`Kind`].
+    pub kind: u8,
+    /// Of the kind.
+    pub flags: u8,
+    /// Zero.
+    pub reserved: u16,
+    /// Number of records.
+    pub records: u32,
+    /// From a client: number of the message, from 1. From a server: the message that it answers.
+    pub sequence: u64,
+    /// From a client: receive buffers given back since the start.
+    pub returned: u64,
+}
+
+const _: () = assert!(size_of::<MessageHeader>() == 24);
+
+/// What is wrong with a message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// It ends too early.
+    #[error("the message ends before its {field} (at byte {length})")]
+    Short {
+        /// What should be there.
+        field: &'static str,
+        /// Length of the message.
+        length: usize,
+    },
+    /// It goes on after its end.
+    #[error("{bytes} bytes follow the last record")]
+    Trailing {
+        /// How many.
+        bytes: usize,
+    },
+    /// A field of a record.
+    #[error("record {record}: {field} = {value}: {limit} {what}")]
+    Field {
+        /// Which record, from 0.
+        record: u32,
+        /// Which field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// The limit.
+        limit: u64,
+        /// What the limit is of.
+        what: &'static str,
+    },
+    /// Its kind.
+    #[error("kind = {0} is not a message")]
+    Kind(u8),
+    /// Something that depends on what came before.
+    #[error("{0}")]
+    State(String),
+}
+
+impl MessageHeader {
+    /// A header.
+    pub fn new(kind: Kind, flags: u8, records: u32, sequence: u64, returned: u64) -> Self {
+        Self { kind: kind as u8, flags, reserved: 0, records, sequence, returned }
+    }
+
+    /// The header of `message`.
+    ///
+    /// # Errors
+    /// It is too short.
+    pub fn parse(message: &[u8]) -> Result<Self, Fault> {
+        Self::read_from_prefix(message)
+            .map(|(header, _)| header)
+            .map_err(|_| Fault::Short { field: "header", length: message.len() })
+    }
+
+    /// Its kind.
+    ///
+    /// # Errors
+    /// There is no such kind.
+    pub fn kind(&self) -> Result<Kind, Fault> {
+        Kind::from_code(self.kind).ok_or(Fault::Kind(self.kind))
+    }
+}
+
+/// Subscribe: the shard pushes the row now and whenever it has changed at the end of a clock.
+pub const SUBSCRIBE: u32 = 0;
+/// Unsubscribe: the immediate [`Closed`](crate::ack::Immediate::Closed) tells when the slot is free.
+pub const UNSUBSCRIBE: u32 = 1;
+/// Push the row once, now.
+pub const PUSH_ONCE: u32 = 2;
+
+/// A client's wish for one of its slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct SlotRecord {
+    /// Index of the row in the shard.
+    pub row: u64,
+    /// Byte offset of the slot in the client's region.
+    pub slot: u64,
+    /// The shard's number of the table.
+    pub table: u32,
+    /// [`SUBSCRIBE`], [`UNSUBSCRIBE`] or [`PUSH_ONCE`].
+    pub wish: u32,
+}
+
+const _: () = assert!(size_of::<SlotRecord>() == 24);
+
+/// The [`SlotRecord`]s of a message.
+///
+/// # Errors
+/// Its length is not that of the records that it announces.
+pub fn slot_records(header: &MessageHeader, message: &[u8]) -> Result<Vec<SlotRecord>, Fault> {
+    let body = &message[size_of::<MessageHeader>()..];
+    let size = size_of::<SlotRecord>();
+    if body.len() as u64 != u64::from(header.records) * size as u64 {
+        return Err(Fault::Short { field: "slot records", length: message.len() });
+    }
+    Ok(body.chunks_exact(size).map(|c| SlotRecord::read_from_bytes(c).expect("chunks of its size")).collect())
+}
+
+/// A schema on the wire; the name follows.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct TableHeader {
+    rows: u64,
+    width: u32,
+    parameter: u32,
+    /// Number of this shard in the job's order of shards, and how many there are: what the rows are dealt out by.
+    pub shard: u32,
+    /// How many shards the job has.
+    pub shards: u32,
+    element: u8,
+    model: u8,
+    non_finite: u8,
+    name_length: u8,
+    reserved: u32,
+}
+
+const _: () = assert!(size_of::<TableHeader>() == 32);
+
+/// Writes a request to create `schema` on shard `shard` of `shards`, after the message header; returns the body.
+pub fn encode_table(schema: &Schema, shard: u32, shards: u32) -> Vec<u8> {
+    let (model, parameter) = schema.model.to_wire();
+    let header = TableHeader {
+        rows: schema.rows,
+        width: schema.width,
+        parameter,
+        shard,
+        shards,
+        element: schema.element as u8,
+        model,
+        non_finite: schema.non_finite.into(),
+        name_length: schema.name.len() as u8,
+        reserved: 0,
+    };
+    [header.as_bytes(), schema.name.as_bytes()].concat()
+}
+
+/// Reads what [`encode_table`] wrote: the schema, the shard and the number of shards.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn decode_table(message: &[u8]) -> Result<(Schema, u32, u32), Fault> {
+    let body = &message[size_of::<MessageHeader>()..];
+    let (header, name) = TableHeader::read_from_prefix(body)
+        .map_err(|_| Fault::Short { field: "schema", length: message.len() })?;
+    let state = |text: String| Fault::State(text);
+    let name = std::str::from_utf8(name).map_err(|_| state("the table's name is not UTF-8".into()))?;
+    if name.len() != usize::from(header.name_length) || name.len() > MAX_NAME {
+        return Err(state(format!(
+            "name_length = {}, but the name has {} bytes",
+            header.name_length,
+            name.len()
+        )));
+    }
+    let schema = Schema {
+        name: name.to_owned(),
+        element: ElementType::from_code(header.element)
+            .ok_or_else(|| state(format!("element = {} is no element type", header.element)))?,
+        rows: header.rows,
+        width: header.width,
+        model: Model::from_wire(header.model, header.parameter)
+            .ok_or_else(|| state(format!("model = {}, {} is no model", header.model, header.parameter)))?,
+        non_finite: header.non_finite != 0,
+    };
+    schema.check().map_err(|error: SchemaError| state(error.to_string()))?;
+    if header.shard >= header.shards {
+        return Err(state(format!("shard = {} of {}", header.shard, header.shards)));
+    }
+    Ok((schema, header.shard, header.shards))
+}
+
+/// Answer to [`Kind::CreateTable`].
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct TableReply {
+    /// Byte offset of the table's first row in the shard's region.
+    pub offset: u64,
+    /// The shard's number of the table.
+    pub table: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<TableReply>() == 16);
+
+/// A message from the server: header and body.
+pub fn reply(kind: Kind, sequence: u64, body: &[u8]) -> Vec<u8> {
+    [MessageHeader::new(kind, 0, 0, sequence, 0).as_bytes(), body].concat()
+}
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Role {
+    /// A client's messages, and the shard's pushes to it. The first one of a client.
+    Main = 0,
+    /// READs of one worker.
+    Reader = 1,
+}
+
+/// Private data of a connection request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Hello {
+    magic: u32,
+    version: u16,
+    role: u8,
+    reserved: u8,
+    /// The shard of this server that is wanted.
+    pub shard: u16,
+    /// Clients in the job.
+    pub clients: u16,
+    /// Key of the region that the shard may write.
+    pub key: u32,
+    /// The region's address.
+    pub address: u64,
+    /// The region's length.
+    pub length: u64,
+    /// Byte offset in it of this shard's control block.
+    pub control: u64,
+    /// Receive buffers granted to the shard.
+    pub receives: u32,
+    reserved2: u32,
+}
+
+const _: () = assert!(size_of::<Hello>() == 48);
+
+impl Hello {
+    /// A reader's.
+    pub fn reader(shard: u16) -> Self {
+        Self {
+            magic: MAGIC,
+            version: VERSION,
+            role: Role::Reader as u8,
+            reserved: 0,
+            shard,
+            clients: 0,
+            key: 0,
+            address: 0,
+            length: 0,
+            control: 0,
+            receives: 0,
+            reserved2: 0,
+        }
+    }
+
+    /// A client's main connection; the fields that are public are to be filled in.
+    pub fn main(shard: u16) -> Self {
+        Self { role: Role::Main as u8, ..Self::reader(shard) }
+    }
+
+    /// With another version, for tests of the refusal.
+    pub fn with_version(self, version: u16) -> Self {
+        Self { version, ..self }
+    }
+
+    /// Reads a handshake.
+    ///
+    /// # Errors
+    /// Why it is refused: to be sent back as the private data of the refusal.
+    pub fn parse(data: &[u8]) -> Result<(Self, Role), Refusal> {
+        let (hello, _) =
+            Self::read_from_prefix(data).map_err(|_| Refusal::new("not a handshake of Fervor"))?;
+        if hello.magic != MAGIC {
+            return Err(Refusal::new("not a handshake of Fervor"));
+        }
+        if hello.version != VERSION {
+            let text = format!(
+                "protocol versions differ: server {VERSION}, client {}; install the same",
+                hello.version
+            );
+            return Err(Refusal::new(&text));
+        }
+        match hello.role {
+            0 => Ok((hello, Role::Main)),
+            1 => Ok((hello, Role::Reader)),
+            _ => Err(Refusal::new("the handshake has an unknown role")),
+        }
+    }
+}
+
+/// Private data of an acceptance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Welcome {
+    magic: u32,
+    version: u16,
+    /// Shards of this server.
+    pub shards: u16,
+    /// Of this server: equal in all its answers, different from other servers'.
+    pub server: u64,
+    /// The shard clock.
+    pub clock: u64,
+    /// Address of the shard's region, for READs.
+    pub address: u64,
+    /// Length of the shard's region.
+    pub length: u64,
+    /// Key of the shard's region.
+    pub key: u32,
+    /// Messages that the client may have out.
+    pub credits: u32,
+    /// Bytes of the greatest message.
+    pub message_bytes: u32,
+    reserved: u32,
+}
+
+const _: () = assert!(size_of::<Welcome>() == 56);
+
+impl Welcome {
+    /// With all public fields zero.
+    pub fn new() -> Self {
+        Self {
+            magic: MAGIC,
+            version: VERSION,
+            shards: 0,
+            server: 0,
+            clock: 0,
+            address: 0,
+            length: 0,
+            key: 0,
+            credits: 0,
+            message_bytes: 0,
+            reserved: 0,
+        }
+    }
+
+    /// Reads an acceptance.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(data: &[u8]) -> Result<Self, String> {
+        let (welcome, _) =
+            Self::read_from_prefix(data).map_err(|_| "the answer is not a handshake of Fervor".to_owned())?;
+        if welcome.magic != MAGIC {
+            return Err("the answer is not a handshake of Fervor".into());
+        }
+        if welcome.version != VERSION {
+            return Err(format!("protocol versions differ: client {VERSION}, server {}", welcome.version));
+        }
+        Ok(welcome)
+    }
+}
+
+impl Default for Welcome {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Why a connection is refused: text, in the private data of the refusal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal(pub String);
+
+impl Refusal {
+    /// With `text`, cut to what fits.
+    pub fn new(text: &str) -> Self {
+        let mut end = text.len().min(MAX_REFUSAL);
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        Self(text[..end].to_owned())
+    }
+
+    /// The private data.
+    pub fn encode(&self) -> Vec<u8> {
+        [&MAGIC.to_le_bytes(), self.0.as_bytes()].concat()
+    }
+
+    /// The text in the private data of a refusal.
+    pub fn parse(data: &[u8]) -> Self {
+        match data.strip_prefix(&MAGIC.to_le_bytes()[..]) {
+            Some(text) => Self(String::from_utf8_lossy(text).into_owned()),
+            None => Self("it gave no reason that Fervor knows; is it a Fervor server?".into()),
+        }
+    }
+}
+
+/// Longest text of a refusal, bytes.
+const MAX_REFUSAL: usize = 120;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handshake_of_another_version_is_refused_with_both() {
+        let hello = Hello::main(3).with_version(77);
+        let refusal = Hello::parse(hello.as_bytes()).unwrap_err();
+        assert!(refusal.0.contains("77") && refusal.0.contains(&format!("server {VERSION}")), "{refusal:?}");
+        assert_eq!(Refusal::parse(&refusal.encode()), refusal);
+        assert!(Hello::parse(&[1; 48]).is_err() && Hello::parse(&[]).is_err());
+        assert_eq!(Hello::parse(Hello::reader(3).as_bytes()).unwrap().1, Role::Reader);
+        assert!(Welcome::parse(Welcome::new().as_bytes()).is_ok() && Welcome::parse(&[0; 56]).is_err());
+    }
+
+    #[test]
+    fn schemas_round_trip_and_bad_ones_are_refused() {
+        let mut schema = Schema {
+            name: "L".into(),
+            element: ElementType::I64,
+            rows: 7,
+            width: 5,
+            model: Model::Essp { staleness: 3 },
+            non_finite: true,
+        };
+        let message = |schema: &Schema, shard, shards| {
+            reply(Kind::CreateTable, 1, &encode_table(schema, shard, shards))
+        };
+        assert_eq!(decode_table(&message(&schema, 1, 2)), Ok((schema.clone(), 1, 2)));
+        assert!(decode_table(&message(&schema, 2, 2)).is_err());
+        assert!(decode_table(&message(&schema, 0, 1)[..40]).is_err());
+        schema.width = 0;
+        assert!(decode_table(&message(&schema, 0, 1)).unwrap_err().to_string().contains("elements, not 0"));
+    }
+}

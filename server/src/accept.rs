@@ -1,0 +1,108 @@
+//! The control thread: accepts connections, checks handshakes, and hands connections to the pollers by mail.
+//!
+//! It makes the system calls that connecting takes, so that the pollers make none. A connection's first
+//! message may be polled before its mail arrives; the poller keeps it until then.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::Sender,
+    },
+    time::Duration,
+};
+
+use fervor_protocol::{
+    limits::{CLIENT_RECEIVES, MESSAGE_BYTES},
+    wire::{Hello, Refusal, Role, Welcome},
+};
+use fervor_verbs::transport::{Attach, Listener, RemoteRegion, Request, Transport};
+use zerocopy::IntoBytes;
+
+use crate::{Config, Share};
+
+/// A connection for a poller.
+pub struct Mail<C> {
+    pub connection: C,
+    /// The handshake of a client's main connection; `None` for a reader's.
+    pub hello: Option<Hello>,
+}
+
+/// The way to one poller.
+pub struct Door<T: Transport> {
+    pub attach: T::Attach,
+    pub post: Sender<Mail<T::Connection>>,
+    pub share: Arc<Share>,
+    pub region: RemoteRegion,
+}
+
+/// The control thread's state.
+pub struct Control<T: Transport> {
+    doors: Vec<Door<T>>,
+    id: u64,
+    credits: usize,
+    stop: Arc<AtomicBool>,
+}
+
+/// How long a stop may go unnoticed.
+const TURN: Duration = Duration::from_millis(50);
+
+impl<T: Transport> Control<T> {
+    pub fn new(config: &Config, doors: Vec<Door<T>>, stop: Arc<AtomicBool>) -> Self {
+        Self { doors, id: config.id, credits: config.credits, stop }
+    }
+
+    pub fn run(self, listener: &mut T::Listener) {
+        while !self.stop.load(Ordering::Acquire) {
+            match listener.accept(TURN) {
+                Ok(Some(request)) => self.answer(request),
+                Ok(None) => {}
+                Err(error) => {
+                    eprintln!("fervor-server: cannot accept any more connections: {error}");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn answer(&self, request: <T::Listener as Listener>::Request) {
+        let (hello, role, door) = match self.check(request.private_data()) {
+            Ok(checked) => checked,
+            Err(refusal) => return request.reject(&refusal.encode()),
+        };
+        let mut welcome = Welcome::new();
+        welcome.shards = self.doors.len() as u16;
+        welcome.server = self.id;
+        welcome.clock = door.share.clock.load(Ordering::Acquire);
+        welcome.address = door.region.address;
+        welcome.length = door.region.length;
+        welcome.key = door.region.key;
+        welcome.credits = self.credits as u32;
+        welcome.message_bytes = MESSAGE_BYTES as u32;
+        match request.accept(&door.attach, welcome.as_bytes()) {
+            Ok(connection) => {
+                let hello = (role == Role::Main).then_some(hello);
+                // A poller that has ended takes no mail; the connection is dropped, which its client sees.
+                let _ = door.post.send(Mail { connection, hello });
+                door.attach.wake();
+            }
+            Err(error) => eprintln!("fervor-server: a connection could not be accepted: {error}"),
+        }
+    }
+
+    fn check(&self, private_data: &[u8]) -> Result<(Hello, Role, &Door<T>), Refusal> {
+        let (hello, role) = Hello::parse(private_data)?;
+        let door = self.doors.get(usize::from(hello.shard)).ok_or_else(|| {
+            Refusal::new(&format!("shard = {}, but the server has {}", hello.shard, self.doors.len()))
+        })?;
+        if role == Role::Main {
+            if hello.clients == 0 {
+                return Err(Refusal::new("clients = 0: a job has at least one client"));
+            }
+            if hello.receives == 0 || hello.receives as usize > 64 * CLIENT_RECEIVES {
+                return Err(Refusal::new(&format!("receives = {} is out of range", hello.receives)));
+            }
+        }
+        Ok((hello, role, door))
+    }
+}

@@ -1,0 +1,125 @@
+//! `fervor-server`: serves tables until it is told to stop.
+
+#![forbid(unsafe_code)]
+
+use std::{
+    io::Write,
+    process::ExitCode,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use fervor_server::{Budget, Config, Server};
+use fervor_verbs::{Address, transport::any::Host};
+use signal_hook::{
+    consts::{SIGINT, SIGTERM},
+    iterator::Signals,
+};
+
+/// Serves tables of parameters: workers read rows with one-sided READs and get changes pushed into their caches.
+///
+/// Prints its memory budget and then `fervor-server ready at URL`. SIGTERM or ctrl-C: what has been received is
+/// applied, clients are told, and it exits with 0.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    /// Where to listen: shm:///path/to/socket, or rdma://host:port (port 0: any)
+    #[arg(long, value_name = "URL", default_value = "shm:///tmp/fervor.sock")]
+    listen: Address,
+
+    /// Processors to pin polling threads to, one shard each: 0,1 [default: see --shards]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', conflicts_with = "shards")]
+    cores: Option<Vec<usize>>,
+
+    /// Number of shards, with polling threads that are not pinned [default: half of the processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    shards: Option<u16>,
+
+    /// Memory for rows, over all shards: 512M, 4G
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256M")]
+    memory: usize,
+
+    /// Most clients at a time
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    clients: usize,
+
+    /// Most workers of a client
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    workers: usize,
+
+    /// Messages that a client may have on their way to one shard; each has a receive buffer
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    credits: usize,
+}
+
+/// A size in bytes: a number with an optional K, M, G or T (powers of 1024).
+fn parse_size(text: &str) -> Result<usize, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, unit)) if !unit.is_ascii_digit() => {
+            let shift = match unit.to_ascii_uppercase() {
+                'K' => 10,
+                'M' => 20,
+                'G' => 30,
+                'T' => 40,
+                _ => return Err(format!("`{text}` is not a size: the unit is K, M, G or T")),
+            };
+            (&text[..at], shift)
+        }
+        _ => (text, 0),
+    };
+    let number: usize = digits.parse().map_err(|_| format!("`{text}` is not a size: write 512M or 4G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than this machine can address"))
+}
+
+/// Refuses a budget that the machine cannot have: better now than by the out-of-memory killer later.
+fn check_memory(budget: &Budget) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib: Option<usize> = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok());
+    let available = kib.context("/proc/meminfo has no MemAvailable")? << 10;
+    if budget.total() > available {
+        bail!(
+            "{budget}\nthe machine has {} MiB available: ask for less --memory, fewer --clients or fewer --credits",
+            available >> 20
+        );
+    }
+    Ok(())
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let mut config = Config::new(arguments.listen.clone());
+    config.cores = match (arguments.cores, arguments.shards) {
+        (Some(cores), _) => cores.into_iter().map(Some).collect(),
+        (None, Some(shards)) => vec![None; shards.into()],
+        (None, None) => vec![None; (std::thread::available_parallelism()?.get() / 2).max(1)],
+    };
+    config.memory = arguments.memory;
+    config.clients = arguments.clients;
+    config.workers = arguments.workers;
+    config.credits = arguments.credits;
+    // Servers of one job are told apart by this; two that start in the same nanosecond differ by process.
+    let time = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64;
+    config.id = time ^ u64::from(std::process::id()).rotate_left(40);
+    check_memory(&Budget::of(&config))?;
+    // Before the server starts: a signal that comes early is not lost.
+    let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot take signals")?;
+    let transport = Host::for_addresses(std::slice::from_ref(&arguments.listen))?;
+    let server = Server::start(&transport, &config)?;
+    println!("{}", server.budget());
+    println!("fervor-server ready at {}", server.address());
+    std::io::stdout().flush()?;
+    signals.forever().next();
+    if !server.stop() {
+        bail!("a thread panicked; see above");
+    }
+    println!("fervor-server stopped");
+    Ok(ExitCode::SUCCESS)
+}
+
+fn main() -> ExitCode {
+    run(Arguments::parse()).unwrap_or_else(|error| {
+        eprintln!("fervor-server: {error:#}");
+        ExitCode::FAILURE
+    })
+}

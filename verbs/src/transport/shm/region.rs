@@ -1,0 +1,233 @@
+//! Registered regions: the registry of this process's, and the table of a peer's.
+//!
+//! A key names one registration of one transport. It is never given to two live registrations, and not
+//! given again soon. At connect each side passes all its regions that grant remote access: their keys, bounds and
+//! rights, and for each the memfd, opened read-only unless the right is [`Access::RemoteWrite`]. The memory of an
+//! [`Exclusive`] is moreover sealed, so that nobody can map it writable at all.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    fs::{File, OpenOptions},
+    os::fd::{AsRawFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use rustix::fs::{SealFlags, fcntl_add_seals};
+
+use super::mapping::Mapping;
+use crate::{
+    error::Error,
+    memory::{Exclusive, Memory},
+    transport::{Access, Export, Region, RemoteAddress, RemoteRegion, WorkError},
+};
+
+/// The live registrations of a transport.
+#[derive(Debug, Default)]
+pub(super) struct Registry(Mutex<Table>);
+
+#[derive(Debug, Default)]
+struct Table {
+    regions: HashMap<u32, (Memory, Access)>,
+    last: u32,
+}
+
+impl Registry {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        // Every change of the table is one insertion or removal: a panic leaves nothing half done.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn insert(&self, memory: &Memory, access: Access) -> Result<u32, Error> {
+        let mut table = self.lock();
+        if table.regions.len() >= u32::MAX as usize - 1 {
+            return Err(Error::Limit {
+                what: "the number of registered regions".to_owned(),
+                value: u64::from(u32::MAX),
+                limit: u64::from(u32::MAX) - 1,
+                cure: "; drop some".to_owned(),
+            });
+        }
+        // Keys go round, so that one that was dropped is not soon mistaken for a new one. 0 is no key.
+        loop {
+            table.last = table.last.wrapping_add(1);
+            if table.last != 0 && !table.regions.contains_key(&table.last) {
+                break;
+            }
+        }
+        let key = table.last;
+        table.regions.insert(key, (memory.clone(), access));
+        Ok(key)
+    }
+
+    /// What to tell a peer that connects: every region with a remote right.
+    pub(super) fn offers(&self) -> Vec<Offer> {
+        self.lock()
+            .regions
+            .iter()
+            .filter(|(_, (_, access))| *access != Access::Local)
+            .map(|(&key, (memory, access))| Offer {
+                key,
+                base: memory.as_ptr().addr() as u64,
+                length: memory.len() as u64,
+                writable: *access == Access::RemoteWrite,
+                memory: memory.clone(),
+            })
+            .collect()
+    }
+}
+
+/// A region as a peer is told of it.
+pub(super) struct Offer {
+    pub(super) key: u32,
+    pub(super) base: u64,
+    pub(super) length: u64,
+    pub(super) writable: bool,
+    memory: Memory,
+}
+
+impl Offer {
+    /// A descriptor of the memory with no more than the right that is granted.
+    pub(super) fn descriptor(&self) -> Result<OwnedFd, Error> {
+        let path = format!("/proc/self/fd/{}", self.memory.as_fd().as_raw_fd());
+        OpenOptions::new()
+            .read(true)
+            .write(self.writable)
+            .open(&path)
+            .map(File::into)
+            .map_err(Error::io(format!("open({path})")))
+    }
+}
+
+struct Registration {
+    memory: Memory,
+    key: u32,
+    registry: Arc<Registry>,
+}
+
+impl Registration {
+    fn remote(&self) -> RemoteRegion {
+        RemoteRegion {
+            address: self.memory.as_ptr().addr() as u64,
+            length: self.memory.len() as u64,
+            key: self.key,
+        }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.registry.lock().regions.remove(&self.key);
+    }
+}
+
+/// A registered memory of the `shm` provider.
+#[derive(Clone)]
+pub struct ShmRegion(Arc<Registration>);
+
+impl ShmRegion {
+    pub(super) fn new(registry: &Arc<Registry>, memory: &Memory, access: Access) -> Result<Self, Error> {
+        let key = registry.insert(memory, access)?;
+        Ok(Self(Arc::new(Registration { memory: memory.clone(), key, registry: registry.clone() })))
+    }
+
+    /// Whether both name one registration.
+    #[inline]
+    pub(super) fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Region for ShmRegion {
+    fn memory(&self) -> &Memory {
+        &self.0.memory
+    }
+
+    fn remote(&self) -> RemoteRegion {
+        self.0.remote()
+    }
+}
+
+impl fmt::Debug for ShmRegion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ShmRegion({:?}, key {})", self.0.memory, self.0.key)
+    }
+}
+
+/// An exported memory of the `shm` provider.
+pub struct ShmExport(Registration);
+
+impl ShmExport {
+    pub(super) fn new(registry: &Arc<Registry>, exclusive: &Exclusive) -> Result<Self, Error> {
+        let memory = exclusive.memory();
+        // The owner's mapping stays writable; no other writable one can be made, by whatever path.
+        fcntl_add_seals(memory.as_fd(), SealFlags::FUTURE_WRITE)
+            .map_err(|e| Error::io("fcntl(memfd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE)")(e.into()))?;
+        let key = registry.insert(memory, Access::RemoteRead)?;
+        Ok(Self(Registration { memory: memory.clone(), key, registry: registry.clone() }))
+    }
+}
+
+impl Export for ShmExport {
+    fn remote(&self) -> RemoteRegion {
+        self.0.remote()
+    }
+}
+
+impl fmt::Debug for ShmExport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ShmExport({:?}, key {})", self.0.memory, self.0.key)
+    }
+}
+
+/// A region of the peer, mapped here.
+#[derive(Debug)]
+pub(super) struct RemoteMapping {
+    pub(super) key: u32,
+    pub(super) base: u64,
+    pub(super) length: u64,
+    pub(super) writable: bool,
+    /// At least `length` bytes, checked when it was mapped.
+    pub(super) mapping: Arc<Mapping>,
+}
+
+/// The regions of the peer that a connection reaches.
+#[derive(Debug, Default)]
+pub(super) struct RemoteTable {
+    /// By key, ascending.
+    regions: Vec<RemoteMapping>,
+    /// Where the last look-up succeeded: the next is likely there too.
+    last: usize,
+}
+
+impl RemoteTable {
+    pub(super) fn new(mut regions: Vec<RemoteMapping>) -> Self {
+        regions.sort_by_key(|region| region.key);
+        Self { regions, last: 0 }
+    }
+
+    /// First of the `length` bytes at `remote` in this process, if they are the peer's and it grants the right.
+    #[inline]
+    pub(super) fn find(
+        &mut self,
+        remote: RemoteAddress,
+        length: usize,
+        write: bool,
+    ) -> Result<*mut u8, WorkError> {
+        if self.regions.get(self.last).is_none_or(|region| region.key != remote.key) {
+            self.last = self
+                .regions
+                .binary_search_by_key(&remote.key, |region| region.key)
+                .map_err(|_| WorkError::RemoteAccess)?;
+        }
+        let region = &self.regions[self.last];
+        let offset = remote.address.checked_sub(region.base).ok_or(WorkError::RemoteAccess)?;
+        let inside = offset <= region.length && length as u64 <= region.length - offset;
+        if !inside || (write && !region.writable) {
+            return Err(WorkError::RemoteAccess);
+        }
+        region.mapping.check(offset as usize, length);
+        // SAFETY: `offset <= offset + length <= mapping.len()`, just checked: the pointer stays in the mapping.
+        Ok(unsafe { region.mapping.as_ptr().add(offset as usize) })
+    }
+}
