@@ -4,7 +4,7 @@
 //! that the processor predicts. A [`Host`] is of one provider, and so is all that is made from it. To give an object of
 //! one provider to an object of another is a bug, and panics.
 //!
-//! A further provider is one more line in each of the three macros, and its types in the list of enums.
+//! A further provider is a few more lines in the macros, and its types in the list of enums.
 
 use std::time::Duration;
 
@@ -21,21 +21,39 @@ use crate::{
     },
 };
 
+#[cfg(feature = "rdma")]
+use crate::transport::rdma;
+
 /// Declares the enums. [`Pick`] takes the object of a provider out again.
 macro_rules! enums {
-    ($($(#[$attribute:meta])* $name:ident { $shm:ty })*) => {$(
+    ($($(#[$attribute:meta])* $name:ident { $shm:ident, $rdma:ident })*) => {$(
         $(#[$attribute])*
-        #[derive(Debug)]
         pub enum $name {
             /// Over shared memory.
-            Shm($shm),
+            Shm(shm::$shm),
+            /// Over RDMA.
+            #[cfg(feature = "rdma")]
+            Rdma(rdma::$rdma),
         }
 
-        impl Pick<$shm> for $name {
+        impl Pick<shm::$shm> for $name {
             #[inline]
-            fn pick(&self) -> &$shm {
+            fn pick(&self) -> &shm::$shm {
                 match self {
                     $name::Shm(object) => object,
+                    #[cfg(feature = "rdma")]
+                    $name::Rdma(_) => mixed(),
+                }
+            }
+        }
+
+        #[cfg(feature = "rdma")]
+        impl Pick<rdma::$rdma> for $name {
+            #[inline]
+            fn pick(&self) -> &rdma::$rdma {
+                match self {
+                    $name::Rdma(object) => object,
+                    $name::Shm(_) => mixed(),
                 }
             }
         }
@@ -47,6 +65,8 @@ macro_rules! on {
     ($value:expr, $enum:ident, $object:ident => $body:expr) => {
         match $value {
             $enum::Shm($object) => $body,
+            #[cfg(feature = "rdma")]
+            $enum::Rdma($object) => $body,
         }
     };
 }
@@ -56,6 +76,8 @@ macro_rules! map {
     ($value:expr, $enum:ident => $to:ident, $object:ident => $body:expr) => {
         match $value {
             $enum::Shm($object) => $body.map($to::Shm),
+            #[cfg(feature = "rdma")]
+            $enum::Rdma($object) => $body.map($to::Rdma),
         }
     };
 }
@@ -69,33 +91,41 @@ trait Pick<T> {
     fn pick(&self) -> &T;
 }
 
+#[cold]
+#[cfg(feature = "rdma")]
+fn mixed() -> ! {
+    panic!("an object of one transport was given to an object of another")
+}
+
 enums! {
     /// The transport of a real host.
-    #[derive(Clone)]
-    Host { shm::Shm }
+    #[derive(Debug, Clone)]
+    Host { Shm, Rdma }
 
     /// A registered memory.
-    #[derive(Clone)]
-    HostRegion { shm::ShmRegion }
+    #[derive(Debug, Clone)]
+    HostRegion { ShmRegion, RdmaRegion }
 
     /// An exported memory.
-    HostExport { shm::ShmExport }
+    #[derive(Debug)]
+    HostExport { ShmExport, RdmaExport }
 
     /// A completion queue with receive buffers.
-    HostEndpoint { shm::ShmEndpoint }
+    HostEndpoint { ShmEndpoint, RdmaEndpoint }
 
     /// The handle of a [`HostEndpoint`] for other threads.
     #[derive(Clone)]
-    HostAttach { shm::ShmAttach }
+    HostAttach { ShmAttach, RdmaAttach }
 
     /// One end of a connection.
-    HostConnection { shm::ShmConnection }
+    #[derive(Debug)]
+    HostConnection { ShmConnection, RdmaConnection }
 
     /// A listening address.
-    HostListener { shm::ShmListener }
+    HostListener { ShmListener, RdmaListener }
 
     /// A peer that wants to connect.
-    HostRequest { shm::ShmRequest }
+    HostRequest { ShmRequest, RdmaRequest }
 }
 
 impl Host {
@@ -119,10 +149,10 @@ impl Host {
         }
         match first {
             Address::Shm(_) => shm::Shm::new().map(Host::Shm),
-            Address::Rdma { .. } => Err(Error::WrongProvider {
-                address: first.to_string(),
-                provider: "shm (built without `rdma`)",
-            }),
+            #[cfg(feature = "rdma")]
+            Address::Rdma { .. } => rdma::Rdma::for_address(first).map(Host::Rdma),
+            #[cfg(not(feature = "rdma"))]
+            Address::Rdma { .. } => refuse(first, "this program was built without RDMA".to_owned()),
             Address::Sim(_) => refuse(first, "only simulations have sim:// addresses".to_owned()),
         }
     }
@@ -251,6 +281,8 @@ impl Endpoint for HostEndpoint {
     fn attach(&self) -> HostAttach {
         match self {
             HostEndpoint::Shm(endpoint) => HostAttach::Shm(endpoint.attach()),
+            #[cfg(feature = "rdma")]
+            HostEndpoint::Rdma(endpoint) => HostAttach::Rdma(endpoint.attach()),
         }
     }
 
@@ -342,6 +374,8 @@ impl Listener for HostListener {
     fn accept(&mut self, timeout: Duration) -> Result<Option<HostRequest>, Error> {
         match self {
             HostListener::Shm(listener) => Ok(listener.accept(timeout)?.map(HostRequest::Shm)),
+            #[cfg(feature = "rdma")]
+            HostListener::Rdma(listener) => Ok(listener.accept(timeout)?.map(HostRequest::Rdma)),
         }
     }
 
