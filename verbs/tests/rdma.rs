@@ -1,7 +1,10 @@
 //! smoke
 use std::time::{Duration, Instant};
 
-use fervor_verbs::{Memory, transport::{rdma::Rdma, *}};
+use fervor_verbs::{
+    Memory,
+    transport::{rdma::Rdma, *},
+};
 
 fn poll_until<E: Endpoint>(e: &mut E, what: &str, mut f: impl FnMut(&Completion) -> bool) -> Vec<Completion> {
     let start = Instant::now();
@@ -11,7 +14,9 @@ fn poll_until<E: Endpoint>(e: &mut E, what: &str, mut f: impl FnMut(&Completion)
         e.poll(&mut got);
         let done = got.iter().any(&mut f);
         all.append(&mut got);
-        if done { return all; }
+        if done {
+            return all;
+        }
         assert!(start.elapsed() < Duration::from_secs(10), "{what}: {all:?}");
     }
 }
@@ -31,7 +36,8 @@ fn smoke() {
     let address = format!("{}?from=10.7.0.1", listener.address()).parse().unwrap();
     let attach = ce.attach();
     let c2 = client.clone();
-    let t = std::thread::spawn(move || c2.connect(&attach, &address, b"hello", Duration::from_secs(5)).unwrap());
+    let t =
+        std::thread::spawn(move || c2.connect(&attach, &address, b"hello", Duration::from_secs(5)).unwrap());
     let request = listener.accept(Duration::from_secs(5)).unwrap().unwrap();
     assert_eq!(request.private_data(), b"hello");
     let sc = request.accept(&se.attach(), b"welcome").unwrap();
@@ -50,7 +56,13 @@ fn smoke() {
         }
     }
     cm.write(0, b"written");
-    cc.write(Payload::Gather(&[Sge { region: &cr, offset: 0, length: 7 }]), sr.remote().at(100), Some(9), None).unwrap();
+    cc.write(
+        Payload::Gather(&[Sge { region: &cr, offset: 0, length: 7 }]),
+        sr.remote().at(100),
+        Some(9),
+        None,
+    )
+    .unwrap();
     cc.read(&[Sge { region: &cr, offset: 1000, length: 70000 }], sr.remote().at(100), Some(8)).unwrap();
     cc.ring().unwrap();
     poll_until(&mut ce, "read", |c| matches!(c, Completion::Work { id: 8, result: Ok(()), .. }));
@@ -77,7 +89,9 @@ fn smoke() {
         loop {
             se.wait(Duration::from_secs(5));
             se.poll(&mut v);
-            if v.iter().any(|c| matches!(c, Completion::Disconnected { .. })) { break; }
+            if v.iter().any(|c| matches!(c, Completion::Disconnected { .. })) {
+                break;
+            }
             assert!(t0.elapsed() < Duration::from_secs(8));
         }
         println!("server saw {v:?}");

@@ -42,7 +42,11 @@ impl RdmaConnection {
     ) -> Result<(), PostError> {
         match payload {
             Payload::Inline(bytes) => {
-                assert!(bytes.len() <= MAX_INLINE, "{} bytes inline, but at most {MAX_INLINE} are possible", bytes.len());
+                assert!(
+                    bytes.len() <= MAX_INLINE,
+                    "{} bytes inline, but at most {MAX_INLINE} are possible",
+                    bytes.len()
+                );
                 self.link.post(operation, Bytes::Inline(bytes), &mut std::iter::empty(), signal)
             }
             Payload::Gather(sges) => {
@@ -52,7 +56,12 @@ impl RdmaConnection {
                     *piece = self.piece(sge);
                 }
                 let pieces = &pieces[..sges.len()];
-                self.link.post(operation, Bytes::Pieces(pieces), &mut sges.iter().map(|sge| &sge.region.0), signal)
+                self.link.post(
+                    operation,
+                    Bytes::Pieces(pieces),
+                    &mut sges.iter().map(|sge| &sge.region.0),
+                    signal,
+                )
             }
         }
     }

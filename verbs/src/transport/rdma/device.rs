@@ -163,7 +163,11 @@ impl Device {
         self.registration(memory.memory(), ibv_access_flags::IBV_ACCESS_REMOTE_READ).map(RdmaExport)
     }
 
-    fn registration(self: &Arc<Self>, memory: &Memory, flags: ibv_access_flags) -> Result<Registration, Error> {
+    fn registration(
+        self: &Arc<Self>,
+        memory: &Memory,
+        flags: ibv_access_flags,
+    ) -> Result<Registration, Error> {
         let (address, length) = (memory.as_ptr(), memory.len());
         // SAFETY: the mapping covers these bytes, and the clone of `memory` in the result keeps it until
         // after `ibv_dereg_mr`. That a device writes them is what `Memory` is made for; of an `Exclusive`'s
@@ -206,9 +210,9 @@ fn registration_error(device: &str, bytes: u64, said: io::Error) -> Error {
 /// Whether a port of device `name` is active.
 fn is_active(name: &str) -> bool {
     let Ok(ports) = fs::read_dir(format!("{SYSFS}/{name}/ports")) else { return false };
-    ports.flatten().any(|port| {
-        fs::read_to_string(port.path().join("state")).is_ok_and(|state| state.contains("ACTIVE"))
-    })
+    ports
+        .flatten()
+        .any(|port| fs::read_to_string(port.path().join("state")).is_ok_and(|state| state.contains("ACTIVE")))
 }
 
 fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
@@ -232,7 +236,9 @@ fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
     let iwarp = unsafe { (*(*context).device).transport_type == ibv_transport_type::IBV_TRANSPORT_IWARP };
     if iwarp {
         // An iWARP WRITE carries no immediate, which the contract needs.
-        return Err(Error::NoDevice { reason: format!("`{name}` is iWARP, which has no WRITE with immediate") });
+        return Err(Error::NoDevice {
+            reason: format!("`{name}` is iWARP, which has no WRITE with immediate"),
+        });
     }
     let positive = |value: c_int| u64::try_from(value).unwrap_or(0);
     if (device.max_sge as usize) < MAX_SGE {

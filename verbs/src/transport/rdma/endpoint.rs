@@ -105,8 +105,11 @@ impl Queues {
         let stride = config.receive_size.next_multiple_of(BUFFER_ALIGNMENT);
         let memory = Memory::new("fervor-receive", stride * config.receive_buffers)?;
         let buffers = device.register(&memory, Access::Local)?;
-        let wake = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)
-            .map_err(|e| Error::io("eventfd()")(e.into()))?;
+        let wake = rustix::event::eventfd(
+            0,
+            rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK,
+        )
+        .map_err(|e| Error::io("eventfd()")(e.into()))?;
         let mut queues = Self {
             completion: ptr::null_mut(),
             channel: ptr::null_mut(),
@@ -178,7 +181,9 @@ impl Queues {
     /// Takes a place for a connection.
     pub(super) fn reserve(&self) -> Result<(), Error> {
         let limit = self.config.connections;
-        let taken = self.connections.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < limit).then_some(n + 1));
+        let taken = self
+            .connections
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < limit).then_some(n + 1));
         match taken {
             Ok(_) => Ok(()),
             Err(_) => Err(Error::Limit {
@@ -321,14 +326,18 @@ fn check(device: &Device, config: &EndpointConfig) -> Result<u64, Error> {
     if config.read_depth == 0 || config.send_depth == 0 || config.receive_buffers == 0 {
         return Err(Error::System {
             call: format!("endpoint({config:?})"),
-            source: io::Error::new(io::ErrorKind::InvalidInput, "read_depth, send_depth and receive_buffers are at least 1"),
+            source: io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "read_depth, send_depth and receive_buffers are at least 1",
+            ),
         });
     }
     at_most("receive_buffers", config.receive_buffers, limits.receives, "")?;
     at_most("receive_size", config.receive_size, limits.message, "; send longer messages in parts")?;
     // One place more than the user's, for the keep-alive.
     at_most("send_depth", config.send_depth, limits.sends.saturating_sub(1), "")?;
-    let completions = config.connections.saturating_mul(config.send_depth + 1).saturating_add(config.receive_buffers);
+    let completions =
+        config.connections.saturating_mul(config.send_depth + 1).saturating_add(config.receive_buffers);
     at_most(
         "the completion queue (connections * (send_depth + 1) + receive_buffers)",
         completions,
@@ -511,7 +520,9 @@ fn work_result(status: ibv_wc_status::Type) -> Result<(), WorkError> {
         ibv_wc_status::IBV_WC_WR_FLUSH_ERR => WorkError::Flushed,
         ibv_wc_status::IBV_WC_REM_ACCESS_ERR => WorkError::RemoteAccess,
         ibv_wc_status::IBV_WC_REM_INV_REQ_ERR => WorkError::RemoteInvalid,
-        ibv_wc_status::IBV_WC_RETRY_EXC_ERR | ibv_wc_status::IBV_WC_RESP_TIMEOUT_ERR => WorkError::RetryExceeded,
+        ibv_wc_status::IBV_WC_RETRY_EXC_ERR | ibv_wc_status::IBV_WC_RESP_TIMEOUT_ERR => {
+            WorkError::RetryExceeded
+        }
         ibv_wc_status::IBV_WC_RNR_RETRY_EXC_ERR => WorkError::ReceiverNotReady,
         other => WorkError::Other(other),
     })
@@ -580,7 +591,10 @@ impl Endpoint for RdmaEndpoint {
     fn message(&self, buffer: &ReceiveBuffer) -> &[u8] {
         let memory = &self.queues.buffers.0.memory;
         let (offset, length) = (buffer.index as usize * self.queues.stride, buffer.length as usize);
-        assert!(length <= self.queues.stride && offset + length <= memory.len(), "a buffer of another endpoint");
+        assert!(
+            length <= self.queues.stride && offset + length <= memory.len(),
+            "a buffer of another endpoint"
+        );
         // SAFETY: the bytes lie inside the mapping, which lives as long as `self`. From the completion to the release of
         // the buffer (which takes it by value) neither the NIC nor anybody else writes them: it is not in
         // the receive queue, and its memory is registered for no remote access.

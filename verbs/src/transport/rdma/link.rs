@@ -335,7 +335,14 @@ impl Link {
         Ok(())
     }
 
-    fn append(&self, queue: &mut SendQueue, operation: Operation, bytes: Bytes<'_>, tag: u64, signalled: bool) {
+    fn append(
+        &self,
+        queue: &mut SendQueue,
+        operation: Operation,
+        bytes: Bytes<'_>,
+        tag: u64,
+        signalled: bool,
+    ) {
         let number = queue.posted;
         queue.silent += 1;
         // At least one in every half queue completes, so a full queue has at least one that will.
@@ -527,14 +534,22 @@ impl SendQueue {
     }
 
     /// Puts a request at the end of the chain.
-    fn chain(&mut self, id: WorkId, operation: Operation, bytes: Bytes<'_>, completes: bool, max_inline: u32) {
+    fn chain(
+        &mut self,
+        id: WorkId,
+        operation: Operation,
+        bytes: Bytes<'_>,
+        completes: bool,
+        max_inline: u32,
+    ) {
         let slot = self.end;
         let pieces = &mut self.pieces[slot];
         let mut flags = if completes { ibv_send_flags::IBV_SEND_SIGNALED.0 } else { 0 };
         let count = match bytes {
             Bytes::Inline(bytes) => {
                 self.inline[slot][..bytes.len()].copy_from_slice(bytes);
-                pieces[0] = ibv_sge { addr: self.inline[slot].as_ptr() as u64, length: bytes.len() as u32, lkey: 0 };
+                pieces[0] =
+                    ibv_sge { addr: self.inline[slot].as_ptr() as u64, length: bytes.len() as u32, lkey: 0 };
                 if !bytes.is_empty() {
                     flags |= ibv_send_flags::IBV_SEND_INLINE.0;
                 }
@@ -581,7 +596,11 @@ fn distance(from: u32, to: u32) -> u32 {
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "connection {} on {}, queue pair {}", self.id.0, self.queues.device.name, self.queue_pair_number)
+        write!(
+            f,
+            "connection {} on {}, queue pair {}",
+            self.id.0, self.queues.device.name, self.queue_pair_number
+        )
     }
 }
 
