@@ -6,6 +6,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`check`] | the guarantee of the consistency models, at scale |
 //! | [`data`] | ratings: read, recognised, generated |
 //! | [`mf`] | matrix factorisation, with the parameter server and without |
 //! | [`demo`] | the digits under all models, with curves and pictures |
@@ -15,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod data;
 pub mod demo;
 pub mod machine;

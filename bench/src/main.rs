@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use fervor_bench::{demo, mf, report, server};
+use fervor_bench::{check, demo, mf, report, server};
 
 /// Applications and measurements of the Fervor parameter server.
 #[derive(Debug, Parser)]
@@ -22,6 +22,8 @@ enum Command {
     Mf(Box<mf::MfOptions>),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
     Demo(demo::DemoOptions),
+    /// Check the guarantee of a consistency model: every read against its bounds, every update exactly once
+    Check(check::CheckOptions),
     /// Run a command that gets SIGTERM when the process that started this one dies
     #[command(name = server::WITH_PARENT, hide = true)]
     WithParent {
@@ -47,6 +49,7 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Mf(options) => run_mf(&options),
         Command::Demo(options) => demo::run(&options).map(drop),
+        Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),
         Command::WithParent { parent, command } => match server::with_parent(parent, &command)? {},
     }
 }

@@ -224,5 +224,5 @@ fn default_step(ratings: &Ratings, clocks_per_epoch: u32) -> f32 {
     }
     let most = counts.into_iter().max().unwrap_or(1) as f64 / f64::from(clocks_per_epoch);
     let size = ratings.root_mean_square().max(f64::MIN_POSITIVE);
-    ((1.0 / most.max(1.0)).min(0.02) / size) as f32
+    ((3.0 / most.max(1.0)).min(0.02) / size) as f32
 }
