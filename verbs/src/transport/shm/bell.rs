@@ -38,7 +38,7 @@ use super::{
 use crate::error::Error;
 
 /// The owner sleeps, or is about to.
-const PARKED: u64 = 1 << 63;
+pub(super) const PARKED: u64 = 1 << 63;
 /// A wake was asked for that no connection explains.
 const NOTIFIED: u64 = 1 << 62;
 const GROUPS: u64 = NOTIFIED - 1;

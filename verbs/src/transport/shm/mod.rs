@@ -59,6 +59,8 @@ mod ring;
 mod watch;
 mod wire;
 
+#[cfg(all(test, loom))]
+mod loom_tests;
 #[cfg(test)]
 mod suite;
 #[cfg(test)]

@@ -61,7 +61,7 @@ pub(super) fn file_size(capacity: u64) -> usize {
 
 /// The producer's side of the index protocol.
 #[derive(Debug)]
-struct Producer {
+pub(super) struct Producer {
     capacity: u64,
     tail: u64,
     /// The latest `HEAD` seen.
@@ -69,6 +69,10 @@ struct Producer {
 }
 
 impl Producer {
+    pub(super) fn new(capacity: u64) -> Self {
+        Self { capacity, tail: 0, head: 0 }
+    }
+
     fn fits(&self, size: u64) -> bool {
         // No overflow: `head <= tail <= head + capacity` always.
         size <= self.capacity - (self.tail - self.head)
@@ -87,7 +91,12 @@ impl Producer {
 
     /// Where to write a record of `size` bytes, or `None` when there is no room; the consumer will then say
     /// when there is ([`Consumer::pay`]).
-    fn reserve(&mut self, head: &impl Word, wanted: &impl Word, size: u64) -> Result<Option<u64>, Corrupt> {
+    pub(super) fn reserve(
+        &mut self,
+        head: &impl Word,
+        wanted: &impl Word,
+        size: u64,
+    ) -> Result<Option<u64>, Corrupt> {
         if !self.fits(size) {
             self.refresh(head)?;
             if !self.fits(size) {
@@ -101,7 +110,7 @@ impl Producer {
     }
 
     /// Hands over the record of `size` bytes at the place reserved.
-    fn publish(&mut self, tail: &impl Word, size: u64) {
+    pub(super) fn publish(&mut self, tail: &impl Word, size: u64) {
         self.tail += size;
         // SYNC POINT: releases the record's bytes, and the WRITEs posted before, to `Consumer::available`.
         tail.store(self.tail, Ordering::Release);
@@ -110,7 +119,7 @@ impl Producer {
 
 /// The consumer's side of the index protocol.
 #[derive(Debug)]
-struct Consumer {
+pub(super) struct Consumer {
     capacity: u64,
     head: u64,
     /// The latest `TAIL` seen.
@@ -118,8 +127,18 @@ struct Consumer {
 }
 
 impl Consumer {
+    pub(super) fn new(capacity: u64) -> Self {
+        Self { capacity, head: 0, tail: 0 }
+    }
+
+    /// Where the next record begins.
+    #[cfg(all(test, loom))]
+    pub(super) fn head(&self) -> u64 {
+        self.head
+    }
+
     /// Bytes published and not consumed.
-    fn available(&mut self, tail: &impl Word) -> Result<u64, Corrupt> {
+    pub(super) fn available(&mut self, tail: &impl Word) -> Result<u64, Corrupt> {
         // SYNC POINT: acquires what the producer released in `Producer::publish`.
         let seen = tail.load(Ordering::Acquire);
         // `wrapping_sub`: a tail before the head is a huge distance, and refused as such.
@@ -132,14 +151,14 @@ impl Consumer {
     }
 
     /// Gives back the `size` bytes at the head.
-    fn advance(&mut self, head: &impl Word, size: u64) {
+    pub(super) fn advance(&mut self, head: &impl Word, size: u64) {
         self.head += size;
         // SYNC POINT: releases the bytes, copied out, to `Producer::refresh`.
         head.store(self.head, Ordering::Release);
     }
 
     /// After some `advance`: whether the producer waits for room and is to be rung.
-    fn pay(&self, wanted: &impl Word) -> bool {
+    pub(super) fn pay(&self, wanted: &impl Word) -> bool {
         // SYNC POINT: see `Producer::reserve`.
         wanted.swap(0, Ordering::AcqRel) == 1
     }
@@ -186,7 +205,7 @@ pub(super) struct Outbox {
 impl Outbox {
     pub(super) fn new(file: Arc<Mapping>) -> Result<Self, Corrupt> {
         let capacity = ring_capacity(&file)?;
-        Ok(Self { file, indices: Producer { capacity, tail: 0, head: 0 } })
+        Ok(Self { file, indices: Producer::new(capacity) })
     }
 
     pub(super) fn capacity(&self) -> u64 {
@@ -255,7 +274,7 @@ pub(super) struct Inbox {
 impl Inbox {
     pub(super) fn new(file: Arc<Mapping>) -> Result<Self, Corrupt> {
         let capacity = ring_capacity(&file)?;
-        Ok(Self { file, indices: Consumer { capacity, head: 0, tail: 0 }, end: None })
+        Ok(Self { file, indices: Consumer::new(capacity), end: None })
     }
 
     pub(super) fn capacity(&self) -> u64 {

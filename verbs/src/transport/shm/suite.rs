@@ -7,7 +7,7 @@ use crate::{
     transport::{
         Transport,
         any::Host,
-        conformance::{Rig, Role, Side, VictimProcess},
+        conformance::{Effort, Rig, Role, Side, VictimProcess},
         shm::Shm,
     },
 };
@@ -44,6 +44,11 @@ impl<T: Subject> Rig for LocalRig<T> {
     fn address(&self, number: u32) -> Address {
         let name = format!("fervor-suite-{}-{}-{number}", std::process::id(), self.number);
         Address::Shm(std::env::temp_dir().join(name))
+    }
+
+    fn effort(&self) -> Effort {
+        // A round takes a microsecond here: many, so that the races have time to happen.
+        Effort { rounds: 3000, ..Effort::default() }
     }
 
     fn start(&self, role: Role, address: &Address) -> VictimProcess {

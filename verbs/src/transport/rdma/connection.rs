@@ -1,0 +1,167 @@
+//! The posting end of a connection: turns regions and offsets into what the device knows.
+
+use std::{fmt, sync::Arc};
+
+use rdma_sys::ibv_wr_opcode;
+
+use crate::transport::{
+    Connection, ConnectionId, MAX_INLINE, MAX_SGE, Payload, PostError, RemoteAddress, Sge,
+    rdma::{
+        device::RdmaRegion,
+        link::Link,
+        sending::{Bytes, Operation, Piece},
+    },
+};
+
+/// A connection of the `rdma` provider.
+pub struct RdmaConnection {
+    link: Arc<Link>,
+    reads_out: u8,
+    reads_in: u8,
+}
+
+impl RdmaConnection {
+    pub(super) fn new(link: Arc<Link>, (reads_out, reads_in): (u8, u8)) -> Self {
+        Self { link, reads_out, reads_in }
+    }
+
+    /// READs that this end may have in flight, as agreed on with the peer. The device holds back those beyond.
+    pub fn reads_in_flight(&self) -> u8 {
+        self.reads_out
+    }
+
+    /// READs of the peer that this end serves at a time, as agreed on with the peer.
+    pub fn reads_served(&self) -> u8 {
+        self.reads_in
+    }
+
+    fn post(
+        &self,
+        operation: Operation,
+        payload: Payload<'_, RdmaRegion>,
+        signal: Option<u64>,
+    ) -> Result<(), PostError> {
+        match payload {
+            Payload::Inline(bytes) => {
+                assert!(
+                    bytes.len() <= MAX_INLINE,
+                    "{} bytes inline, but at most {MAX_INLINE} are possible",
+                    bytes.len()
+                );
+                self.link.post(operation, Bytes::Inline(bytes), &mut std::iter::empty(), signal)
+            }
+            Payload::Gather(sges) => {
+                let mut pieces = [Piece { address: 0, length: 0, key: 0 }; MAX_SGE];
+                assert!(sges.len() <= MAX_SGE, "{} pieces, but at most {MAX_SGE} are possible", sges.len());
+                for (piece, sge) in pieces.iter_mut().zip(sges) {
+                    *piece = self.piece(sge);
+                }
+                let pieces = &pieces[..sges.len()];
+                self.link.post(
+                    operation,
+                    Bytes::Pieces(pieces),
+                    &mut sges.iter().map(|sge| &sge.region.0),
+                    signal,
+                )
+            }
+        }
+    }
+
+    fn piece(&self, sge: &Sge<'_, RdmaRegion>) -> Piece {
+        let registration = &sge.region.0;
+        let size = registration.memory.len();
+        assert!(
+            sge.offset <= size && sge.length <= size - sge.offset,
+            "bytes {}..{} are outside a region of {size} bytes",
+            sge.offset,
+            sge.offset.saturating_add(sge.length)
+        );
+        Piece {
+            address: registration.memory.as_ptr() as u64 + sge.offset as u64,
+            length: u32::try_from(sge.length).expect("a piece is shorter than 4 GiB"),
+            key: registration.local_key,
+        }
+    }
+}
+
+impl Connection for RdmaConnection {
+    type Region = RdmaRegion;
+
+    fn id(&self) -> ConnectionId {
+        self.link.id
+    }
+
+    fn send(
+        &mut self,
+        payload: Payload<'_, RdmaRegion>,
+        immediate: Option<u32>,
+        signal: Option<u64>,
+    ) -> Result<(), PostError> {
+        let opcode = match immediate {
+            Some(_) => ibv_wr_opcode::IBV_WR_SEND_WITH_IMM,
+            None => ibv_wr_opcode::IBV_WR_SEND,
+        };
+        let operation =
+            Operation { opcode, remote_address: 0, remote_key: 0, immediate: immediate.unwrap_or_default() };
+        self.post(operation, payload, signal)
+    }
+
+    fn write(
+        &mut self,
+        payload: Payload<'_, RdmaRegion>,
+        remote: RemoteAddress,
+        immediate: Option<u32>,
+        signal: Option<u64>,
+    ) -> Result<(), PostError> {
+        let opcode = match immediate {
+            Some(_) => ibv_wr_opcode::IBV_WR_RDMA_WRITE_WITH_IMM,
+            None => ibv_wr_opcode::IBV_WR_RDMA_WRITE,
+        };
+        let operation = Operation {
+            opcode,
+            remote_address: remote.address,
+            remote_key: remote.key,
+            immediate: immediate.unwrap_or_default(),
+        };
+        self.post(operation, payload, signal)
+    }
+
+    fn read(
+        &mut self,
+        into: &[Sge<'_, RdmaRegion>],
+        remote: RemoteAddress,
+        signal: Option<u64>,
+    ) -> Result<(), PostError> {
+        let operation = Operation {
+            opcode: ibv_wr_opcode::IBV_WR_RDMA_READ,
+            remote_address: remote.address,
+            remote_key: remote.key,
+            immediate: 0,
+        };
+        self.post(operation, Payload::Gather(into), signal)
+    }
+
+    fn ring(&mut self) -> Result<(), PostError> {
+        self.link.ring()
+    }
+
+    fn room(&self) -> usize {
+        self.link.room()
+    }
+
+    fn disconnect(&mut self) {
+        self.link.break_off();
+    }
+}
+
+impl Drop for RdmaConnection {
+    fn drop(&mut self) {
+        self.link.break_off();
+    }
+}
+
+impl fmt::Debug for RdmaConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}, READs in flight: {} own, {} of the peer", self.link, self.reads_out, self.reads_in)
+    }
+}

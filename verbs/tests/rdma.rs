@@ -1,0 +1,64 @@
+//! The conformance suite over RDMA, between the two soft-RoCE devices that `ci/soft-roce` makes: the client works on
+//! rxe0 (10.7.0.1), the server on rxe1 (10.7.0.2), and packets really cross the pair.
+//!
+//! Run by `ci/soft-roce-suite`. A plain `cargo test` leaves it out; where it runs and there is no device, it fails.
+
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use fervor_verbs::{
+    Address,
+    transport::{
+        conformance::{Effort, Rig, Role, Side, VictimProcess},
+        rdma::Rdma,
+    },
+};
+
+struct RdmaRig {
+    client: Rdma,
+    server: Rdma,
+    port: u16,
+}
+
+impl Rig for RdmaRig {
+    type Transport = Rdma;
+    type Victim = VictimProcess;
+
+    fn new(_: &'static str, _: u64) -> Self {
+        static PORT: AtomicU16 = AtomicU16::new(20_000);
+        let on = |device| Rdma::on_device(device).unwrap_or_else(|error| panic!("{device}: {error}"));
+        Self { client: on("rxe0"), server: on("rxe1"), port: PORT.fetch_add(8, Ordering::Relaxed) }
+    }
+
+    fn host(&self, side: Side) -> Rdma {
+        match side {
+            Side::Client => self.client.clone(),
+            Side::Server => self.server.clone(),
+        }
+    }
+
+    fn address(&self, number: u32) -> Address {
+        let port = self.port + u16::try_from(number).expect("few addresses");
+        Address::Rdma { host: "10.7.0.2".to_owned(), port, from: None }
+    }
+
+    fn dial(&self, listening: &Address) -> Address {
+        let Address::Rdma { host, port, .. } = listening else {
+            panic!("{listening} is not of this provider")
+        };
+        Address::Rdma { host: host.clone(), port: *port, from: Some("10.7.0.1".to_owned()) }
+    }
+
+    fn effort(&self) -> Effort {
+        Effort { rounds: 100, in_flight: 10_000 }
+    }
+
+    fn start(&self, role: Role, address: &Address) -> VictimProcess {
+        VictimProcess::start("victim", role, address)
+    }
+
+    fn kill(&self, victim: VictimProcess) {
+        victim.kill();
+    }
+}
+
+fervor_verbs::conformance!(RdmaRig);
