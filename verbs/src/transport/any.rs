@@ -206,6 +206,8 @@ impl Transport for Host {
     type Signal = HostSignal;
     type Thread = HostThread;
 
+    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
+
     fn register(&self, memory: &Memory, access: Access) -> Result<HostRegion, Error> {
         map!(self, Host => HostRegion, t => t.register(memory, access))
     }

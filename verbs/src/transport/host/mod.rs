@@ -26,6 +26,10 @@ pub use signal::HostSignal;
 /// another processor of this host takes.
 const SPIN_TURNS: u32 = 64;
 
+/// Turns before a thread had better sleep: about a millisecond of yielding when nobody else wants the
+/// processor. A sleeper's processor halts, and on a virtual machine it takes 50 microseconds to come back.
+pub const AWAKE_TURNS: u32 = 4096;
+
 /// Processors that the kernel's fixed-size set (`cpu_set_t`) can name.
 const MAX_CORES: usize = libc::CPU_SETSIZE as usize;
 

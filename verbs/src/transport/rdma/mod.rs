@@ -135,6 +135,8 @@ impl Transport for Rdma {
     type Signal = HostSignal;
     type Thread = HostThread;
 
+    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
+
     fn register(&self, memory: &Memory, access: Access) -> Result<RdmaRegion, Error> {
         self.device.register(memory, access)
     }

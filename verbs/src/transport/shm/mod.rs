@@ -109,6 +109,8 @@ impl Transport for Shm {
     type Signal = HostSignal;
     type Thread = HostThread;
 
+    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
+
     fn register(&self, memory: &Memory, access: Access) -> Result<ShmRegion, Error> {
         ShmRegion::new(&self.0.registry, memory, access)
     }

@@ -117,6 +117,9 @@ impl transport::Transport for Node {
     type Signal = Signal;
     type Thread = Thread;
 
+    // Few: each is a step of the simulation, and sleeping is to be explored, too.
+    const AWAKE_TURNS: u32 = 32;
+
     fn register(&self, memory: &Memory, access: Access) -> Result<Region, Error> {
         Ok(Region(Arc::new(self.new_region(memory, access))))
     }
