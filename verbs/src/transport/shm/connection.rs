@@ -253,12 +253,16 @@ impl Connection for ShmConnection {
             if immediate.is_some() {
                 self.reserve(0)?;
             }
+            if !self.outbox.enter() {
+                return Err(PostError::Disconnected);
+            }
             pieces(&payload, |at, from, len| {
                 // SAFETY: `from` is readable for `len` bytes (`pieces`); `find` vouches for `length` writable
                 // bytes at `target`, and `at + len <= length`, the sum of all pieces. The target is a
                 // mapping of its own, which nothing of this process's memory overlaps.
                 unsafe { copy(from, target.add(at), len) }
             });
+            self.outbox.leave();
         } else if immediate.is_some() {
             self.reserve(0)?;
         }

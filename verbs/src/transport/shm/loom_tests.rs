@@ -16,6 +16,7 @@ use loom::{
 
 use super::{
     bell::{self, Bell, PARKED},
+    gate,
     ring::{Consumer, Producer},
 };
 
@@ -171,6 +172,33 @@ fn loom_a_notification_ends_the_next_wait() {
             bell::wait(&*bell, Duration::MAX);
         }
         notifier.join().unwrap();
+    });
+}
+
+#[test]
+fn loom_nothing_is_written_behind_a_closed_gate() {
+    check(|| {
+        let words = Arc::new((AtomicU64::new(0), AtomicU64::new(0), Cell::new()));
+        let writer = {
+            let words = words.clone();
+            thread::spawn(move || {
+                for value in 1..=2 {
+                    if gate::enter(&words.0, &words.1) {
+                        words.2.set(value);
+                        gate::leave(&words.0);
+                    }
+                }
+            })
+        };
+        if gate::close(&words.0, &words.1) {
+            // The owner's from now on: a write after this, or not ordered before it, is a race.
+            words.2.set(9);
+            writer.join().unwrap();
+            assert_eq!(words.2.get(), 9);
+        } else {
+            writer.join().unwrap();
+            assert!(gate::close(&words.0, &words.1), "who was inside has left");
+        }
     });
 }
 

@@ -11,6 +11,7 @@
 //! | file | what it is |
 //! |---|---|
 //! | `ring` | the byte ring of one direction of a connection |
+//! | `gate` | ends a peer's WRITEs with the connection |
 //! | `bell` | the doorbell of an endpoint: who has something, and does its thread sleep |
 //! | `link` | what a connection and the endpoint of its own process share: completions, the end |
 //! | `connection`, `endpoint` | the posting and the polling side |
@@ -26,6 +27,8 @@
 //! - A message without a receive buffer waits in the ring; nothing is lost. If its sender is gone it waits for a second more.
 //! - A SEND longer than the peer's receive buffers is found out by the sender: [`WorkError::RemoteInvalid`].
 //! - A connection reaches the regions that were registered when it was made, and not later ones.
+//! - Once the end of a connection has been polled, no WRITE of the peer changes memory any more (unless the peer was
+//!   stopped in the middle of one for more than a second).
 //! - A peer that is alive and does nothing is no error.
 //!
 //! **Trust.** A peer can write the rings and bells that it shares with this process, and what was registered for it
@@ -36,7 +39,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use self::{region::Registry, watch::Watch};
+use self::{mapping::Mappings, region::Registry, watch::Watch};
 use crate::{
     address::Address,
     error::Error,
@@ -52,6 +55,7 @@ mod bell;
 mod connect;
 mod connection;
 mod endpoint;
+mod gate;
 mod link;
 mod mapping;
 mod region;
@@ -75,6 +79,7 @@ pub use region::{ShmExport, ShmRegion};
 #[derive(Debug)]
 struct Inner {
     registry: Arc<Registry>,
+    mappings: Mappings,
     watch: Arc<Watch>,
 }
 
@@ -94,7 +99,11 @@ impl Shm {
     /// # Errors
     /// The system's, when it has no descriptor left.
     pub fn new() -> Result<Self, Error> {
-        Ok(Self(Arc::new(Inner { registry: Arc::default(), watch: Watch::new()? })))
+        Ok(Self(Arc::new(Inner {
+            registry: Arc::default(),
+            mappings: Mappings::default(),
+            watch: Watch::new()?,
+        })))
     }
 }
 
@@ -122,7 +131,7 @@ impl Transport for Shm {
     }
 
     fn listen(&self, address: &Address) -> Result<ShmListener, Error> {
-        ShmListener::new(address)
+        ShmListener::new(&self.0, address)
     }
 
     fn connect(

@@ -10,6 +10,8 @@
 //! | `HEAD` | consumer, after it has copied the record out (release) | producer, before it overwrites (acquire) |
 //! | `WANTED` | producer: 1 when it found no room; consumer: 0 | consumer: if 1, it rings the producer |
 //!
+//! Two more words are the [gate](super::gate) of the producer's WRITEs, which do not go through the ring.
+//!
 //! A record is a header of two words (length and kind, immediate) and the payload, filled up to 16 bytes, so that
 //! a header never wraps; a payload may.
 //!
@@ -21,6 +23,7 @@ use std::sync::{Arc, atomic::Ordering};
 
 use super::{
     atomic::Word,
+    gate,
     mapping::{Mapping, PAGE},
 };
 use crate::memory::copy::copy;
@@ -29,6 +32,9 @@ const TAIL: usize = 0;
 // Two cache lines apart: processors fetch lines in pairs.
 const HEAD: usize = 128;
 const WANTED: usize = 136;
+// The gate of the producer's WRITEs: one word beside the producer's, one on a line that seldom changes.
+const WRITING: usize = 8;
+const SHUT: usize = 256;
 
 /// Records begin at multiples of this, and headers are this long.
 const ALIGN: u64 = 16;
@@ -212,6 +218,18 @@ impl Outbox {
         self.indices.capacity
     }
 
+    /// Asks the receiver for leave to WRITE its memory: until [`leave`](Self::leave), if it is granted.
+    #[inline]
+    pub(super) fn enter(&self) -> bool {
+        gate::enter(self.file.word(WRITING), self.file.word(SHUT))
+    }
+
+    /// The WRITE is done.
+    #[inline]
+    pub(super) fn leave(&self) {
+        gate::leave(self.file.word(WRITING));
+    }
+
     #[cfg(test)]
     pub(super) fn poison(&self, offset: usize, value: u64) {
         self.file.word(offset).store(value, Ordering::Release);
@@ -279,6 +297,11 @@ impl Inbox {
 
     pub(super) fn capacity(&self) -> u64 {
         self.indices.capacity
+    }
+
+    /// Lets the peer WRITE no more; whether it is not in the middle of it.
+    pub(super) fn shut(&self) -> bool {
+        gate::close(self.file.word(WRITING), self.file.word(SHUT))
     }
 
     /// From now on nothing is received but what has been published by now.

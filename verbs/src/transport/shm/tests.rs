@@ -427,6 +427,19 @@ fn exported_memory_is_read_and_cannot_be_mapped_writable() {
 }
 
 #[test]
+fn connections_to_one_peer_share_their_mappings() {
+    let mappings = mapping::Mappings::default();
+    let (_own, fd) = mapping::Mapping::create("test", 4096).unwrap();
+    let open = |writable| mapping::Mapping::open_shared(&mappings, &fd, 4096, writable).unwrap();
+    let (a, b, read_only) = (open(true), open(true), open(false));
+    assert!(Arc::ptr_eq(&a, &b) && !Arc::ptr_eq(&a, &read_only));
+    drop((a, b));
+    assert!(Arc::ptr_eq(&open(false), &read_only));
+    assert_eq!(open(true).len(), 4096, "mapped anew");
+    assert!(mapping::Mapping::open_shared(&mappings, &fd, 4097, false).is_err());
+}
+
+#[test]
 fn keys_are_given_back() {
     let transport = Shm::new().unwrap();
     let memory = Memory::new("test", 64).unwrap();
@@ -521,6 +534,54 @@ fn refusals_carry_their_data_and_free_the_seat() {
                 assert!(matches!(result, Err(Error::Refused { private_data, .. }) if private_data.is_empty()))
             }
         }
+    }
+}
+
+#[test]
+fn nothing_is_written_after_the_end() {
+    const SHUT: usize = 256;
+    for _ in 0..50 {
+        let (mut a, mut b) = pair(&EndpointConfig::default());
+        b.connection.disconnect();
+        assert_eq!(b.disconnected(), WorkError::Disconnected);
+        b.region.memory().store(0, 0);
+        // Whether or not this side has noticed.
+        let result = a.connection.write(Payload::Inline(&[1; 8]), a.remote.at(0), None, Some(1));
+        assert_eq!(result, Err(PostError::Disconnected));
+        assert_eq!(b.region.memory().load(0), 0);
+    }
+    // It has not noticed, for certain.
+    let (mut a, b) = pair(&EndpointConfig::default());
+    a.connection.poison_outbox(SHUT, 1);
+    let result = a.connection.write(Payload::Inline(&[1; 8]), a.remote.at(0), None, Some(1));
+    assert_eq!(result, Err(PostError::Disconnected));
+    assert_eq!(b.region.memory().load(0), 0);
+}
+
+#[test]
+fn the_end_does_not_wait_for_ever_for_a_peer_that_died_in_a_write() {
+    const WRITING: usize = 8;
+    let (a, mut b) = pair(&EndpointConfig::default());
+    a.connection.poison_outbox(WRITING, 1);
+    b.connection.disconnect();
+    let start = Instant::now();
+    assert_eq!(b.disconnected(), WorkError::Disconnected);
+    let waited = start.elapsed();
+    assert!(waited > Duration::from_millis(500) && waited < Duration::from_secs(2), "{waited:?}");
+}
+
+#[test]
+fn of_two_servers_that_find_a_stale_socket_one_wins() {
+    for _ in 0..50 {
+        let (address, path) = socket();
+        drop(UnixDatagram::bind(&path).unwrap());
+        let transport = Shm::new().unwrap();
+        let listeners: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| transport.listen(&address))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(listeners.iter().filter(|listener| listener.is_ok()).count(), 1);
+        assert!(path.exists());
     }
 }
 
