@@ -1,7 +1,8 @@
 //! Listening, connecting, accepting.
 //!
-//! A socket file that nobody listens on (its server was killed) is replaced, a live one never is: the look and the
-//! replacement happen under a lock on the directory, so that two servers that start together do not both win.
+//! A socket file that nobody listens on (its server was killed) is replaced, a live one never is: the look
+//! and the replacement happen under a lock on the directory, so that two servers that start together do not
+//! both win.
 
 use std::{
     collections::VecDeque,
@@ -202,7 +203,8 @@ pub(super) fn connect_to(
     let seat = Seat::reserve(shared)?;
 
     let socket = new_socket(SocketFlags::empty())?;
-    // The kernel makes a connect wait while the backlog is full, as long as a send may. 0 would mean for ever.
+    // The kernel makes a connect wait while the backlog is full, as long as a send may. 0 would mean for
+    // ever.
     let patience = timeout.clamp(Duration::from_millis(1), Duration::from_secs(1 << 30));
     set_socket_timeout(&socket, Timeout::Send, Some(patience))
         .map_err(|e| Error::io("setsockopt(SO_SNDTIMEO)")(e.into()))?;
@@ -463,10 +465,10 @@ impl Request for ShmRequest {
             peer.opening.receive_buffers.max(config.send_depth as u64),
             peer.opening.receive_size,
         );
-        let (inbox, inbox_file) = Mapping::create("fervor-ring", ring::file_size(inward))?;
-        let (outbox, outbox_file) = Mapping::create("fervor-ring", ring::file_size(outward))?;
-        let bad_ring = |_| Error::last_os("making a ring");
-        let (inbox, outbox) = (Inbox::new(inbox).map_err(bad_ring)?, Outbox::new(outbox).map_err(bad_ring)?);
+        let (inbox, inbox_file) = ring::create(inward)?;
+        let (outbox, outbox_file) = ring::create(outward)?;
+        let own = "a ring just made is of the right size";
+        let (inbox, outbox) = (Inbox::new(inbox).expect(own), Outbox::new(outbox).expect(own));
         let offers = shared.inner.registry.offers();
         let accept = opening(Kind::Accept, &seat, config, offers.len(), private_data);
         let fds = [shared.bell_file(), outbox_file.as_fd(), inbox_file.as_fd()];

@@ -1,8 +1,9 @@
-//! The receiving side: an endpoint polls its connections' completions and rings, and owns the receive buffers.
+//! The receiving side: an endpoint polls its connections' completions and rings, and owns the receive
+//! buffers.
 //!
-//! A poll asks the [bell](super::bell) which connections have something and visits those, a few messages each, in
-//! turn. A message is copied from the ring into a receive buffer, which is private memory and can so be lent
-//! as a slice. Without a free buffer the rest of the ring waits, and the sender with it.
+//! A poll asks the [bell](super::bell) which connections have something and visits those, a few messages
+//! each, in turn. A message is copied from the ring into a receive buffer, which is private memory and can so
+//! be lent as a slice. Without a free buffer the rest of the ring waits, and the sender with it.
 
 use std::{
     collections::VecDeque,
@@ -29,8 +30,8 @@ use crate::{
 const POLL_BATCH: usize = 64;
 /// Completions that one visit of a connection takes before it is the next one's turn.
 const VISIT_BATCH: usize = 16;
-/// How long messages of a peer that is gone wait for receive buffers, and its end for a WRITE of it that has begun,
-/// before the end is reported all the same.
+/// How long messages of a peer that is gone wait for receive buffers, and its end for a WRITE of it that has
+/// begun, before the end is reported all the same.
 const LINGER: Duration = Duration::from_secs(1);
 /// Longest sleep while some do.
 const LINGER_LOOK: Duration = Duration::from_millis(20);
@@ -64,7 +65,8 @@ pub(super) struct Arrival {
 
 impl Shared {
     fn seats(&self) -> MutexGuard<'_, Seats> {
-        // Each change leaves the table whole; a panic between two of them is a panic of the connecting thread.
+        // Each change leaves the table whole; a panic between two of them is a panic of the connecting
+        // thread.
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -92,8 +92,9 @@ impl Link {
         &self.requests[number as usize & (self.requests.len() - 1)]
     }
 
-    /// Counts request number `number`, which has executed with `result`. For the posting thread, which has seen that
-    /// there is room. `false`: the connection's end has been reported already; the request was not accepted.
+    /// Counts request number `number`, which has executed with `result`. For the posting thread, which has
+    /// seen that there is room. `false`: the connection's end has been reported already; the request was not
+    /// accepted.
     #[inline]
     pub(super) fn post(&self, number: u64, signal: Option<u64>, result: Result<(), WorkError>) -> bool {
         let request = self.request(number);
@@ -108,8 +109,8 @@ impl Link {
         self.posted.compare_exchange(number, number + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    /// Appends the completions of requests from number `next` on, at most `most` of them; returns the number of
-    /// the next request, and whether that was all. For the polling thread.
+    /// Appends the completions of requests from number `next` on, at most `most` of them; returns the number
+    /// of the next request, and whether that was all. For the polling thread.
     #[inline]
     pub(super) fn complete(&self, next: u64, most: usize, into: &mut Vec<Completion>) -> (u64, bool) {
         // SYNC POINT: acquires what `post` released.

@@ -20,8 +20,8 @@ use super::{
     ring::{Consumer, Producer},
 };
 
-/// Interleavings with at most this many involuntary switches: enough for every known bug of this kind, and few
-/// enough to end within a minute.
+/// Interleavings with at most this many involuntary switches: enough for every known bug of this kind, and
+/// few enough to end within a minute.
 const SWITCHES: usize = 3;
 
 fn check(model: impl Fn() + Send + Sync + 'static) {
@@ -30,8 +30,8 @@ fn check(model: impl Fn() + Send + Sync + 'static) {
     builder.check(model);
 }
 
-/// A doorbell with two leaves. The mutex and the condition variable are the kernel's futex: it compares and falls
-/// asleep in one step.
+/// A doorbell with two leaves. The mutex and the condition variable are the kernel's futex: it compares and
+/// falls asleep in one step.
 #[derive(Default)]
 struct Model {
     summary: AtomicU64,
@@ -88,7 +88,8 @@ impl Cell {
     }
 }
 
-/// Ringers of these slots write their news, ring, and the owner, which sleeps when it finds nothing, sees all.
+/// Ringers of these slots write their news, ring, and the owner, which sleeps when it finds nothing, sees
+/// all.
 fn no_wake_is_lost(slots: &'static [u32]) {
     check(move || {
         let bell = Arc::new(Model::default());

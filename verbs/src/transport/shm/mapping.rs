@@ -1,8 +1,8 @@
 //! Memory that two processes map: rings, doorbell pages, and the peer's view of registered regions.
 //!
 //! The other process may write any byte at any time, so no reference to the bytes is ever made: they are
-//! copied by [`copy`](crate::memory::copy), or accessed as atomic words. It cannot take the memory away: every
-//! file is sealed against shrinking, and one that is not is refused ([`Mapping::open`]).
+//! copied by [`copy`](crate::memory::copy), or accessed as atomic words. It cannot take the memory away:
+//! every file is sealed against shrinking, and one that is not is refused ([`Mapping::open`]).
 
 use std::{
     collections::HashMap,
@@ -22,8 +22,9 @@ use crate::{error::Error, memory::copy::copy};
 /// Bytes of a page; of the header of every mapping that this module creates.
 pub(super) const PAGE: usize = 4096;
 
-/// The mappings of peers' regions, by device, inode and right: the connections of this process to one peer share
-/// them, so that each page is faulted in once. While a mapping lives, so does its inode: no other file has its number.
+/// The mappings of peers' regions, by device, inode and right: the connections of this process to one peer
+/// share them, so that each page is faulted in once. While a mapping lives, so does its inode: no other file
+/// has its number.
 #[derive(Debug, Default)]
 pub(super) struct Mappings(Mutex<HashMap<(u64, u64, bool), Weak<Mapping>>>);
 
@@ -47,7 +48,8 @@ impl Mapping {
         Ok((Arc::new(Self::map(&fd, len, true)?), fd))
     }
 
-    /// As [`open`](Self::open), but finds the mapping again if the file has been mapped so in `mappings` and still is.
+    /// As [`open`](Self::open), but finds the mapping again if the file has been mapped so in `mappings` and
+    /// still is.
     pub(super) fn open_shared(
         mappings: &Mappings,
         fd: &OwnedFd,

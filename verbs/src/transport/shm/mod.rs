@@ -20,19 +20,22 @@
 //! | `watch` | the thread that notices dead peers |
 //!
 //! What this provider makes of the freedom that the contract leaves:
-//! - Every request executes in the call that posts it; a SEND is complete when it is in the ring. [`Connection::ring`] rings bells.
-//! - A post is also refused as full while the ring to the peer is. The ring holds what the receiver's buffers or the
-//!   sender's queue hold, up to 4 MiB, and two of the longest messages in any case. When there is room again, the
-//!   endpoint of the sender is woken.
-//! - A message without a receive buffer waits in the ring; nothing is lost. If its sender is gone it waits for a second more.
+//! - Every request executes in the call that posts it; a SEND is complete when it is in the ring.
+//!   [`Connection::ring`] rings bells.
+//! - A post is also refused as full while the ring to the peer is. The ring holds what the receiver's buffers
+//!   or the sender's queue hold, up to 4 MiB, and two of the longest messages in any case. When there is room
+//!   again, the endpoint of the sender is woken.
+//! - A message without a receive buffer waits in the ring; nothing is lost. If its sender is gone it waits
+//!   for a second more.
 //! - A SEND longer than the peer's receive buffers is found out by the sender: [`WorkError::RemoteInvalid`].
 //! - A connection reaches the regions that were registered when it was made, and not later ones.
-//! - Once the end of a connection has been polled, no WRITE of the peer changes memory any more (unless the peer was
-//!   stopped in the middle of one for more than a second).
+//! - Once the end of a connection has been polled, no WRITE of the peer changes memory any more (unless the
+//!   peer was stopped in the middle of one for more than a second).
 //! - A peer that is alive and does nothing is no error.
 //!
-//! **Trust.** A peer can write the rings and bells that it shares with this process, and what was registered for it
-//! to write. Whatever it writes there, this process stays sound: it may end that connection, or look in vain.
+//! **Trust.** A peer can write the rings and bells that it shares with this process, and what was registered
+//! for it to write. Whatever it writes there, this process stays sound: it may end that connection, or look
+//! in vain.
 //!
 //! [`Connection::ring`]: super::Connection::ring
 //! [`WorkError::RemoteInvalid`]: super::WorkError::RemoteInvalid
