@@ -62,7 +62,8 @@ impl Thread for HostThread {
 /// Starts a thread, pinned to processor `core` if one is given.
 ///
 /// # Errors
-/// The system's, when it has no thread left; a processor that this process may not use. `body` has not run then.
+/// The system's, when it has no thread left; a processor that this process may not use. `body` has not run
+/// then.
 pub fn spawn(
     name: &str,
     core: Option<usize>,
