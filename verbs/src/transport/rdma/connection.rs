@@ -8,7 +8,8 @@ use crate::transport::{
     Connection, ConnectionId, MAX_INLINE, MAX_SGE, Payload, PostError, RemoteAddress, Sge,
     rdma::{
         device::RdmaRegion,
-        link::{Bytes, Link, Operation, Piece},
+        link::Link,
+        sending::{Bytes, Operation, Piece},
     },
 };
 
@@ -74,10 +75,6 @@ impl RdmaConnection {
             "bytes {}..{} are outside a region of {size} bytes",
             sge.offset,
             sge.offset.saturating_add(sge.length)
-        );
-        assert!(
-            Arc::ptr_eq(&registration.device, &self.link.queues.device),
-            "the region was registered by another transport than the connection's"
         );
         Piece {
             address: registration.memory.as_ptr() as u64 + sge.offset as u64,

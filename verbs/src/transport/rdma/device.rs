@@ -92,8 +92,6 @@ pub(super) struct Limits {
     pub receives: u64,
     /// Requests of a send queue.
     pub sends: u64,
-    /// Pieces of the scatter list of a READ.
-    pub read_pieces: usize,
     /// READs that one queue pair may have in flight.
     pub reads_out: u8,
     /// READs of the peer that one queue pair serves at a time.
@@ -241,11 +239,12 @@ fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
         });
     }
     let positive = |value: c_int| u64::try_from(value).unwrap_or(0);
-    if (device.max_sge as usize) < MAX_SGE {
+    let pieces = positive(device.max_sge.min(device.max_sge_rd));
+    if pieces < MAX_SGE as u64 {
         return Err(Error::Limit {
-            what: format!("the gather list on {name}"),
+            what: format!("the number of pieces of a gather or scatter list on {name}"),
             value: MAX_SGE as u64,
-            limit: positive(device.max_sge),
+            limit: pieces,
             cure: String::new(),
         });
     }
@@ -253,7 +252,6 @@ fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
         completions: positive(device.max_cqe),
         receives: positive(device.max_srq_wr),
         sends: positive(device.max_qp_wr),
-        read_pieces: positive(device.max_sge_rd).max(1) as usize,
         reads_out: device.max_qp_init_rd_atom.clamp(0, 255) as u8,
         reads_in: device.max_qp_rd_atom.clamp(0, 255) as u8,
         message: u64::from(port.max_msg_sz),

@@ -21,11 +21,12 @@ use crate::{
         rdma::{
             connection::RdmaConnection,
             device::{Device, Limits},
-            endpoint::{News, Queues, RdmaAttach},
+            endpoint::RdmaAttach,
             frame::{Kind, frame, unframe},
             id::{CmId, EventChannel, Parameters},
             link::Link,
             manager::Manager,
+            queues::{News, Queues},
         },
     },
 };
@@ -287,6 +288,8 @@ impl Drop for Joined {
         let Some(link) = self.0.take() else { return };
         link.give_up();
         link.queues.tell(News::GivenUp(link.id));
+        // At once, not when the endpoint is next polled: whoever tries again may not poll in between.
+        link.queues.unreserve();
     }
 }
 
@@ -422,7 +425,6 @@ impl Request for RdmaRequest {
             deadline: Instant::now() + ACCEPT_TIMEOUT,
             limit: ACCEPT_TIMEOUT,
         };
-        queues.reserve()?;
         let joined = Joined::new(queues, id)?;
         joined.with_cm(|cm| cm.accept(own, &framed))?.map_err(handshake.failed("rdma_accept"))?;
         handshake.expect(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED)?;
@@ -451,5 +453,11 @@ impl Drop for RdmaRequest {
 impl fmt::Debug for RdmaRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "a peer that wants to connect to {}", self.address)
+    }
+}
+
+impl fmt::Debug for RdmaListener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "listener at {} on {}", self.address, self.device.name)
     }
 }

@@ -48,6 +48,8 @@ mod id;
 mod library;
 mod link;
 mod manager;
+mod queues;
+mod sending;
 
 pub use connection::RdmaConnection;
 pub use device::{RdmaExport, RdmaRegion};
