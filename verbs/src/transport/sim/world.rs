@@ -104,6 +104,8 @@ pub(super) struct World {
     limit: u64,
     queue: BinaryHeap<Reverse<Entry>>,
     order: u64,
+    /// Events that have happened.
+    pub(super) steps: u64,
     /// Threads whose time came while another one ran.
     overdue: VecDeque<(usize, u64)>,
     /// What the running thread's calls have cost since its last scheduling point, ns.
@@ -135,6 +137,7 @@ impl World {
             limit,
             queue: BinaryHeap::new(),
             order: 0,
+            steps: 0,
             overdue: VecDeque::new(),
             lag: 0,
             calls: 0,
@@ -191,6 +194,7 @@ impl World {
                     Event::Wake { thread, turn } => self.overdue.push_back((thread, turn)),
                     event => {
                         self.now = self.now.max(entry.time);
+                        self.steps += 1;
                         self.execute(event);
                     }
                 }
@@ -255,6 +259,7 @@ impl World {
                 continue;
             }
             self.now = self.now.max(entry.time);
+            self.steps += 1;
             match entry.event {
                 Event::Wake { thread, .. } => return self.resume(thread),
                 event => self.execute(event),
