@@ -122,7 +122,7 @@ impl transport::Transport for Node {
     }
 
     fn export(&self, memory: &Exclusive) -> Result<Export, Error> {
-        Ok(Export(self.new_region(memory.memory(), Access::RemoteRead)))
+        Ok(Export(self.new_region(&memory.map_again()?, Access::RemoteRead)))
     }
 
     fn endpoint(&self, config: &EndpointConfig) -> Result<Endpoint, Error> {
@@ -203,8 +203,9 @@ impl transport::Transport for Node {
 
     fn relax(&self, turn: u32) {
         let mut world = self.shared.lock();
-        // The first turns spin; later ones give the processor away for longer and longer.
-        let typical = 60 << (turn.min(256) / 32);
+        // The first turns spin; later ones give the processor away for longer and longer. (Who spins makes the
+        // simulation slow: each turn is a switch of threads.)
+        let typical = (world.temper.spin << (turn.min(64) / 8)).min(20_000);
         let delay = world.thread_delay(typical);
         self.shared.block(world, Wait::Relax, Some(delay));
     }

@@ -271,14 +271,14 @@ impl World {
         let state = &mut self.threads[thread];
         state.state = State::Running;
         state.turn += 1;
-        let turn = state.turn;
-        self.record("thread runs: thread, turn", [thread as u64, turn, 0]);
+        let (turn, node) = (state.turn, state.node);
+        self.record("runs: thread, node, turn", [thread as u64, node as u64, turn]);
         Next::Thread(thread)
     }
 
     /// A thread has ended.
     pub(super) fn ended(&mut self, thread: usize, panic: Option<String>) {
-        self.record("thread ends: thread, panicked", [thread as u64, u64::from(panic.is_some()), 0]);
+        self.record("ends: thread, panicked", [thread as u64, u64::from(panic.is_some()), 0]);
         let state = &mut self.threads[thread];
         state.state = State::Ended { panicked: panic.is_some() };
         let (root, name) = (state.root, state.name.clone());
