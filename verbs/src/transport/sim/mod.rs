@@ -39,7 +39,9 @@ use crate::transport::{Signal as _, Transport};
 
 mod chunks;
 mod connection;
+mod ending;
 mod endpoint;
+mod ends;
 mod handshake;
 mod history;
 mod node;
@@ -49,7 +51,8 @@ mod tests;
 mod threads;
 mod world;
 
-pub use node::{Attach, Connection, Endpoint, Export, Listener, Node, Region, Request, Signal, Thread};
+pub use ends::{Attach, Connection, Endpoint, Listener, Request};
+pub use node::{Export, Node, Region, Signal, Thread};
 pub use random::Network;
 
 use threads::{Shared, State};
