@@ -20,7 +20,6 @@ use std::{
     fmt,
     hash::{BuildHasherDefault, Hasher},
     mem::MaybeUninit,
-    ptr,
     sync::Arc,
     time::Duration,
 };
@@ -243,12 +242,12 @@ impl Endpoint for RdmaEndpoint {
             self.complete(&completion, into);
         }
         let mut places = [const { MaybeUninit::uninit() }; BATCH];
-        let queues = Arc::clone(&self.queues);
-        let taken = queues.take(&mut places);
-        for completion in taken {
-            self.complete(completion, into);
+        let number = self.queues.take(&mut places);
+        for place in &places[..number] {
+            // SAFETY: `take` has filled it.
+            self.complete(unsafe { place.assume_init_ref() }, into);
         }
-        if taken.len() < BATCH && !self.ending.is_empty() {
+        if number < BATCH && !self.ending.is_empty() {
             self.bury(into);
         }
         into.len() - before
@@ -262,10 +261,10 @@ impl Endpoint for RdmaEndpoint {
         self.queues.arm();
         // What completed before the queue was armed announces itself to nobody.
         let mut places = [const { MaybeUninit::uninit() }; BATCH];
-        let taken = self.queues.take(&mut places);
-        if !taken.is_empty() {
-            // SAFETY: each is read once out of places that are never dropped: a move.
-            self.found.extend(taken.iter().map(|completion| unsafe { ptr::read(completion) }));
+        let number = self.queues.take(&mut places);
+        if number > 0 {
+            // SAFETY: `take` has filled these, and each is read out once.
+            self.found.extend(places[..number].iter().map(|place| unsafe { place.assume_init_read() }));
             return;
         }
         self.queues.sleep(timeout);
