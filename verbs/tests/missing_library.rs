@@ -1,4 +1,4 @@
-//! A program with the `rdma` provider starts where there is no libibverbs and no librdmacm, and says what to install.
+//! A program with the `rdma` provider starts where there is no libibverbs, no librdmacm or no device, and says so.
 
 use std::{env, fs, process::Command};
 
@@ -47,4 +47,19 @@ fn the_error_names_the_package() {
     }
     without("libibverbs.so.1", "the_error_names_the_package");
     without("librdmacm.so.1", "the_error_names_the_package");
+}
+
+#[test]
+fn a_machine_without_devices_says_so() {
+    let listed = devices::list().expect("the libraries are installed: the build needs their headers");
+    match Rdma::new() {
+        Ok(_) => assert!(!listed.is_empty()),
+        Err(error) => assert!(matches!(error, Error::NoDevice { .. }), "{error}"),
+    }
+    if listed.is_empty() {
+        for result in [Rdma::on_device("mlx5_0"), Rdma::for_address(&"rdma://127.0.0.1:1".parse().unwrap())] {
+            let error = result.expect_err("there is no device");
+            assert!(error.to_string().contains("no RDMA device"), "{error}");
+        }
+    }
 }

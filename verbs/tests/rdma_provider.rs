@@ -310,6 +310,42 @@ fn unsignalled_requests_leave_an_idle_queue() {
     }
 }
 
+/// What was posted but never rung completes too when the connection ends, after what was rung, and once.
+#[test]
+fn requests_that_were_never_rung_complete() {
+    for side in 0..2 {
+        let mut two = two();
+        for id in 0..20 {
+            two.to_server.read(&[whole(&two.own, 0, 4096)], two.theirs.remote().at(0), Some(id)).unwrap();
+        }
+        two.to_server.ring().unwrap();
+        for id in 20..25 {
+            two.to_server
+                .write(Payload::Inline(b"never"), two.theirs.remote().at(0), None, Some(id))
+                .unwrap();
+            two.to_server.write(Payload::Inline(b"never"), two.theirs.remote().at(0), None, None).unwrap();
+        }
+        if side == 0 {
+            two.to_server.disconnect()
+        } else {
+            two.to_client.disconnect()
+        }
+        let mut works = Vec::new();
+        let cause = poll_for(&mut two.client, PATIENCE, |completion| match completion {
+            Completion::Work { id, result, .. } => {
+                works.push((id, result));
+                None
+            }
+            Completion::Disconnected { cause, .. } => Some(cause),
+            other => panic!("found {other:?}"),
+        });
+        assert!(cause.is_some(), "the end is not seen: {works:?}");
+        let ids: Vec<u64> = works.iter().map(|work| work.0).collect();
+        assert_eq!(ids, (0..25).collect::<Vec<_>>());
+        assert!(works[20..].iter().all(|work| work.1 == Err(WorkError::Flushed)), "{works:?}");
+    }
+}
+
 /// A network that swallows everything is a dead peer: found out within two seconds by both sides.
 #[test]
 fn a_dead_network_is_found_out() {

@@ -173,17 +173,13 @@ impl RdmaEndpoint {
     fn bury(&mut self, into: &mut Vec<Completion>) {
         for id in self.ending.clone() {
             let Some(entry) = self.links.get(&id) else { continue };
-            let remains = entry.link.close();
-            if !entry.in_error || !entry.link.is_flushed(remains.awaited) {
+            let awaited = entry.link.close();
+            if !entry.in_error || !entry.link.is_flushed(awaited) {
                 continue;
             }
             let cause = entry.cause.unwrap_or(WorkError::Disconnected);
-            let flushed = |id_of_request| Completion::Work {
-                connection: id,
-                id: id_of_request,
-                result: Err(WorkError::Flushed),
-            };
-            into.extend(remains.unrung.into_iter().map(flushed));
+            let flushed = |tag| Completion::Work { connection: id, id: tag, result: Err(WorkError::Flushed) };
+            into.extend(entry.link.unrung().into_iter().map(flushed));
             into.push(Completion::Disconnected { connection: id, cause });
             self.forget(id);
             self.queues.unreserve();
@@ -254,7 +250,8 @@ impl Endpoint for RdmaEndpoint {
     }
 
     fn wait(&mut self, timeout: Duration) {
-        if !self.found.is_empty() || self.queues.has_news() {
+        // The end of a connection is a matter of moments, and what it waits for may have come already.
+        if !self.found.is_empty() || !self.ending.is_empty() || self.queues.has_news() {
             return;
         }
         self.queues.drain_events();
