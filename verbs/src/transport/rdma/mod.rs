@@ -56,6 +56,9 @@ pub use device::{RdmaExport, RdmaRegion};
 pub use endpoint::{RdmaAttach, RdmaEndpoint};
 pub use handshake::{RdmaListener, RdmaRequest};
 
+pub(crate) use device::capabilities;
+pub(crate) use library::load as load_libraries;
+
 use device::Device;
 use manager::Manager;
 
