@@ -4,6 +4,10 @@ set -Eeuo pipefail
 CI_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck disable=SC2034 # used by the scripts that source this file
 ROOT=$(dirname "$CI_DIR")
+# Integration tests that need an RDMA device have these names, and `test = false` in their Cargo.toml: cargo leaves them out
+# unless they are named. ci/soft-roce-suite runs them.
+# shellcheck disable=SC2034
+DEVICE_TESTS=(--test 'rdma*' --test 'soft_roce*')
 : "${HOME:=/root}"
 # A shell opened before Rust was installed does not have cargo in its path; sbin is missing for many users.
 export HOME PATH="$PATH:$HOME/.cargo/bin:/usr/sbin:/sbin"

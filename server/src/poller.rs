@@ -34,8 +34,8 @@ use crate::{
 
 /// Idle turns before the thread sleeps.
 const IDLE_TURNS: u32 = 256;
-/// Longest sleep: how long a stop may go unnoticed if its wake-up is lost in the transport.
-const SLEEP: Duration = Duration::from_millis(100);
+/// Longest sleep. Nothing is due at any time: messages, ends of connections, mail and the stop all wake the thread.
+const SLEEP: Duration = Duration::from_secs(3600);
 /// How long a stopping poller waits for its clients to take their last message.
 const FAREWELL: Duration = Duration::from_millis(500);
 

@@ -8,6 +8,8 @@
 
 use std::time::Duration;
 
+#[cfg(feature = "rdma")]
+use crate::transport::rdma;
 use crate::{
     address::Address,
     error::Error,
@@ -23,12 +25,15 @@ use crate::{
 
 /// Declares the enums. [`Pick`] takes the object of a provider out again.
 macro_rules! enums {
-    ($($(#[$attribute:meta])* $name:ident { $shm:ty })*) => {$(
+    ($($(#[$attribute:meta])* $name:ident { $shm:ty, $rdma:ty })*) => {$(
         $(#[$attribute])*
         #[derive(Debug)]
         pub enum $name {
             /// Over shared memory.
             Shm($shm),
+            /// Over RDMA.
+            #[cfg(feature = "rdma")]
+            Rdma($rdma),
         }
 
         impl Pick<$shm> for $name {
@@ -36,6 +41,19 @@ macro_rules! enums {
             fn pick(&self) -> &$shm {
                 match self {
                     $name::Shm(object) => object,
+                    #[cfg(feature = "rdma")]
+                    $name::Rdma(_) => mixed(),
+                }
+            }
+        }
+
+        #[cfg(feature = "rdma")]
+        impl Pick<$rdma> for $name {
+            #[inline]
+            fn pick(&self) -> &$rdma {
+                match self {
+                    $name::Rdma(object) => object,
+                    $name::Shm(_) => mixed(),
                 }
             }
         }
@@ -47,6 +65,8 @@ macro_rules! on {
     ($value:expr, $enum:ident, $object:ident => $body:expr) => {
         match $value {
             $enum::Shm($object) => $body,
+            #[cfg(feature = "rdma")]
+            $enum::Rdma($object) => $body,
         }
     };
 }
@@ -56,8 +76,17 @@ macro_rules! map {
     ($value:expr, $enum:ident => $to:ident, $object:ident => $body:expr) => {
         match $value {
             $enum::Shm($object) => $body.map($to::Shm),
+            #[cfg(feature = "rdma")]
+            $enum::Rdma($object) => $body.map($to::Rdma),
         }
     };
+}
+
+/// Objects of two providers were used together.
+#[cfg(feature = "rdma")]
+#[cold]
+fn mixed() -> ! {
+    panic!("objects of two transports were used together")
 }
 
 /// The object of one provider within an enum over all.
@@ -72,30 +101,30 @@ trait Pick<T> {
 enums! {
     /// The transport of a real host.
     #[derive(Clone)]
-    Host { shm::Shm }
+    Host { shm::Shm, rdma::Rdma }
 
     /// A registered memory.
     #[derive(Clone)]
-    HostRegion { shm::ShmRegion }
+    HostRegion { shm::ShmRegion, rdma::RdmaRegion }
 
     /// An exported memory.
-    HostExport { shm::ShmExport }
+    HostExport { shm::ShmExport, rdma::RdmaExport }
 
     /// A completion queue with receive buffers.
-    HostEndpoint { shm::ShmEndpoint }
+    HostEndpoint { shm::ShmEndpoint, rdma::RdmaEndpoint }
 
     /// The handle of a [`HostEndpoint`] for other threads.
     #[derive(Clone)]
-    HostAttach { shm::ShmAttach }
+    HostAttach { shm::ShmAttach, rdma::RdmaAttach }
 
     /// One end of a connection.
-    HostConnection { shm::ShmConnection }
+    HostConnection { shm::ShmConnection, rdma::RdmaConnection }
 
     /// A listening address.
-    HostListener { shm::ShmListener }
+    HostListener { shm::ShmListener, rdma::RdmaListener }
 
     /// A peer that wants to connect.
-    HostRequest { shm::ShmRequest }
+    HostRequest { shm::ShmRequest, rdma::RdmaRequest }
 }
 
 impl Host {
@@ -119,6 +148,9 @@ impl Host {
         }
         match first {
             Address::Shm(_) => shm::Shm::new().map(Host::Shm),
+            #[cfg(feature = "rdma")]
+            Address::Rdma { .. } => rdma::Rdma::for_address(first).map(Host::Rdma),
+            #[cfg(not(feature = "rdma"))]
             Address::Rdma { .. } => Err(Error::WrongProvider {
                 address: first.to_string(),
                 provider: "shm (built without `rdma`)",
@@ -251,6 +283,8 @@ impl Endpoint for HostEndpoint {
     fn attach(&self) -> HostAttach {
         match self {
             HostEndpoint::Shm(endpoint) => HostAttach::Shm(endpoint.attach()),
+            #[cfg(feature = "rdma")]
+            HostEndpoint::Rdma(endpoint) => HostAttach::Rdma(endpoint.attach()),
         }
     }
 
@@ -342,6 +376,8 @@ impl Listener for HostListener {
     fn accept(&mut self, timeout: Duration) -> Result<Option<HostRequest>, Error> {
         match self {
             HostListener::Shm(listener) => Ok(listener.accept(timeout)?.map(HostRequest::Shm)),
+            #[cfg(feature = "rdma")]
+            HostListener::Rdma(listener) => Ok(listener.accept(timeout)?.map(HostRequest::Rdma)),
         }
     }
 

@@ -28,7 +28,7 @@ pub(super) fn disconnect<R: Rig>(rig: &R) {
         assert_eq!(pair.end_of(Side::Client, client), (vec![], WorkError::Disconnected));
         assert_eq!(pair.end_of(Side::Server, server), (vec![], WorkError::Disconnected));
         for side in [Side::Client, Side::Server] {
-            pair.posts_are_refused(side, &own, own.remote());
+            pair.posts_are_refused(side, own.remote());
             // Once more does no harm.
             pair.end(side).disconnect();
         }
@@ -47,7 +47,7 @@ pub(super) fn dropped_connection<R: Rig>(rig: &R) {
             Side::Server => pair.to_client.clear(),
         }
         assert_eq!(pair.end_of(side.other(), if side == Side::Client { server } else { client }).0, []);
-        pair.posts_are_refused(side.other(), &own, own.remote());
+        pair.posts_are_refused(side.other(), own.remote());
     }
 }
 
@@ -123,7 +123,7 @@ pub(super) fn outstanding<R: Rig>(rig: &R) {
         let (works, _) = pair.end_of(Side::Client, client);
         check_works(&works, expected);
         pair.end_of(Side::Server, server);
-        pair.posts_are_refused(Side::Client, &own, theirs.remote());
+        pair.posts_are_refused(Side::Client, theirs.remote());
         // The memory is the user's again.
         let mark = pattern(9, 8192);
         own.memory().write(0, &mark);

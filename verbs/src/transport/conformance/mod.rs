@@ -28,7 +28,7 @@ use crate::{address::Address, transport::Transport};
 mod faults;
 mod handshake;
 mod order;
-mod pair;
+pub(crate) mod pair;
 mod payloads;
 mod queues;
 mod rights;
@@ -122,6 +122,13 @@ pub struct Case<R> {
     /// Its name: the name of the `#[test]`, and what [`run`] takes.
     pub name: &'static str,
     body: fn(&R),
+}
+
+impl<R: Rig> Case<R> {
+    /// Runs it once, in a thread that the rig's provider knows.
+    pub fn run(&self, rig: &R) {
+        (self.body)(rig);
+    }
 }
 
 /// Runs the case `name` with rigs of type `R`.

@@ -21,13 +21,15 @@ const PART: usize = 64 << 10;
 const WRITES: [(usize, usize); 5] = [(60_000, 8), (0, 4096), (8192, 40_000), (5000, 1), (56_000, 64)];
 
 pub(super) fn immediates_close_writes<R: Rig>(rig: &R) {
-    rounds_closed(rig, |end, payload, remote, round| end.write(payload, remote, Some(round), None));
+    rounds_closed(rig, |end, payload, remote, round| {
+        end.write(payload, remote, Some(round), Some(u64::from(round)))
+    });
 }
 
 pub(super) fn messages_close_writes<R: Rig>(rig: &R) {
     rounds_closed(rig, |end, payload, remote, round| {
         end.write(payload, remote, None, None)?;
-        end.send(Payload::Inline(b"closed"), Some(round), None)
+        end.send(Payload::Inline(b"closed"), Some(round), Some(u64::from(round)))
     });
 }
 
@@ -42,25 +44,35 @@ fn rounds_closed<R: Rig>(
     let own = pair.region(Side::Client, PARTS * PART, Access::Local);
     pair.connect();
     let rounds = rig.effort().rounds;
-    let (mut posted, mut checked) = (0, 0);
-    while checked < rounds {
-        while posted < rounds && posted < checked + PARTS as u32 {
+    let (mut posted, mut completed, mut checked) = (0, 0, 0);
+    while checked < rounds || completed < rounds {
+        // A part is used again once its last round is both checked and complete.
+        while posted < rounds && posted < checked.min(completed) + PARTS as u32 {
             let part = posted as usize % PARTS * PART;
             own.memory().write(part, &pattern(u64::from(posted), PART));
+            let end = pair.end(Side::Client);
             for (i, (offset, length)) in WRITES.into_iter().enumerate() {
                 let payload = [piece(&own, part + offset, length)];
                 let remote = theirs.remote().at((part + offset) as u64);
-                let end = pair.end(Side::Client);
                 if i + 1 < WRITES.len() {
                     end.write(Payload::Gather(&payload), remote, None, None).expect("post");
                 } else {
                     close(end, Payload::Gather(&payload), remote, posted).expect("post");
                 }
             }
-            pair.end(Side::Client).ring().expect("ring");
+            end.ring().expect("ring");
             posted += 1;
         }
-        let immediate = match pair.next(Side::Server) {
+        let (side, completion) = pair.until("a round to be closed", |pair| {
+            let sides = [Side::Server, Side::Client];
+            sides.into_iter().find_map(|side| pair.host(side).take().map(|found| (side, found)))
+        });
+        let immediate = match completion {
+            Completion::Work { id, result: Ok(()), .. } if side == Side::Client => {
+                assert_eq!(id, u64::from(completed));
+                completed += 1;
+                continue;
+            }
             Completion::WriteImmediate { immediate, .. } => immediate,
             Completion::Received { buffer, immediate, .. } => {
                 pair.server.endpoint.release(buffer);

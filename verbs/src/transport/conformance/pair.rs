@@ -15,28 +15,28 @@ use crate::{
     },
 };
 
-pub(super) type End<R> = <<R as Rig>::Transport as Transport>::Connection;
-pub(super) type RegionOf<R> = <<R as Rig>::Transport as Transport>::Region;
+pub(crate) type End<R> = <<R as Rig>::Transport as Transport>::Connection;
+pub(crate) type RegionOf<R> = <<R as Rig>::Transport as Transport>::Region;
 
 /// How long a case waits for what must happen.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A host: its transport, its endpoint, and what was polled but not looked at.
-pub(super) struct Host<T: Transport> {
-    pub(super) transport: T,
-    pub(super) endpoint: T::Endpoint,
+pub(crate) struct Host<T: Transport> {
+    pub(crate) transport: T,
+    pub(crate) endpoint: T::Endpoint,
     seen: VecDeque<Completion>,
     batch: Vec<Completion>,
 }
 
 impl<T: Transport> Host<T> {
-    pub(super) fn new(transport: T, config: &EndpointConfig) -> Self {
+    pub(crate) fn new(transport: T, config: &EndpointConfig) -> Self {
         let endpoint = transport.endpoint(config).expect("endpoint");
         Self { transport, endpoint, seen: VecDeque::new(), batch: Vec::new() }
     }
 
     /// Polls once, and returns how much is there to look at.
-    pub(super) fn poll(&mut self) -> usize {
+    pub(crate) fn poll(&mut self) -> usize {
         let before = self.batch.len();
         let count = self.endpoint.poll(&mut self.batch);
         assert_eq!(self.batch.len() - before, count, "poll appended another number than it returned");
@@ -45,25 +45,25 @@ impl<T: Transport> Host<T> {
     }
 
     /// The next completion that was polled.
-    pub(super) fn take(&mut self) -> Option<Completion> {
+    pub(crate) fn take(&mut self) -> Option<Completion> {
         self.seen.pop_front()
     }
 }
 
 /// Two hosts, `Side::Client` and `Side::Server`, and connections between them. Connection number `n` of one
 /// is the other end of number `n` of the other.
-pub(super) struct Pair<'r, R: Rig> {
+pub(crate) struct Pair<'r, R: Rig> {
     rig: &'r R,
-    pub(super) client: Host<R::Transport>,
-    pub(super) server: Host<R::Transport>,
-    pub(super) to_server: Vec<End<R>>,
-    pub(super) to_client: Vec<End<R>>,
+    pub(crate) client: Host<R::Transport>,
+    pub(crate) server: Host<R::Transport>,
+    pub(crate) to_server: Vec<End<R>>,
+    pub(crate) to_client: Vec<End<R>>,
     listener: Option<<R::Transport as Transport>::Listener>,
 }
 
 impl<'r, R: Rig> Pair<'r, R> {
     /// Two hosts without a connection.
-    pub(super) fn new(rig: &'r R, client: &EndpointConfig, server: &EndpointConfig) -> Self {
+    pub(crate) fn new(rig: &'r R, client: &EndpointConfig, server: &EndpointConfig) -> Self {
         Self {
             rig,
             client: Host::new(rig.host(Side::Client), client),
@@ -75,12 +75,12 @@ impl<'r, R: Rig> Pair<'r, R> {
     }
 
     /// Two hosts of this configuration.
-    pub(super) fn alike(rig: &'r R, config: &EndpointConfig) -> Self {
+    pub(crate) fn alike(rig: &'r R, config: &EndpointConfig) -> Self {
         Self::new(rig, config, config)
     }
 
     /// Makes one more connection. Regions are registered before.
-    pub(super) fn connect(&mut self) {
+    pub(crate) fn connect(&mut self) {
         let mut listener = match self.listener.take() {
             Some(listener) => listener,
             None => self.server.transport.listen(&self.rig.address(0)).expect("listen"),
@@ -104,7 +104,7 @@ impl<'r, R: Rig> Pair<'r, R> {
         self.listener = Some(listener);
     }
 
-    pub(super) fn host(&mut self, side: Side) -> &mut Host<R::Transport> {
+    pub(crate) fn host(&mut self, side: Side) -> &mut Host<R::Transport> {
         match side {
             Side::Client => &mut self.client,
             Side::Server => &mut self.server,
@@ -112,7 +112,7 @@ impl<'r, R: Rig> Pair<'r, R> {
     }
 
     /// The end of connection 0 that this side posts to.
-    pub(super) fn end(&mut self, side: Side) -> &mut End<R> {
+    pub(crate) fn end(&mut self, side: Side) -> &mut End<R> {
         match side {
             Side::Client => &mut self.to_server[0],
             Side::Server => &mut self.to_client[0],
@@ -120,7 +120,7 @@ impl<'r, R: Rig> Pair<'r, R> {
     }
 
     /// New memory of a host, registered and filled with `0xee`.
-    pub(super) fn region(&self, side: Side, len: usize, access: Access) -> RegionOf<R> {
+    pub(crate) fn region(&self, side: Side, len: usize, access: Access) -> RegionOf<R> {
         let host = match side {
             Side::Client => &self.client,
             Side::Server => &self.server,
@@ -134,7 +134,7 @@ impl<'r, R: Rig> Pair<'r, R> {
     ///
     /// # Panics
     /// When it takes longer than [`PATIENCE`].
-    pub(super) fn until<X>(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> Option<X>) -> X {
+    pub(crate) fn until<X>(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> Option<X>) -> X {
         let deadline = self.client.transport.now() + PATIENCE;
         let mut turn = 0;
         loop {
@@ -150,12 +150,12 @@ impl<'r, R: Rig> Pair<'r, R> {
     }
 
     /// The next completion of this side.
-    pub(super) fn next(&mut self, side: Side) -> Completion {
+    pub(crate) fn next(&mut self, side: Side) -> Completion {
         self.until("a completion", |pair| pair.host(side).take())
     }
 
     /// Expects that request `id` is the next to complete at this side, and that it succeeds.
-    pub(super) fn work(&mut self, side: Side, id: u64) {
+    pub(crate) fn work(&mut self, side: Side, id: u64) {
         match self.next(side) {
             Completion::Work { id: found, result: Ok(()), .. } if found == id => (),
             other => panic!("expected the completion of request {id}, found {other:?}"),
@@ -163,7 +163,7 @@ impl<'r, R: Rig> Pair<'r, R> {
     }
 
     /// Expects a message next at this side; releases its buffer.
-    pub(super) fn message(&mut self, side: Side) -> (ConnectionId, Vec<u8>, Option<u32>) {
+    pub(crate) fn message(&mut self, side: Side) -> (ConnectionId, Vec<u8>, Option<u32>) {
         match self.next(side) {
             Completion::Received { connection, buffer, immediate } => {
                 let endpoint = &mut self.host(side).endpoint;
@@ -177,7 +177,7 @@ impl<'r, R: Rig> Pair<'r, R> {
     }
 
     /// Expects a WRITE with immediate next at this side.
-    pub(super) fn immediate(&mut self, side: Side) -> u32 {
+    pub(crate) fn immediate(&mut self, side: Side) -> u32 {
         match self.next(side) {
             Completion::WriteImmediate { immediate, .. } => immediate,
             other => panic!("expected a WRITE with immediate, found {other:?}"),
@@ -186,7 +186,7 @@ impl<'r, R: Rig> Pair<'r, R> {
 
     /// Expects that connection `connection` ends at this side, and that all that comes before are messages,
     /// immediates and completions of it; returns the latter in order, with the cause of the end.
-    pub(super) fn end_of(&mut self, side: Side, connection: ConnectionId) -> (Vec<Work>, WorkError) {
+    pub(crate) fn end_of(&mut self, side: Side, connection: ConnectionId) -> (Vec<Work>, WorkError) {
         let mut works = Vec::new();
         loop {
             match self.next(side) {
@@ -208,7 +208,7 @@ impl<'r, R: Rig> Pair<'r, R> {
     }
 
     /// Expects that for a while nothing more completes at either side.
-    pub(super) fn silence(&mut self) {
+    pub(crate) fn silence(&mut self) {
         let start = self.client.transport.now();
         let mut turn = 0;
         while self.client.transport.now() < start + Duration::from_millis(20) {
@@ -225,13 +225,14 @@ impl<'r, R: Rig> Pair<'r, R> {
     }
 
     /// Expects that every kind of post to this side's end of connection 0 is refused as disconnected.
-    pub(super) fn posts_are_refused(&mut self, side: Side, own: &RegionOf<R>, remote: RemoteRegion) {
-        refused_as_disconnected(self.end(side), own, remote);
+    pub(crate) fn posts_are_refused(&mut self, side: Side, remote: RemoteRegion) {
+        let own = self.region(side, 64, Access::Local);
+        refused_as_disconnected(self.end(side), &own, remote);
     }
 }
 
 /// Expects that every kind of post is refused as disconnected.
-pub(super) fn refused_as_disconnected<C: Connection>(end: &mut C, own: &C::Region, remote: RemoteRegion) {
+pub(crate) fn refused_as_disconnected<C: Connection>(end: &mut C, own: &C::Region, remote: RemoteRegion) {
     use crate::transport::Payload::Inline;
     let piece = [Sge { region: own, offset: 0, length: 8 }];
     assert_eq!(end.send(Inline(b"late"), None, Some(900)), Err(PostError::Disconnected));
@@ -242,16 +243,16 @@ pub(super) fn refused_as_disconnected<C: Connection>(end: &mut C, own: &C::Regio
 }
 
 /// The id and the result of a request.
-pub(super) type Work = (u64, Result<(), WorkError>);
+pub(crate) type Work = (u64, Result<(), WorkError>);
 
 /// A helper thread with a result.
-pub(super) struct Background<T: Transport, X> {
+pub(crate) struct Background<T: Transport, X> {
     thread: T::Thread,
     result: Arc<Mutex<Option<X>>>,
 }
 
 impl<T: Transport, X: Send + 'static> Background<T, X> {
-    pub(super) fn start(transport: &T, body: impl FnOnce() -> X + Send + 'static) -> Self {
+    pub(crate) fn start(transport: &T, body: impl FnOnce() -> X + Send + 'static) -> Self {
         let result = Arc::new(Mutex::new(None));
         let slot = Arc::clone(&result);
         let body = move || {
@@ -261,7 +262,7 @@ impl<T: Transport, X: Send + 'static> Background<T, X> {
         Self { thread: transport.spawn("helper", None, body).expect("spawn"), result }
     }
 
-    pub(super) fn join(self) -> X {
+    pub(crate) fn join(self) -> X {
         assert!(self.thread.join(), "the helper thread panicked");
         self.result
             .lock()
@@ -272,7 +273,7 @@ impl<T: Transport, X: Send + 'static> Background<T, X> {
 }
 
 /// `len` bytes that look like no other bytes; the same for the same seed.
-pub(super) fn pattern(seed: u64, len: usize) -> Vec<u8> {
+pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state ^= state << 13;
@@ -284,19 +285,19 @@ pub(super) fn pattern(seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// Bytes of a region.
-pub(super) fn bytes(region: &impl Region, offset: usize, len: usize) -> Vec<u8> {
+pub(crate) fn bytes(region: &impl Region, offset: usize, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     region.memory().read(offset, &mut bytes);
     bytes
 }
 
 /// One piece: `len` bytes of a region from `offset` on.
-pub(super) fn piece<R>(region: &R, offset: usize, length: usize) -> Sge<'_, R> {
+pub(crate) fn piece<R>(region: &R, offset: usize, length: usize) -> Sge<'_, R> {
     Sge { region, offset, length }
 }
 
 /// A region's name as the bytes of a message.
-pub(super) fn encode(region: RemoteRegion) -> [u8; 20] {
+pub(crate) fn encode(region: RemoteRegion) -> [u8; 20] {
     let mut bytes = [0; 20];
     bytes[..8].copy_from_slice(&region.address.to_le_bytes());
     bytes[8..16].copy_from_slice(&region.length.to_le_bytes());
@@ -305,7 +306,7 @@ pub(super) fn encode(region: RemoteRegion) -> [u8; 20] {
 }
 
 /// A region's name from the bytes of a message.
-pub(super) fn decode(bytes: &[u8]) -> RemoteRegion {
+pub(crate) fn decode(bytes: &[u8]) -> RemoteRegion {
     let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
     let key = u32::from_le_bytes(bytes[16..20].try_into().expect("4 bytes"));
     RemoteRegion { address: word(0), length: word(8), key }

@@ -101,7 +101,7 @@ pub(super) fn unsignalled_without_end<R: Rig>(rig: &R) {
         pair.until("room for an unsignalled request", |pair| {
             let end = pair.end(Side::Client);
             let posted = match i % 4 {
-                3 => end.read(&[piece(&own, 8, 8)], theirs.remote().at(8), None),
+                3 => end.read(&[piece(&own, 512, 8)], theirs.remote().at(8), None),
                 _ => end.write(Payload::Inline(&i.to_le_bytes()), theirs.remote().at(i % 4 * 8), None, None),
             };
             end.ring().expect("ring");

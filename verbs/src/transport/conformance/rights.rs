@@ -89,8 +89,8 @@ fn refused<R: Rig>(
             assert_eq!(cause, WorkError::RemoteAccess, "{bad:?} of {len} bytes at {at:?}");
             let (works, _) = pair.end_of(Side::Server, server);
             assert_eq!(works, []);
-            pair.posts_are_refused(Side::Client, &own, good.remote());
-            pair.posts_are_refused(Side::Server, good, good.remote());
+            pair.posts_are_refused(Side::Client, good.remote());
+            pair.posts_are_refused(Side::Server, good.remote());
             for (region, before) in regions.iter().zip(before) {
                 let after = bytes(*region, 0, before.len());
                 assert!(after == before, "{bad:?} of {len} bytes at {at:?} wrote something");
@@ -170,7 +170,7 @@ pub(super) fn too_long_messages<R: Rig>(rig: &R) {
         assert_eq!(works, vec![(1, Ok(())), (2, Err(WorkError::RemoteInvalid))]);
         assert_eq!(cause, WorkError::RemoteInvalid);
         pair.end_of(Side::Server, server);
-        pair.posts_are_refused(Side::Client, &own, own.remote());
+        pair.posts_are_refused(Side::Client, own.remote());
         pair.to_server.clear();
         pair.to_client.clear();
     }

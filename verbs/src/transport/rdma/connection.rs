@@ -8,7 +8,8 @@ use crate::transport::{
     Connection, ConnectionId, MAX_INLINE, MAX_SGE, Payload, PostError, RemoteAddress, Sge,
     rdma::{
         device::RdmaRegion,
-        link::{Bytes, Link, Operation, Piece},
+        link::Link,
+        sending::{Bytes, Operation, Piece},
     },
 };
 
@@ -42,7 +43,11 @@ impl RdmaConnection {
     ) -> Result<(), PostError> {
         match payload {
             Payload::Inline(bytes) => {
-                assert!(bytes.len() <= MAX_INLINE, "{} bytes inline, but at most {MAX_INLINE} are possible", bytes.len());
+                assert!(
+                    bytes.len() <= MAX_INLINE,
+                    "{} bytes inline, but at most {MAX_INLINE} are possible",
+                    bytes.len()
+                );
                 self.link.post(operation, Bytes::Inline(bytes), &mut std::iter::empty(), signal)
             }
             Payload::Gather(sges) => {
@@ -52,7 +57,12 @@ impl RdmaConnection {
                     *piece = self.piece(sge);
                 }
                 let pieces = &pieces[..sges.len()];
-                self.link.post(operation, Bytes::Pieces(pieces), &mut sges.iter().map(|sge| &sge.region.0), signal)
+                self.link.post(
+                    operation,
+                    Bytes::Pieces(pieces),
+                    &mut sges.iter().map(|sge| &sge.region.0),
+                    signal,
+                )
             }
         }
     }
@@ -65,10 +75,6 @@ impl RdmaConnection {
             "bytes {}..{} are outside a region of {size} bytes",
             sge.offset,
             sge.offset.saturating_add(sge.length)
-        );
-        assert!(
-            Arc::ptr_eq(&registration.device, &self.link.queues.device),
-            "the region was registered by another transport than the connection's"
         );
         Piece {
             address: registration.memory.as_ptr() as u64 + sge.offset as u64,

@@ -92,8 +92,6 @@ pub(super) struct Limits {
     pub receives: u64,
     /// Requests of a send queue.
     pub sends: u64,
-    /// Pieces of the scatter list of a READ.
-    pub read_pieces: usize,
     /// READs that one queue pair may have in flight.
     pub reads_out: u8,
     /// READs of the peer that one queue pair serves at a time.
@@ -163,7 +161,11 @@ impl Device {
         self.registration(memory.memory(), ibv_access_flags::IBV_ACCESS_REMOTE_READ).map(RdmaExport)
     }
 
-    fn registration(self: &Arc<Self>, memory: &Memory, flags: ibv_access_flags) -> Result<Registration, Error> {
+    fn registration(
+        self: &Arc<Self>,
+        memory: &Memory,
+        flags: ibv_access_flags,
+    ) -> Result<Registration, Error> {
         let (address, length) = (memory.as_ptr(), memory.len());
         // SAFETY: the mapping covers these bytes, and the clone of `memory` in the result keeps it until
         // after `ibv_dereg_mr`. That a device writes them is what `Memory` is made for; of an `Exclusive`'s
@@ -206,9 +208,9 @@ fn registration_error(device: &str, bytes: u64, said: io::Error) -> Error {
 /// Whether a port of device `name` is active.
 fn is_active(name: &str) -> bool {
     let Ok(ports) = fs::read_dir(format!("{SYSFS}/{name}/ports")) else { return false };
-    ports.flatten().any(|port| {
-        fs::read_to_string(port.path().join("state")).is_ok_and(|state| state.contains("ACTIVE"))
-    })
+    ports
+        .flatten()
+        .any(|port| fs::read_to_string(port.path().join("state")).is_ok_and(|state| state.contains("ACTIVE")))
 }
 
 fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
@@ -232,14 +234,17 @@ fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
     let iwarp = unsafe { (*(*context).device).transport_type == ibv_transport_type::IBV_TRANSPORT_IWARP };
     if iwarp {
         // An iWARP WRITE carries no immediate, which the contract needs.
-        return Err(Error::NoDevice { reason: format!("`{name}` is iWARP, which has no WRITE with immediate") });
+        return Err(Error::NoDevice {
+            reason: format!("`{name}` is iWARP, which has no WRITE with immediate"),
+        });
     }
     let positive = |value: c_int| u64::try_from(value).unwrap_or(0);
-    if (device.max_sge as usize) < MAX_SGE {
+    let pieces = positive(device.max_sge.min(device.max_sge_rd));
+    if pieces < MAX_SGE as u64 {
         return Err(Error::Limit {
-            what: format!("the gather list on {name}"),
+            what: format!("the number of pieces of a gather or scatter list on {name}"),
             value: MAX_SGE as u64,
-            limit: positive(device.max_sge),
+            limit: pieces,
             cure: String::new(),
         });
     }
@@ -247,7 +252,6 @@ fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
         completions: positive(device.max_cqe),
         receives: positive(device.max_srq_wr),
         sends: positive(device.max_qp_wr),
-        read_pieces: positive(device.max_sge_rd).max(1) as usize,
         reads_out: device.max_qp_init_rd_atom.clamp(0, 255) as u8,
         reads_in: device.max_qp_rd_atom.clamp(0, 255) as u8,
         message: u64::from(port.max_msg_sz),

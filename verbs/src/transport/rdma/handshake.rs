@@ -21,11 +21,12 @@ use crate::{
         rdma::{
             connection::RdmaConnection,
             device::{Device, Limits},
-            endpoint::{News, Queues, RdmaAttach},
+            endpoint::RdmaAttach,
             frame::{Kind, frame, unframe},
             id::{CmId, EventChannel, Parameters},
             link::Link,
             manager::Manager,
+            queues::{News, Queues},
         },
     },
 };
@@ -61,7 +62,8 @@ pub(super) fn resolve(address: &Address) -> Result<(SocketAddr, Option<SocketAdd
         let fits = |candidate: &&SocketAddr| like.is_none_or(|like| like.is_ipv4() == candidate.is_ipv4());
         // Soft-RoCE and most RoCE set-ups speak IPv4.
         let best = found.iter().filter(fits).min_by_key(|candidate| candidate.is_ipv6());
-        best.copied().ok_or_else(|| unreachable(format!("`{host}` has no address of the family of the other end")))
+        best.copied()
+            .ok_or_else(|| unreachable(format!("`{host}` has no address of the family of the other end")))
     };
     let from = from.as_deref().map(|from| find(from, 0, None)).transpose()?;
     Ok((find(host, *port, from.as_ref())?, from))
@@ -131,8 +133,13 @@ impl Handshake<'_> {
         let (call, address) = (call.to_owned(), self.address.to_string());
         move |source| match source.raw_os_error() {
             Some(
-                libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ENODEV | libc::EADDRNOTAVAIL | libc::ECONNREFUSED
-                | libc::ETIMEDOUT | libc::ECONNRESET,
+                libc::ENETUNREACH
+                | libc::EHOSTUNREACH
+                | libc::ENODEV
+                | libc::EADDRNOTAVAIL
+                | libc::ECONNREFUSED
+                | libc::ETIMEDOUT
+                | libc::ECONNRESET,
             ) => Error::Unreachable { address, reason: format!("{call}: {source}") },
             _ => Error::System { call: format!("{call} for {address}"), source },
         }
@@ -155,7 +162,9 @@ impl Handshake<'_> {
             rdma_cm_event_type::RDMA_CM_EVENT_ADDR_ERROR => {
                 self.unreachable(format!("its address does not resolve ({os})"))
             }
-            rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_ERROR => self.unreachable(format!("there is no route ({os})")),
+            rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_ERROR => {
+                self.unreachable(format!("there is no route ({os})"))
+            }
             rdma_cm_event_type::RDMA_CM_EVENT_REJECTED => self.rejected(said),
             rdma_cm_event_type::RDMA_CM_EVENT_UNREACHABLE => self.unreachable(format!("no answer ({os})")),
             rdma_cm_event_type::RDMA_CM_EVENT_DISCONNECTED => self.unreachable("the peer has gone again"),
@@ -222,7 +231,9 @@ pub(super) fn connect(
     joined.with_cm(|cm| cm.connect(own, &framed))?.map_err(handshake.failed("rdma_connect"))?;
     let said = handshake.expect(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED)?;
     let Some((Kind::Accept, reply)) = unframe(&said.data) else {
-        return Err(handshake.unreachable("what answers there is no Fervor server, or one of another version"));
+        return Err(
+            handshake.unreachable("what answers there is no Fervor server, or one of another version")
+        );
     };
     Ok((joined.finish()?, reply.to_vec()))
 }
@@ -243,7 +254,8 @@ struct Joined(Option<Arc<Link>>);
 impl Joined {
     /// Joins at a place that has been reserved.
     fn new(queues: &Arc<Queues>, mut id: CmId) -> Result<Self, Error> {
-        let made = id.set_ack_timeout(ack_timeout(&queues.device.limits)).and_then(|()| Link::new(queues, id));
+        let made =
+            id.set_ack_timeout(ack_timeout(&queues.device.limits)).and_then(|()| Link::new(queues, id));
         let link = made.inspect_err(|_| queues.unreserve())?;
         queues.manager.watch(&link);
         let joined = Self(Some(link));
@@ -276,6 +288,8 @@ impl Drop for Joined {
         let Some(link) = self.0.take() else { return };
         link.give_up();
         link.queues.tell(News::GivenUp(link.id));
+        // At once, not when the endpoint is next polled: whoever tries again may not poll in between.
+        link.queues.unreserve();
     }
 }
 
@@ -294,20 +308,28 @@ pub struct RdmaListener {
 }
 
 impl RdmaListener {
-    pub(super) fn new(device: &Arc<Device>, manager: &Arc<Manager>, address: &Address) -> Result<Self, Error> {
+    pub(super) fn new(
+        device: &Arc<Device>,
+        manager: &Arc<Manager>,
+        address: &Address,
+    ) -> Result<Self, Error> {
         let (at, _) = resolve(address)?;
         let mut id = CmId::new(&EventChannel::new()?)?;
         let failed = |call: &str, source: io::Error| match source.raw_os_error() {
             Some(libc::EADDRINUSE) => Error::AddressInUse { address: address.to_string() },
-            Some(libc::EADDRNOTAVAIL | libc::ENODEV) => {
-                Error::NoDevice { reason: format!("`{}` is the address of no RDMA device of this host", at.ip()) }
-            }
+            Some(libc::EADDRNOTAVAIL | libc::ENODEV) => Error::NoDevice {
+                reason: format!("`{}` is the address of no RDMA device of this host", at.ip()),
+            },
             _ => Error::System { call: format!("{call}({at})"), source },
         };
         id.bind(at).map_err(|error| failed("rdma_bind_addr", error))?;
         if !id.context().is_null() && id.context() != device.context {
             return Err(Error::NoDevice {
-                reason: format!("`{}` is not an address of {}, the device of this transport", at.ip(), device.name),
+                reason: format!(
+                    "`{}` is not an address of {}, the device of this transport",
+                    at.ip(),
+                    device.name
+                ),
             });
         }
         id.listen(BACKLOG).map_err(|error| failed("rdma_listen", error))?;
@@ -328,7 +350,8 @@ impl RdmaListener {
             return Ok(None);
         };
         if id.context() != self.device.context {
-            let reason = format!("the server works on its device {}, which the way there misses", self.device.name);
+            let reason =
+                format!("the server works on its device {}, which the way there misses", self.device.name);
             id.reject(&frame(Kind::Impossible, &reason.as_bytes()[..reason.len().min(128)]));
             return Ok(None);
         }
@@ -388,7 +411,10 @@ impl Request for RdmaRequest {
     fn accept(mut self, endpoint: &RdmaAttach, private_data: &[u8]) -> Result<RdmaConnection, Error> {
         let framed = frame(Kind::Accept, private_data);
         let queues = &endpoint.0;
-        assert!(Arc::ptr_eq(&queues.manager, &self.manager), "the endpoint is of another transport than the listener");
+        assert!(
+            Arc::ptr_eq(&queues.manager, &self.manager),
+            "the endpoint is of another transport than the listener"
+        );
         // Before the identifier is taken out: a peer without a place is refused as `self` is dropped.
         queues.reserve()?;
         let id = self.id.take().expect("only `accept` and `drop` take it");
@@ -399,8 +425,7 @@ impl Request for RdmaRequest {
             deadline: Instant::now() + ACCEPT_TIMEOUT,
             limit: ACCEPT_TIMEOUT,
         };
-        queues.reserve()?;
-    let joined = Joined::new(queues, id)?;
+        let joined = Joined::new(queues, id)?;
         joined.with_cm(|cm| cm.accept(own, &framed))?.map_err(handshake.failed("rdma_accept"))?;
         handshake.expect(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED)?;
         joined.finish()
@@ -428,5 +453,11 @@ impl Drop for RdmaRequest {
 impl fmt::Debug for RdmaRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "a peer that wants to connect to {}", self.address)
+    }
+}
+
+impl fmt::Debug for RdmaListener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "listener at {} on {}", self.address, self.device.name)
     }
 }

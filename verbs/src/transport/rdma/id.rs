@@ -26,7 +26,8 @@ const OPTION_ACK_TIMEOUT: c_int = 3;
 
 /// Waits until one of `fds` is readable, or until `timeout` is over.
 pub(super) fn poll_readable(fds: &[BorrowedFd<'_>], timeout: Duration) {
-    let mut polled: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+    let mut polled: Vec<PollFd<'_>> =
+        fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
     let timeout = Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(timeout.subsec_nanos()),
@@ -198,7 +199,12 @@ impl CmId {
         u16::from_be(unsafe { rdma_get_src_port(self.raw) })
     }
 
-    pub(super) fn resolve_address(&mut self, from: Option<SocketAddr>, to: SocketAddr, limit: Duration) -> io::Result<()> {
+    pub(super) fn resolve_address(
+        &mut self,
+        from: Option<SocketAddr>,
+        to: SocketAddr,
+        limit: Duration,
+    ) -> io::Result<()> {
         let mut from = from.map(RawAddress::from);
         let mut to = RawAddress::from(to);
         let from = from.as_mut().map_or(ptr::null_mut(), RawAddress::as_mut_ptr);
@@ -293,7 +299,8 @@ impl Parameters {
     fn raw(self, data: &[u8]) -> rdma_conn_param {
         rdma_conn_param {
             private_data: data.as_ptr().cast(),
-            private_data_len: u8::try_from(data.len()).expect("framed private data is shorter than 256 bytes"),
+            private_data_len: u8::try_from(data.len())
+                .expect("framed private data is shorter than 256 bytes"),
             responder_resources: self.reads_in,
             initiator_depth: self.reads_out,
             flow_control: 1,

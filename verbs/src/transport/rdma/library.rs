@@ -166,7 +166,11 @@ fn last_error() -> String {
     // SAFETY: `dlerror` returns NULL or a NUL-terminated string that stays until this thread's next `dl…` call.
     unsafe {
         let text = libc::dlerror();
-        if text.is_null() { "no reason given".to_owned() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
+        if text.is_null() {
+            "no reason given".to_owned()
+        } else {
+            CStr::from_ptr(text).to_string_lossy().into_owned()
+        }
     }
 }
 

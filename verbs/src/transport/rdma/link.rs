@@ -11,27 +11,8 @@
 //! | `down` | whoever first learns of the end | all |
 //! | `cm` | the handshake, then the manager | |
 //! | the queue pair's memory | the NIC, and libibverbs under `sending` | |
-//!
-//! # The send queue
-//!
-//! Requests are numbered from 0 (modulo 2^31). `posted >= rung >= retired` in that order:
-//!
-//! ```text
-//!      retired          rung              posted
-//! ───────┴────────────────┴──────────────────┴──────▶ number
-//!         the NIC's        chained: the next
-//!         (in flight)      doorbell's
-//! ```
-//!
-//! A completion of request `s` retires all up to `s`, since a send queue completes in order. Not every request has
-//! one, so a hidden one is asked for often enough that the queue always holds a request that will complete: `depth` may
-//! be used up by unsignalled requests, and polling still makes room. The device's queue has one place more than
-//! `depth`, for the one keep-alive that may be under way. Nobody but this count keeps the queue from overrunning: rxe
-//! does so in silence.
 
 use std::{
-    collections::HashMap,
-    ffi::c_uint,
     fmt, io, ptr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, TryLockError,
@@ -46,7 +27,12 @@ use crate::{
     error::Error,
     transport::{
         ConnectionId, MAX_INLINE, MAX_SGE, PostError,
-        rdma::{device::Registration, endpoint::Queues, id::CmId},
+        rdma::{
+            device::Registration,
+            id::CmId,
+            queues::Queues,
+            sending::{Bytes, Operation, SendQueue, WorkId, distance, next},
+        },
     },
 };
 
@@ -58,96 +44,6 @@ const RNR_TIMER: u8 = 12;
 const WANTED_INLINE: u32 = 128;
 
 const _: () = assert!(WANTED_INLINE as usize >= MAX_INLINE);
-
-/// Requests are numbered modulo 2^31: the other bits of `wr_id` say what they belong to.
-const NUMBER_MASK: u32 = (1 << 31) - 1;
-
-/// What a completion's `wr_id` says.
-///
-/// | bits | of a send | of a receive |
-/// |---|---|---|
-/// | 63 | 0 | 1 |
-/// | 62..32 | connection | 0 |
-/// | 31 | whether the user signalled it | 0 |
-/// | 30..0 | number of the request | index of the buffer |
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum WorkId {
-    Send { connection: ConnectionId, number: u32, signalled: bool },
-    Receive { buffer: u32 },
-}
-
-impl WorkId {
-    pub(super) fn encode(self) -> u64 {
-        match self {
-            Self::Send { connection, number, signalled } => {
-                u64::from(connection.0) << 32 | u64::from(signalled) << 31 | u64::from(number)
-            }
-            Self::Receive { buffer } => 1 << 63 | u64::from(buffer),
-        }
-    }
-
-    pub(super) fn decode(id: u64) -> Self {
-        if id >> 63 == 1 {
-            return Self::Receive { buffer: id as u32 };
-        }
-        Self::Send {
-            connection: ConnectionId((id >> 32) as u32),
-            number: id as u32 & NUMBER_MASK,
-            signalled: id >> 31 & 1 == 1,
-        }
-    }
-}
-
-/// One piece of local memory, as the device knows it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Piece {
-    pub address: u64,
-    pub length: u32,
-    pub key: u32,
-}
-
-/// What to post.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Operation {
-    pub opcode: ibv_wr_opcode::Type,
-    pub remote_address: u64,
-    pub remote_key: u32,
-    pub immediate: u32,
-}
-
-/// Where the bytes of a request are.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Bytes<'a> {
-    Inline(&'a [u8]),
-    Pieces(&'a [Piece]),
-}
-
-/// The chain of requests for the next doorbell, and the counts of the send queue.
-pub(super) struct SendQueue {
-    /// The chain: requests `rung..posted`, in `requests[chained.start..chained.end]`.
-    requests: Box<[ibv_send_wr]>,
-    pieces: Box<[[ibv_sge; MAX_SGE]]>,
-    inline: Box<[[u8; MAX_INLINE]]>,
-    start: usize,
-    end: usize,
-    posted: u32,
-    rung: u32,
-    /// Requests since the last one with a completion, whether the user's or a hidden one.
-    silent: u32,
-    /// Number of the keep-alive that is under way.
-    keep_alive: Option<u32>,
-    /// Nothing is posted any more: the polling thread has taken stock.
-    closed: bool,
-    /// What the manager saw last, and since when.
-    seen: u32,
-    since: Instant,
-    /// Registrations that requests have named.
-    kept: HashMap<*const Registration, Arc<Registration>>,
-    last_kept: *const Registration,
-}
-
-// SAFETY: the raw pointers lead into the boxes beside them, and to registrations that `kept` holds.
-unsafe impl Send for SendQueue {}
 
 /// A connection, from the making of its queue pair on.
 pub(super) struct Link {
@@ -177,8 +73,8 @@ unsafe impl Sync for Link {}
 
 /// What is left of a send queue whose connection has ended.
 pub(super) struct Remains {
-    /// Requests that reached the device; every one of them completes.
-    pub rung: u32,
+    /// The number after the last request that completes, whatever happens.
+    pub awaited: u32,
     /// Ids of signalled requests that did not.
     pub unrung: Vec<u64>,
 }
@@ -328,14 +224,21 @@ impl Link {
             return Err(PostError::Full);
         }
         for registration in named {
-            queue.keep(registration);
+            queue.keep(registration, &self.queues.device);
         }
         let signalled = signal.is_some();
         self.append(&mut queue, operation, bytes, signal.unwrap_or(0), signalled);
         Ok(())
     }
 
-    fn append(&self, queue: &mut SendQueue, operation: Operation, bytes: Bytes<'_>, tag: u64, signalled: bool) {
+    fn append(
+        &self,
+        queue: &mut SendQueue,
+        operation: Operation,
+        bytes: Bytes<'_>,
+        tag: u64,
+        signalled: bool,
+    ) {
         let number = queue.posted;
         queue.silent += 1;
         // At least one in every half queue completes, so a full queue has at least one that will.
@@ -343,7 +246,7 @@ impl Link {
         if completes {
             queue.silent = 0;
         }
-        self.tags[number as usize & (self.tags.len() - 1)].store(tag, Ordering::Release);
+        self.place(number).store(tag, Ordering::Release);
         let id = WorkId::Send { connection: self.id, number, signalled };
         queue.chain(id, operation, bytes, completes, self.max_inline);
         queue.posted = next(number);
@@ -360,33 +263,27 @@ impl Link {
     }
 
     fn ring_locked(&self, queue: &mut SendQueue) {
-        if queue.start == queue.end {
+        let (first, length) = queue.linked();
+        if length == 0 {
             return;
         }
-        let chain = &mut queue.requests[queue.start..queue.end];
-        let length = chain.len();
-        let first = chain.as_mut_ptr();
         let mut bad = ptr::null_mut();
-        // SAFETY: the queue pair lives as long as `cm`; the requests are linked to each other in the order of
-        // the slice, the last one to none, and lead to pieces and bytes in the boxes of `queue`. The device
-        // has room for them: `post` counts. What they name is kept by `queue.kept`.
-        let errno = unsafe {
-            for index in 1..length {
-                (*first.add(index - 1)).next = first.add(index);
-            }
-            ibv_post_send(self.queue_pair, first, &mut bad)
+        // SAFETY: the queue pair lives as long as `cm`; the requests are a chain that ends, and lead to pieces and bytes in
+        // the boxes of `queue`, which the call copies. The device has room for them: `post` counts. The memory that
+        // the pieces lead to is registered, and `queue` keeps the registrations.
+        let errno = unsafe { ibv_post_send(self.queue_pair, first, &mut bad) };
+        let taken = match errno {
+            0 => length,
+            // Those before `bad` were taken. The device may not say which one is bad: then none.
+            _ if bad.is_null() => 0,
+            // SAFETY: `bad` is a request of this chain.
+            _ => (unsafe { bad.offset_from(first) }) as usize,
         };
-        if errno == 0 {
-            queue.rung = queue.posted;
-            (queue.start, queue.end) = (0, 0);
-            return;
+        queue.take(taken);
+        if taken < length {
+            // The others complete in error, as those of a connection that has ended.
+            self.break_off();
         }
-        // Those before `bad` were taken; the others complete in error, as those of a connection that has ended.
-        // SAFETY: `bad` is one of the chain, or NULL if the device did not say which.
-        let taken = if bad.is_null() { 0 } else { (unsafe { bad.offset_from(first) }) as usize };
-        queue.start += taken;
-        queue.rung = queue.rung.wrapping_add(taken as u32) & NUMBER_MASK;
-        self.break_off();
     }
 
     /// Has the manager end the connection, soon.
@@ -406,35 +303,36 @@ impl Link {
         if queue.closed || self.is_down() { 0 } else { queue.room(self.depth, self.retired()) as usize }
     }
 
+    /// Where the tag of request `number` is.
+    fn place(&self, number: u32) -> &AtomicU64 {
+        &self.tags[number as usize & (self.tags.len() - 1)]
+    }
+
+    fn tag(&self, number: u32) -> u64 {
+        self.place(number).load(Ordering::Acquire)
+    }
+
     /// Takes note that request `number` and all before it are done, and returns the tag of `number`.
     /// Called by the polling thread alone.
     pub(super) fn retire(&self, number: u32) -> u64 {
-        let tag = self.tags[number as usize & (self.tags.len() - 1)].load(Ordering::Acquire);
+        let tag = self.tag(number);
         // SYNC POINT: from here on the tag's place may be used again.
         self.retired.store(next(number), Ordering::Release);
         tag
     }
 
-    /// Whether all of the first `rung` requests are done.
-    pub(super) fn is_flushed(&self, rung: u32) -> bool {
-        self.retired() == rung
+    /// Whether all requests before number `awaited` are done.
+    pub(super) fn is_flushed(&self, awaited: u32) -> bool {
+        distance(awaited, self.retired()) <= self.depth + 1
     }
 
     /// Ends posting for good, and says what is left. Called by the polling thread, once the link is down.
     pub(super) fn close(&self) -> Remains {
         let mut queue = self.lock();
         queue.closed = true;
-        let unrung = queue.requests[queue.start..queue.end]
-            .iter()
-            .filter_map(|request| match WorkId::decode(request.wr_id) {
-                WorkId::Send { number, signalled: true, .. } => {
-                    Some(self.tags[number as usize & (self.tags.len() - 1)].load(Ordering::Acquire))
-                }
-                _ => None,
-            })
-            .collect();
-        (queue.start, queue.end) = (0, 0);
-        Remains { rung: queue.rung, unrung }
+        let unrung = queue.unrung().map(|number| self.tag(number)).collect();
+        queue.discard();
+        Remains { awaited: queue.awaited(), unrung }
     }
 
     /// Asks the peer for a sign of life if the connection has been idle: an empty WRITE, which needs no memory, no
@@ -484,144 +382,12 @@ impl Drop for Link {
     }
 }
 
-impl SendQueue {
-    fn new(slots: usize) -> Self {
-        Self {
-            // SAFETY: all-zero bytes are a value of this plain C struct (null pointers and zeros).
-            requests: (0..slots).map(|_| unsafe { std::mem::zeroed::<ibv_send_wr>() }).collect(),
-            pieces: vec![[ibv_sge { addr: 0, length: 0, lkey: 0 }; MAX_SGE]; slots].into(),
-            inline: vec![[0; MAX_INLINE]; slots].into(),
-            start: 0,
-            end: 0,
-            posted: 0,
-            rung: 0,
-            silent: 0,
-            keep_alive: None,
-            closed: false,
-            seen: 0,
-            since: Instant::now(),
-            kept: HashMap::new(),
-            last_kept: ptr::null(),
-        }
-    }
-
-    fn expire_keep_alive(&mut self, retired: u32) {
-        let in_flight = distance(retired, self.posted);
-        if self.keep_alive.is_some_and(|number| distance(number, self.posted) > in_flight) {
-            self.keep_alive = None;
-        }
-    }
-
-    fn room(&mut self, depth: u32, retired: u32) -> u32 {
-        self.expire_keep_alive(retired);
-        let in_flight = distance(retired, self.posted) - u32::from(self.keep_alive.is_some());
-        depth - in_flight
-    }
-
-    fn keep(&mut self, registration: &Arc<Registration>) {
-        let key = Arc::as_ptr(registration);
-        if key != self.last_kept {
-            self.last_kept = key;
-            self.kept.entry(key).or_insert_with(|| Arc::clone(registration));
-        }
-    }
-
-    /// Puts a request at the end of the chain.
-    fn chain(&mut self, id: WorkId, operation: Operation, bytes: Bytes<'_>, completes: bool, max_inline: u32) {
-        let slot = self.end;
-        let pieces = &mut self.pieces[slot];
-        let mut flags = if completes { ibv_send_flags::IBV_SEND_SIGNALED.0 } else { 0 };
-        let count = match bytes {
-            Bytes::Inline(bytes) => {
-                self.inline[slot][..bytes.len()].copy_from_slice(bytes);
-                pieces[0] = ibv_sge { addr: self.inline[slot].as_ptr() as u64, length: bytes.len() as u32, lkey: 0 };
-                if !bytes.is_empty() {
-                    flags |= ibv_send_flags::IBV_SEND_INLINE.0;
-                }
-                usize::from(!bytes.is_empty())
-            }
-            Bytes::Pieces(given) => {
-                let (mut count, mut total) = (0, 0);
-                // Some devices take a length of 0 for 2 GiB.
-                for piece in given.iter().filter(|piece| piece.length > 0) {
-                    pieces[count] = ibv_sge { addr: piece.address, length: piece.length, lkey: piece.key };
-                    total += u64::from(piece.length);
-                    count += 1;
-                }
-                let outgoing = operation.opcode != ibv_wr_opcode::IBV_WR_RDMA_READ;
-                if outgoing && (1..=u64::from(max_inline)).contains(&total) {
-                    flags |= ibv_send_flags::IBV_SEND_INLINE.0;
-                }
-                count
-            }
-        };
-        let sg_list = pieces.as_mut_ptr();
-        let request = &mut self.requests[slot];
-        request.wr_id = id.encode();
-        request.next = ptr::null_mut();
-        request.sg_list = sg_list;
-        request.num_sge = count as i32;
-        request.opcode = operation.opcode;
-        request.send_flags = flags as c_uint;
-        request.imm_data_invalidated_rkey_union.imm_data = operation.immediate.to_be();
-        request.wr.rdma = rdma_t { remote_addr: operation.remote_address, rkey: operation.remote_key };
-        self.end += 1;
-    }
-}
-
-/// The number after `number`.
-fn next(number: u32) -> u32 {
-    number.wrapping_add(1) & NUMBER_MASK
-}
-
-/// How far `to` is ahead of `from`.
-fn distance(from: u32, to: u32) -> u32 {
-    to.wrapping_sub(from) & NUMBER_MASK
-}
-
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "connection {} on {}, queue pair {}", self.id.0, self.queues.device.name, self.queue_pair_number)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn work_ids_round_trip() {
-        for number in [0, 1, NUMBER_MASK] {
-            for connection in [ConnectionId(0), ConnectionId(NUMBER_MASK)] {
-                for signalled in [false, true] {
-                    let id = WorkId::Send { connection, number, signalled };
-                    assert_eq!(WorkId::decode(id.encode()), id);
-                }
-            }
-            let id = WorkId::Receive { buffer: number };
-            assert_eq!(WorkId::decode(id.encode()), id);
-        }
-    }
-
-    #[test]
-    fn numbers_go_round() {
-        assert_eq!(next(NUMBER_MASK), 0);
-        assert_eq!(distance(NUMBER_MASK, 1), 2);
-        assert_eq!(distance(5, 5), 0);
-    }
-
-    #[test]
-    fn the_keep_alive_takes_none_of_the_room() {
-        let mut queue = SendQueue::new(5);
-        assert_eq!(queue.room(4, 0), 4);
-        queue.keep_alive = Some(0);
-        queue.posted = 1;
-        assert_eq!(queue.room(4, 0), 4);
-        queue.posted = 5;
-        assert_eq!(queue.room(4, 0), 0);
-        // Request 0, the keep-alive, is done: the others are still there.
-        assert_eq!(queue.room(4, 1), 0);
-        assert_eq!(queue.keep_alive, None);
-        assert_eq!(queue.room(4, 3), 2);
+        write!(
+            f,
+            "connection {} on {}, queue pair {}",
+            self.id.0, self.queues.device.name, self.queue_pair_number
+        )
     }
 }

@@ -24,9 +24,9 @@ use rdma_sys::rdma_cm_event_type;
 use crate::{
     error::Error,
     transport::rdma::{
-        endpoint::News,
         id::{EventChannel, poll_readable},
         link::Link,
+        queues::News,
     },
 };
 
@@ -94,11 +94,9 @@ impl Drop for Manager {
         // SYNC POINT: the thread looks at this after each wake.
         self.core.stop.store(true, Ordering::Release);
         self.core.wake();
-        if let Some(thread) = self.thread.take() {
-            if thread.thread().id() != thread::current().id() {
-                // A panic there has been reported where it happened.
-                let _ = thread.join();
-            }
+        if let Some(thread) = self.thread.take().filter(|of| of.thread().id() != thread::current().id()) {
+            // A panic there has been reported where it happened.
+            let _ = thread.join();
         }
     }
 }
@@ -121,7 +119,7 @@ impl Core {
             let asked = std::mem::take(&mut *lock(&self.ending));
             for key in asked {
                 let link = self.link(key);
-                link.iter().for_each(|link| end(link));
+                link.iter().for_each(end);
             }
             let now = Instant::now();
             if now >= tick {

@@ -27,12 +27,7 @@
 //! It holds back READs beyond the number agreed on (`max_rd_atomic`), asks again when the receiver has no buffer (for
 //! ever: a peer that is gone does not answer at all), and gives up on a peer that does not answer.
 
-use std::{
-    ffi::CStr,
-    fmt,
-    sync::Arc,
-    time::Duration,
-};
+use std::{ffi::CStr, fmt, sync::Arc, time::Duration};
 
 use crate::{
     address::Address,
@@ -53,6 +48,8 @@ mod id;
 mod library;
 mod link;
 mod manager;
+mod queues;
+mod sending;
 
 pub use connection::RdmaConnection;
 pub use device::{RdmaExport, RdmaRegion};

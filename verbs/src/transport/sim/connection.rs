@@ -210,7 +210,12 @@ impl World {
             let way = end.last_arrival - *now;
             if !is_read {
                 request.chunks = cut(&request.local, random);
+                let at_once = random.one_in(4);
                 for chunk in 0..request.chunks.len() as u32 {
+                    if at_once {
+                        gather_chunk(request, chunk as usize);
+                        continue;
+                    }
                     events.push((random.below(way), Event::Gather { link, side, number, chunk }));
                 }
             }

@@ -97,8 +97,8 @@ impl Temper {
         let mut pick = |choices: [u64; 4]| choices[random.below(4) as usize];
         Self {
             eager: pick([1, 2, 4, 16]),
-            late_line: pick([2, 8, 32, 256]),
-            latest_line: pick([2_000, 20_000, 200_000, 2_000_000]),
+            late_line: pick([1, 4, 16, 128]),
+            latest_line: pick([2_000, 50_000, 500_000, 5_000_000]),
             late_completion: pick([2, 8, 32, 256]),
             late_packet: pick([4, 16, 64, 1024]),
             late_thread: pick([16, 64, 256, 4096]),

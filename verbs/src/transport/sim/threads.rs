@@ -171,7 +171,7 @@ impl Shared {
         let thread = &mut world.threads[me];
         thread.state = State::Waiting(wait);
         let turn = thread.turn;
-        // What would only end after the run's limit is no timeout: a deadlock is to be called one.
+        // A timeout longer than the whole run is none: a deadlock is to be called one.
         if let Some(delay) =
             timeout.map(|timeout| lag.saturating_add(timeout)).filter(|&d| world.within_limit(d))
         {

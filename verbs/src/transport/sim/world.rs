@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Calls that a thread may make between two scheduling points: more are a loop that waits without waiting.
-const MOST_CALLS: u64 = 20_000_000;
+const MOST_CALLS: u64 = 5_000_000;
 
 /// Something that happens at a time. Those about requests name the connection, the side that posted, and the
 /// number of the request; if it is no longer there, nothing happens.
@@ -161,9 +161,9 @@ impl World {
         self.queue.push(Reverse(Entry { time, order: self.order, event }));
     }
 
-    /// Whether the run's limit is further away than `delay`.
+    /// Whether `delay` is shorter than a whole run may last.
     pub(super) fn within_limit(&self, delay: u64) -> bool {
-        self.now.saturating_add(delay) <= self.limit
+        delay <= self.limit
     }
 
     pub(super) fn record(&mut self, what: &'static str, numbers: [u64; 3]) {
@@ -181,7 +181,7 @@ impl World {
              relax or wait does not end in a simulation"
         );
         if self.random.one_in(8) && !self.stopping {
-            let until = self.now + self.take_lag();
+            let until = self.now + std::mem::take(&mut self.lag);
             while let Some(Reverse(entry)) = self.queue.peek() {
                 if entry.time > until {
                     break;
@@ -199,7 +199,7 @@ impl World {
         }
     }
 
-    /// What the running thread owes in time.
+    /// What the running thread owes in time, now that it has come to a scheduling point.
     pub(super) fn take_lag(&mut self) -> u64 {
         self.calls = 0;
         std::mem::take(&mut self.lag)
