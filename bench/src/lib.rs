@@ -1,1 +1,26 @@
-//! bench
+//! Fervor's applications and measurements: what shows that the parameter server works, and how well.
+//!
+//! Everything here uses the client as any user would. The programs it starts (servers, other clients) are real
+//! processes, which end with this one. Figures go to the terminal as tables and to files as JSON; each
+//! says on which machine it was measured.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`check`] | the guarantee of the consistency models, at scale |
+//! | [`data`] | ratings: read, recognised, generated |
+//! | [`mf`] | matrix factorisation, with the parameter server and without |
+//! | [`demo`] | the digits under all models, with curves and pictures |
+//! | [`model`] | consistency models on the command line |
+//! | [`server`] | starting and stopping a server of our own |
+//! | [`machine`], [`report`] | where it was measured; tables and files |
+
+#![forbid(unsafe_code)]
+
+pub mod check;
+pub mod data;
+pub mod demo;
+pub mod machine;
+pub mod mf;
+pub mod model;
+pub mod report;
+pub mod server;

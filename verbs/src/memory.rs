@@ -2,7 +2,7 @@
 //!
 //! **Why not slices.** A `&[u8]` promises the compiler that nobody writes the bytes, a `&mut [u8]` that
 //! nobody else even reads them. A NIC keeps no such promise. So [`Memory`] is only copied into and out of,
-//! by instructions that the compiler neither sees through nor moves ([`copy`](self::copy)), and by aligned
+//! by instructions that the compiler neither sees through nor moves (`copy`), and by aligned
 //! 8-byte atomic words. Whether a copy is *consistent* is not this module's business: the contract of
 //! [`transport`](crate::transport) says when it is, and what is read without such a promise proves itself
 //! with a checksum.
@@ -57,10 +57,10 @@ impl Memory {
     /// The system's, when it has no such memory.
     pub fn new(name: &str, len: usize) -> Result<Self, Error> {
         let len = len.max(1);
-        if len >= HUGE_PAGE {
-            if let Ok(memory) = Self::map(name, len.next_multiple_of(HUGE_PAGE), len, libc::MFD_HUGETLB) {
-                return Ok(memory);
-            }
+        if len >= HUGE_PAGE
+            && let Ok(memory) = Self::map(name, len.next_multiple_of(HUGE_PAGE), len, libc::MFD_HUGETLB)
+        {
+            return Ok(memory);
         }
         Self::map(name, len, len, 0)
     }

@@ -75,7 +75,7 @@ pub unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
 /// As [`copy`].
 #[inline]
 unsafe fn volatile(mut from: *const u8, mut to: *mut u8, mut len: usize) {
-    if from.addr() % 8 == 0 && to.addr() % 8 == 0 {
+    if from.addr().is_multiple_of(8) && to.addr().is_multiple_of(8) {
         while len >= 8 {
             // SAFETY: at least 8 bytes are left on both sides, and both pointers are aligned: they were,
             // and advance by 8.

@@ -92,11 +92,11 @@ impl ShmConnection {
         }
         self.posted += 1;
         self.news = true;
-        if let Err(error) = result {
-            if !self.failed {
-                self.failed = true;
-                self.link.close(error);
-            }
+        if let Err(error) = result
+            && !self.failed
+        {
+            self.failed = true;
+            self.link.close(error);
         }
         Ok(())
     }

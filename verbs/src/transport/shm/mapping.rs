@@ -81,7 +81,7 @@ impl Mapping {
     #[inline]
     pub(super) fn word(&self, offset: usize) -> &AtomicU64 {
         self.check(offset, 8);
-        assert!(offset % 8 == 0 && self.writable, "no atomic word at {offset}");
+        assert!(offset.is_multiple_of(8) && self.writable, "no atomic word at {offset}");
         // SAFETY: the 8 bytes lie inside the mapping (`check`), which lives as long as `self`, is writable
         // (asserted), cannot shrink (sealed), and is page-aligned, so that a multiple of 8 is aligned. Nobody
         // makes any but atomic references to it.

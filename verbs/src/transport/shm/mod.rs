@@ -10,13 +10,13 @@
 //!
 //! | file | what it is |
 //! |---|---|
-//! | [`ring`] | the byte ring of one direction of a connection |
-//! | [`bell`] | the doorbell of an endpoint: who has something, and does its thread sleep |
-//! | [`link`] | what a connection and the endpoint of its own process share: completions, the end |
-//! | [`connection`], [`endpoint`] | the posting and the polling side |
-//! | [`region`] | registered regions, own and the peer's |
-//! | [`connect`], [`wire`] | listening and connecting; what is said over the socket |
-//! | [`watch`] | the thread that notices dead peers |
+//! | `ring` | the byte ring of one direction of a connection |
+//! | `bell` | the doorbell of an endpoint: who has something, and does its thread sleep |
+//! | `link` | what a connection and the endpoint of its own process share: completions, the end |
+//! | `connection`, `endpoint` | the posting and the polling side |
+//! | `region` | registered regions, own and the peer's |
+//! | `connect`, `wire` | listening and connecting; what is said over the socket |
+//! | `watch` | the thread that notices dead peers |
 //!
 //! What this provider makes of the freedom that the contract leaves:
 //! - Every request executes in the call that posts it; a SEND is complete when it is in the ring. [`Connection::ring`] rings bells.

@@ -82,7 +82,7 @@ impl Producer {
         // SYNC POINT: acquires what the consumer released in `Consumer::advance`: it has copied out all
         // before `head`, so those bytes may be overwritten.
         let seen = head.load(Ordering::Acquire);
-        if seen < self.head || seen > self.tail || seen % ALIGN != 0 {
+        if seen < self.head || seen > self.tail || !seen.is_multiple_of(ALIGN) {
             return Err(Corrupt);
         }
         self.head = seen;
@@ -143,7 +143,7 @@ impl Consumer {
         let seen = tail.load(Ordering::Acquire);
         // `wrapping_sub`: a tail before the head is a huge distance, and refused as such.
         let distance = seen.wrapping_sub(self.head);
-        if distance > self.capacity || seen % ALIGN != 0 {
+        if distance > self.capacity || !seen.is_multiple_of(ALIGN) {
             return Err(Corrupt);
         }
         self.tail = seen;

@@ -90,21 +90,26 @@ pub(super) fn land(landings: &mut VecDeque<Landing>, index: usize, chunk: usize)
         return;
     }
     let Chunk { offset, at, length, .. } = landing.chunks[chunk];
-    // What is to be written, as ranges of offsets in the memory.
-    let mut ranges = vec![offset..offset + length];
-    for later in landings.range(index + 1..).filter(|later| later.overlaps(landing)) {
-        for (other, _) in later.chunks.iter().zip(&later.landed).filter(|(_, landed)| **landed) {
-            let taken = other.offset..other.offset + other.length;
-            let outside = |range: Range<usize>| {
-                [range.start..range.end.min(taken.start), range.start.max(taken.end)..range.end]
-            };
-            ranges = ranges.into_iter().flat_map(outside).filter(|range| !range.is_empty()).collect();
-        }
-    }
-    for range in ranges {
+    let write = |range: Range<usize>| {
         let from = at + range.start - offset;
         landing.target.memory.write(range.start, &landing.data[from..from + range.len()]);
+    };
+    // What later WRITEs have put there, in the order of memory: the gaps between are written.
+    let mut taken: Vec<Range<usize>> = landings
+        .range(index + 1..)
+        .filter(|later| later.overlaps(landing))
+        .flat_map(|later| later.chunks.iter().zip(&later.landed).filter(|(_, landed)| **landed))
+        .map(|(other, _)| other.offset..other.offset + other.length)
+        .collect();
+    taken.sort_unstable_by_key(|range| range.start);
+    let (mut next, end) = (offset, offset + length);
+    for range in taken {
+        if range.start > next {
+            write(next..range.start.min(end));
+        }
+        next = next.max(range.end).min(end);
     }
+    write(next..end);
     let landing = &mut landings[index];
     landing.landed[chunk] = true;
     landing.left -= 1;

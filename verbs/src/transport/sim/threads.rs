@@ -127,9 +127,15 @@ pub(super) enum Next {
     Over,
 }
 
+/// A simulated thread, to itself.
+struct Current {
+    shared: Arc<Shared>,
+    thread: usize,
+}
+
 thread_local! {
     /// The simulated thread that this thread is.
-    static CURRENT: RefCell<Option<(Arc<Shared>, usize, Arc<Baton>)>> = const { RefCell::new(None) };
+    static CURRENT: RefCell<Option<Current>> = const { RefCell::new(None) };
 }
 
 impl Shared {
@@ -149,7 +155,7 @@ impl Shared {
     /// When the caller is no thread of this simulation.
     pub(super) fn current(self: &Arc<Self>) -> usize {
         CURRENT.with_borrow(|current| match current {
-            Some((shared, thread, _)) if Arc::ptr_eq(shared, self) => *thread,
+            Some(Current { shared, thread }) if Arc::ptr_eq(shared, self) => *thread,
             _ => panic!("only a thread of the simulation can wait in it: start it with Sim::spawn"),
         })
     }
@@ -218,7 +224,7 @@ impl Shared {
         let full_name = format!("{}/{name}", world.nodes[node].name);
         let handle = std::thread::Builder::new().name(full_name.clone()).spawn(move || {
             own.wait();
-            CURRENT.set(Some((Arc::clone(&shared), thread, Arc::clone(&own))));
+            CURRENT.set(Some(Current { shared: Arc::clone(&shared), thread }));
             let result = catch_unwind(AssertUnwindSafe(move || {
                 if !own.killed.load(Ordering::Acquire) {
                     body();
@@ -301,8 +307,8 @@ impl Shared {
 /// A scheduling point of a thread that has been killed: it unwinds, or goes on unwinding.
 fn die(baton: &Baton) {
     if baton.last_words.fetch_add(1, Ordering::Relaxed) > LAST_WORDS {
-        let (shared, thread, _) = CURRENT.with_borrow_mut(Option::take).expect("a simulated thread");
-        shared.give_up(thread);
+        let current = CURRENT.take().expect("a simulated thread");
+        current.shared.give_up(current.thread);
     }
     if !std::thread::panicking() {
         resume_unwind(Box::new(Killed));

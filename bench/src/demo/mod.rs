@@ -1,0 +1,101 @@
+//! The digits under all four models: a comparison, the convergence curves, and the learned factors as pictures.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context as _, Result};
+use clap::{Args, FromArgMatches as _};
+
+use crate::{
+    mf::{self, MfOptions, Report, report::comparison},
+    report::write_json,
+};
+
+pub mod curves;
+pub mod pictures;
+
+/// Options of `fervor-bench demo`.
+#[derive(Debug, Clone, Args)]
+pub struct DemoOptions {
+    /// Folder for the pictures and the results; made if it is not there
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Passes over the pictures
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub epochs: u32,
+    /// Numbers in a factor
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub rank: u32,
+    /// Clocks that a read may lag under ssp and essp
+    #[arg(long, default_value_t = 3)]
+    pub staleness: u32,
+    /// Seed of the initial factors and the order of the ratings
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// The four runs: arguments of `fervor-bench mf`.
+fn runs(options: &DemoOptions) -> Result<Vec<MfOptions>> {
+    let staleness = format!("--staleness={}", options.staleness);
+    let models: [&[&str]; 4] =
+        [&["--model=bsp"], &["--model=ssp", &staleness], &["--model=essp", &staleness], &["--model=async"]];
+    let command = MfOptions::augment_args(clap::Command::new("mf"));
+    models
+        .iter()
+        .map(|model| {
+            let factors = options.out.join("factors.json");
+            let arguments = [
+                "mf".into(),
+                "--digits".into(),
+                format!("--epochs={}", options.epochs).into(),
+                format!("--rank={}", options.rank).into(),
+                format!("--seed={}", options.seed).into(),
+                "--factors".into(),
+                factors.into_os_string(),
+            ];
+            let arguments = arguments.into_iter().chain(model.iter().map(Into::into));
+            let matches = command.clone().try_get_matches_from(arguments)?;
+            Ok(MfOptions::from_arg_matches(&matches)?)
+        })
+        .collect()
+}
+
+/// Runs the demo and gives back the results of the four models.
+///
+/// # Errors
+/// When a run fails, or the folder cannot be written.
+pub fn run(options: &DemoOptions) -> Result<Vec<Report>> {
+    fs::create_dir_all(&options.out)
+        .with_context(|| format!("cannot make the folder {}", options.out.display()))?;
+    let mut reports = Vec::new();
+    for run in runs(options)? {
+        println!("{} ...", run.title());
+        reports.extend(mf::run(&run)?);
+    }
+    println!("\n{}\n{}", reports[0].machine, comparison(&reports));
+    let file = |name: &str| options.out.join(name);
+    curves::write(&file("convergence.svg"), &reports)?;
+    let eager = reports.iter().find(|report| report.model == "essp").context("there is no run under essp")?;
+    let factors = eager.factors.as_deref().context("the run under essp gave no factors")?;
+    pictures::write(&file("factors.svg"), factors, options.rank as usize, &eager.title())?;
+    write_json(&file("results.json"), &reports)?;
+    for name in ["convergence.svg", "factors.svg", "results.json"] {
+        println!("wrote {}", file(name).display());
+    }
+    Ok(reports)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_a_run_for_each_model() {
+        let options = DemoOptions { out: "out".into(), epochs: 7, rank: 5, staleness: 2, seed: 9 };
+        let runs = runs(&options).unwrap();
+        let titles: Vec<_> = runs.iter().map(MfOptions::title).collect();
+        assert_eq!(titles, ["bsp", "ssp(2)", "essp(2)", "async"]);
+        assert!(
+            runs.iter().all(|run| run.validate().is_ok() && run.digits && run.epochs == 7 && run.rank == 5)
+        );
+    }
+}

@@ -1,0 +1,67 @@
+//! `fervor-bench`: Fervor's applications and measurements.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use fervor_bench::{check, demo, mf, report, server};
+
+/// Applications and measurements of the Fervor parameter server.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Matrix factorisation by stochastic gradient descent
+    Mf(Box<mf::MfOptions>),
+    /// Train on handwritten digits under all four models; draw the convergence and the factors
+    Demo(demo::DemoOptions),
+    /// Check the guarantee of a consistency model: every read against its bounds, every update exactly once
+    Check(check::CheckOptions),
+    /// Run a command that gets SIGTERM when the process that started this one dies
+    #[command(name = server::WITH_PARENT, hide = true)]
+    WithParent {
+        /// Process number of the parent
+        parent: u32,
+        /// Program and arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("fervor-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Mf(options) => run_mf(&options),
+        Command::Demo(options) => demo::run(&options).map(drop),
+        Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),
+        Command::WithParent { parent, command } => match server::with_parent(parent, &command)? {},
+    }
+}
+
+fn run_mf(options: &mf::MfOptions) -> Result<()> {
+    let Some(results) = mf::run(options)? else { return Ok(()) };
+    print!("{results}");
+    if let Some(path) = &options.json {
+        report::write_json(path, &results)?;
+    }
+    if let (Some(path), Some(factors)) = (&options.factors, results.factors_by_column()) {
+        report::write_json(path, &factors)?;
+    }
+    Ok(())
+}

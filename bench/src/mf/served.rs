@@ -1,0 +1,175 @@
+//! The column factors in a table of a parameter server.
+//!
+//! A worker goes through a part in runs of [`RUN`] groups: one `get_many` for the column factors of a run, the
+//! training on copies of them, and one `inc` of each with what it changed.
+//!
+//! # The start
+//! Worker 0 of the job writes the initial factors with `inc`, and nobody may read before all of them are
+//! there, whatever the model of the table. So each worker ends a clock, and then reads every row of a second
+//! table, [`START`], which has as many rows and is always under BSP: that returns once every shard
+//! has applied every worker's first clock.
+
+use std::ops::Range;
+
+use anyhow::{Context as _, Result};
+use fervor_client::{Client, Model, Table, Worker};
+
+use super::{
+    plan::{Group, Part},
+    sgd::{self, Initial, Side},
+    trainer::{Accesses, Factors},
+};
+
+/// Groups whose factors are fetched together.
+const RUN: usize = 64;
+
+/// Name of the table whose rows the workers read to start together, after the job's name.
+const START: &str = "start";
+
+/// The two tables of a job.
+#[derive(Debug)]
+pub struct Tables {
+    factors: Table<f32>,
+    start: Table<f32>,
+    columns: u32,
+    rank: usize,
+}
+
+impl Tables {
+    /// Creates or joins the tables of the job called `job`.
+    ///
+    /// # Errors
+    /// What the client says, for example that the table does not fit the servers' memory.
+    pub fn open(client: &Client, job: &str, columns: u32, rank: usize, model: Model) -> Result<Self> {
+        let open = |name: &str, width, model| {
+            let name = format!("{job}/{name}");
+            client
+                .table::<f32>(&name, columns.into(), width, model)
+                .with_context(|| format!("table `{name}` of {columns} rows x {width} f32"))
+        };
+        Ok(Tables { factors: open("R", rank, model)?, start: open(START, 1, Model::Bsp)?, columns, rank })
+    }
+}
+
+/// The column factors as seen by one worker of the parameter server.
+#[derive(Debug)]
+pub struct Served<'a> {
+    tables: &'a Tables,
+    worker: Worker,
+    initial: Option<Initial>,
+    rows: Vec<u64>,
+    fetched: Vec<f32>,
+    trained: Vec<f32>,
+}
+
+impl<'a> Served<'a> {
+    /// The factors for `worker`, who writes the initial ones if it is given them.
+    pub fn new(tables: &'a Tables, worker: Worker, initial: Option<Initial>) -> Self {
+        let buffer = vec![0.0; RUN * tables.rank];
+        Served {
+            tables,
+            worker,
+            initial,
+            rows: Vec::with_capacity(RUN),
+            fetched: buffer.clone(),
+            trained: buffer,
+        }
+    }
+
+    /// Fetches the factors of `columns` into the front of `self.fetched`.
+    fn fetch(&mut self, columns: impl Iterator<Item = u32>) -> Result<usize> {
+        self.rows.clear();
+        self.rows.extend(columns.map(u64::from));
+        let length = self.rows.len() * self.tables.rank;
+        self.worker.get_many(&self.tables.factors, &self.rows, &mut self.fetched[..length])?;
+        Ok(length)
+    }
+}
+
+/// The runs of a part: which groups, and which entries.
+fn runs(part: &Part) -> impl Iterator<Item = (&[Group], Range<usize>)> {
+    let mut first = 0;
+    part.groups.chunks(RUN).map(move |groups| {
+        let length: u32 = groups.iter().map(|group| group.ratings).sum();
+        let entries = first..first + length as usize;
+        first = entries.end;
+        (groups, entries)
+    })
+}
+
+impl Factors for Served<'_> {
+    fn start(&mut self) -> Result<()> {
+        if let Some(initial) = self.initial {
+            let mut factor = vec![0.0; self.tables.rank];
+            for column in 0..self.tables.columns {
+                initial.fill(Side::Column, column, &mut factor);
+                self.worker.inc(&self.tables.factors, column.into(), &factor)?;
+            }
+        }
+        self.worker.clock()?;
+        let rows: Vec<u64> = (0..self.tables.columns.into()).collect();
+        for rows in rows.chunks(RUN) {
+            self.worker.get_many(&self.tables.start, rows, &mut self.fetched[..rows.len()])?;
+        }
+        Ok(())
+    }
+
+    fn train(&mut self, part: &Part, left: &mut [f32], step: f32) -> Result<()> {
+        let rank = self.tables.rank;
+        for (groups, entries) in runs(part) {
+            let length = self.fetch(groups.iter().map(|group| group.column))?;
+            self.trained[..length].copy_from_slice(&self.fetched[..length]);
+            let mut rest = &part.entries[entries];
+            let factors = self.trained.chunks_mut(rank).zip(self.fetched.chunks(rank));
+            for (group, (trained, fetched)) in groups.iter().zip(factors) {
+                let (entries, after) = rest.split_at(group.ratings as usize);
+                rest = after;
+                sgd::train(left, trained, entries, step);
+                for (trained, fetched) in trained.iter_mut().zip(fetched) {
+                    *trained -= fetched;
+                }
+                self.worker.inc(&self.tables.factors, group.column.into(), trained)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn loss(&mut self, part: &Part, left: &[f32]) -> Result<f64> {
+        let mut loss = 0.0;
+        for (groups, entries) in runs(part) {
+            self.fetch(groups.iter().map(|group| group.column))?;
+            let mut rest = &part.entries[entries];
+            for (group, factor) in groups.iter().zip(self.fetched.chunks(self.tables.rank)) {
+                let (entries, after) = rest.split_at(group.ratings as usize);
+                rest = after;
+                loss += sgd::loss(left, factor, entries);
+            }
+        }
+        Ok(loss)
+    }
+
+    fn clock(&mut self) -> Result<()> {
+        Ok(self.worker.clock()?)
+    }
+
+    fn all(&mut self) -> Result<Vec<f32>> {
+        let mut all = Vec::with_capacity(self.tables.columns as usize * self.tables.rank);
+        for first in (0..self.tables.columns).step_by(RUN) {
+            let length = self.fetch(first..self.tables.columns.min(first + RUN as u32))?;
+            all.extend_from_slice(&self.fetched[..length]);
+        }
+        Ok(all)
+    }
+
+    fn accesses(&self) -> Accesses {
+        let stats = self.worker.stats();
+        Accesses {
+            waiting: stats.waiting.as_secs_f64(),
+            communicating: stats.communicating.as_secs_f64(),
+            hits: stats.hits,
+            misses: stats.misses,
+            reads: stats.reads,
+            clock_differential: stats.clock_differential.clone(),
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! Starting a server of our own, and making sure that it ends with us.
+//!
+//! The server is the program `fervor-server` from the folder of this one. Who ends it: the drop of
+//! [`EmbeddedServer`] (SIGTERM, so that it drains and removes its socket); or, if this process dies in whatever
+//! way, the kernel, which sends it SIGTERM on the death of its parent. That is asked for by [`with_parent`],
+//! which runs in the new process before it becomes the server.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    io::{BufRead, BufReader, Read},
+    os::unix::process::CommandExt as _,
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Args;
+use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
+
+/// The subcommand that calls [`with_parent`].
+pub const WITH_PARENT: &str = "with-parent";
+/// The line of a server that accepts starts so; its URL follows.
+const READY: &str = "fervor-server ready at ";
+/// How long a server may take to start.
+const START: Duration = Duration::from_secs(30);
+/// How long it may take to stop before it is killed.
+const STOP: Duration = Duration::from_secs(10);
+/// Lines of its output that are kept for an error message.
+const KEPT: usize = 20;
+
+/// Options for a server of our own.
+#[derive(Debug, Clone, Args)]
+pub struct EmbeddedOptions {
+    /// Shards of the server that is started
+    #[arg(long, default_value_t = 1, conflicts_with_all = ["server"], value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub shards: u32,
+    /// Memory of the server that is started
+    #[arg(long, default_value = "512M", value_name = "SIZE", conflicts_with_all = ["server"])]
+    pub memory: String,
+}
+
+/// A running server that stops when this is dropped.
+#[derive(Debug)]
+pub struct EmbeddedServer {
+    child: Child,
+    url: String,
+    output: Output,
+}
+
+impl EmbeddedServer {
+    /// Starts a server for `clients` clients of `workers` workers each, on a socket in the temporary folder, and waits
+    /// until it accepts.
+    ///
+    /// # Errors
+    /// When there is no server program, or it does not start; with its last words.
+    pub fn start(options: &EmbeddedOptions, clients: u16, workers: u16) -> Result<Self> {
+        let program = program()?;
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let socket = std::env::temp_dir().join(format!("fervor-{}-{number}.sock", std::process::id()));
+        let own = std::env::current_exe().context("cannot find the own program")?;
+        let mut child = Command::new(own)
+            .args([WITH_PARENT, &std::process::id().to_string()])
+            .arg(&program)
+            .arg("--listen")
+            .arg(format!("shm://{}", socket.display()))
+            .args(["--shards", &options.shards.to_string(), "--memory", &options.memory])
+            .args(["--clients", &clients.to_string(), "--workers", &workers.to_string()])
+            // In a process group of its own, so that an interrupt from the terminal is left to us.
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        let output = Output::default();
+        let (sender, ready) = mpsc::channel();
+        output.follow(child.stdout.take().context("no stdout")?, Some(sender));
+        output.follow(child.stderr.take().context("no stderr")?, None);
+        let mut server = EmbeddedServer { child, url: String::new(), output };
+        match ready.recv_timeout(START) {
+            Ok(url) => server.url = url,
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                let status = server.child.wait().context("cannot wait for the server")?;
+                return Err(server.ended(status));
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                bail!(
+                    "{} was not ready after {START:?}; it said:\n{}",
+                    program.display(),
+                    server.output.text()
+                )
+            }
+        }
+        Ok(server)
+    }
+
+    /// Where it listens.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Looks whether it still runs.
+    ///
+    /// # Errors
+    /// When it does not; with its last words.
+    pub fn check(&mut self) -> Result<()> {
+        match self.child.try_wait().context("cannot wait for the server")? {
+            None => Ok(()),
+            Some(status) => Err(self.ended(status)),
+        }
+    }
+
+    fn ended(&self, status: ExitStatus) -> anyhow::Error {
+        anyhow::anyhow!("fervor-server ended by itself ({status}); it said:\n{}", self.output.text())
+    }
+}
+
+impl Drop for EmbeddedServer {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + STOP;
+        // A process that was waited for is gone, and its number may be another's.
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if Instant::now() > deadline {
+                eprintln!("fervor-server did not stop within {STOP:?} and was killed");
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                return;
+            }
+            let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// The last lines of a process's output.
+#[derive(Debug, Clone, Default)]
+struct Output(Arc<Mutex<VecDeque<String>>>);
+
+impl Output {
+    /// Reads `pipe` to its end; sends the URL of the line that says that the server is ready.
+    fn follow(&self, pipe: impl Read + Send + 'static, ready: Option<mpsc::Sender<String>>) {
+        let lines = self.0.clone();
+        thread::spawn(move || {
+            for line in BufReader::new(pipe).lines().map_while(|line| line.ok()) {
+                if let Some((url, sender)) = line.strip_prefix(READY).zip(ready.as_ref()) {
+                    let _ = sender.send(url.trim().to_owned());
+                }
+                let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
+                if lines.len() == KEPT {
+                    lines.pop_front();
+                }
+                lines.push_back(line);
+            }
+        });
+    }
+
+    fn text(&self) -> String {
+        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().map(|line| format!("  {line}\n")).collect()
+    }
+}
+
+/// The server program: in the folder of this program, or, for a test program, in the folder above.
+fn program() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("cannot find the own program")?;
+    let folders = own.ancestors().skip(1).take(2);
+    let candidates: Vec<PathBuf> = folders.map(|folder| folder.join("fervor-server")).collect();
+    candidates.iter().find(|path| path.is_file()).cloned().with_context(|| {
+        format!(
+            "there is no server program {}: build it with `cargo build --release -p fervor-server`, or name a \
+             running server with --server",
+            candidates[0].display()
+        )
+    })
+}
+
+/// Becomes `command`, such that it gets SIGTERM when `parent`, the process that started this one, dies.
+/// Returns only when that fails.
+///
+/// # Errors
+/// When the command cannot be run, or the parent is dead already.
+pub fn with_parent(parent: u32, command: &[String]) -> Result<Infallible> {
+    let (program, arguments) = command.split_first().context("no program is named")?;
+    set_parent_process_death_signal(Some(Signal::TERM)).context("prctl(PR_SET_PDEATHSIG) failed")?;
+    // It may have died before that call.
+    let now = getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
+    ensure!(now == Some(parent), "process {parent}, which started {program}, is gone");
+    Err(Command::new(program).args(arguments).exec()).with_context(|| format!("cannot run {program}"))
+}
