@@ -50,7 +50,7 @@ pub fn draw(reports: &[Report]) -> Result<String> {
         root.fill(&WHITE).map_err(failed)?;
         let data = &reports[0].data;
         let title = format!(
-            "{} - {} ratings of {} x {}, rank {}",
+            "{}: {} ratings of {} x {}, rank {}",
             data.source, data.ratings, data.rows, data.columns, reports[0].rank
         );
         root.draw(&Text::new(title, (24, 12), (FONT, 18).into_font())).map_err(failed)?;
@@ -91,6 +91,8 @@ fn panel(
         .axis_desc_style((FONT, 15))
         .label_style((FONT, 13))
         .x_labels(6)
+        .x_label_formatter(&|x| format!("{x}"))
+        .y_labels(16)
         .y_label_formatter(&|loss| format!("{loss:.1e}"))
         .light_line_style(WHITE)
         .draw()

@@ -6,7 +6,10 @@ use anyhow::{Context as _, Result};
 use clap::{Args, FromArgMatches as _};
 
 use crate::{
-    mf::{self, MfOptions, Report, report::comparison},
+    mf::{
+        self, MfOptions, Report,
+        report::{comparison, differentials},
+    },
     report::write_json,
 };
 
@@ -71,7 +74,7 @@ pub fn run(options: &DemoOptions) -> Result<Vec<Report>> {
         println!("{} ...", run.title());
         reports.extend(mf::run(&run)?);
     }
-    println!("\n{}\n{}", reports[0].machine, comparison(&reports));
+    println!("\n{}\n{}\n{}", reports[0].machine, comparison(&reports), differentials(&reports));
     let file = |name: &str| options.out.join(name);
     curves::write(&file("convergence.svg"), &reports)?;
     let eager = reports.iter().find(|report| report.model == "essp").context("there is no run under essp")?;

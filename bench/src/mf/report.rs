@@ -215,6 +215,28 @@ pub fn comparison(reports: &[Report]) -> TextTable {
     table
 }
 
+/// How old the data was that the reads of several runs returned: the share of each clock differential.
+pub fn differentials(reports: &[Report]) -> TextTable {
+    // Beyond this lie the tails of runs without a bound.
+    const SHOWN: i64 = 6;
+    let head = (1..SHOWN).map(|lag| format!("-{lag}")).chain([format!("-{SHOWN} and less")]);
+    let mut table = TextTable::new(["clock differential".to_owned()].into_iter().chain(head));
+    for report in reports.iter().filter(|report| !report.clock_differential.is_empty()) {
+        let total: u64 = report.clock_differential.values().sum();
+        let share = |holds: &dyn Fn(i64) -> bool| {
+            let count: u64 =
+                report.clock_differential.iter().filter(|(d, _)| holds(**d)).map(|(_, n)| n).sum();
+            if count == 0 { "-".to_owned() } else { report::percent(count as f64 / total as f64) }
+        };
+        // A read under Async may even return data of the reader's own clock or a later one.
+        let fresh = share(&|d| d >= -1);
+        let middle = (2..SHOWN).map(|lag| share(&|d| d == -lag));
+        let old = share(&|d| d <= -SHOWN);
+        table.row([report.title(), fresh].into_iter().chain(middle).chain([old]));
+    }
+    table
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Data { source, rows, columns, ratings } = &self.data;
@@ -247,13 +269,7 @@ impl fmt::Display for Report {
         }
         writeln!(f, "{}", comparison(std::slice::from_ref(self)))?;
         if !self.clock_differential.is_empty() {
-            let total: u64 = self.clock_differential.values().sum();
-            let mut table = TextTable::new(["clock differential", "reads", "share"]);
-            for (differential, count) in &self.clock_differential {
-                let share = report::percent(*count as f64 / total as f64);
-                table.row([differential.to_string(), count.to_string(), share]);
-            }
-            writeln!(f, "{table}")?;
+            writeln!(f, "{}", differentials(std::slice::from_ref(self)))?;
             let Cache { hits, misses, reads } = self.cache;
             writeln!(f, "cache: {hits} hits, {misses} misses, {reads} READs")?;
         }

@@ -1,0 +1,122 @@
+//! The RDMA devices of this machine, for people who choose addresses and cores.
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+use fervor_verbs::devices::{self, Capabilities, DeviceInfo};
+
+use crate::report;
+
+/// Lists the devices.
+///
+/// # Errors
+/// When there is a device that cannot be used for lack of a library; the message names the package.
+pub fn run() -> Result<String> {
+    Ok(describe(&devices::list()?))
+}
+
+fn describe(devices: &[DeviceInfo]) -> String {
+    if devices.is_empty() {
+        return "This machine has no RDMA device. Use shm:// URLs, or see ci/soft-roce for devices in software.\n".into();
+    }
+    let mut text = String::new();
+    for device in devices {
+        device_lines(&mut text, device).expect("a String takes everything");
+    }
+    text
+}
+
+fn device_lines(text: &mut String, device: &DeviceInfo) -> std::fmt::Result {
+    let DeviceInfo { name, guid, firmware, numa_node, local_cores, capabilities, ports } = device;
+    write!(text, "{name}  GUID {guid}")?;
+    if !firmware.is_empty() {
+        write!(text, "  firmware {firmware}")?;
+    }
+    writeln!(text)?;
+    if let Some(node) = numa_node {
+        writeln!(text, "  NUMA node {node}")?;
+    }
+    if !local_cores.is_empty() {
+        let cores: Vec<String> = local_cores.iter().map(usize::to_string).collect();
+        writeln!(text, "  near cores {}", cores.join(","))?;
+    }
+    match capabilities {
+        Some(Capabilities {
+            completion_vectors,
+            queue_pairs,
+            reads_initiated,
+            reads_served,
+            region_bytes,
+            pieces,
+            ..
+        }) => {
+            writeln!(
+                text,
+                "  {completion_vectors} completion vectors, {queue_pairs} queue pairs, {pieces} SGEs"
+            )?;
+            writeln!(text, "  READs in flight: {reads_initiated} out, {reads_served} in")?;
+            writeln!(text, "  largest region {}", report::bytes(*region_bytes))?;
+        }
+        None => writeln!(text, "  its limits are not known: libibverbs does not open it")?,
+    }
+    for port in ports {
+        let mtu = capabilities.as_ref().and_then(|c| c.mtu.get(port.number as usize - 1));
+        let mtu = mtu.map_or(String::new(), |mtu| format!(", MTU {mtu}"));
+        writeln!(text, "  port {}: {}, {}, {}{mtu}", port.number, port.state, port.link_layer, port.rate)?;
+        for gid in &port.gids {
+            let address =
+                gid.gid.to_ipv4_mapped().map_or_else(|| gid.gid.to_string(), |ipv4| ipv4.to_string());
+            writeln!(
+                text,
+                "    GID {:>2}  {:<10}  {address}  {}",
+                gid.index,
+                gid.kind.to_string(),
+                gid.interface
+            )?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use fervor_verbs::devices::{GidInfo, GidKind, PortInfo};
+
+    use super::*;
+
+    #[test]
+    fn a_device_is_described() {
+        let gid = GidInfo {
+            index: 1,
+            gid: "::ffff:10.7.0.1".parse().unwrap(),
+            kind: GidKind::RoceV2,
+            interface: "v0".into(),
+        };
+        let port = PortInfo {
+            number: 1,
+            state: "ACTIVE".into(),
+            link_layer: "Ethernet".into(),
+            rate: "2.5 Gb/sec (1X SDR)".into(),
+            gids: vec![gid],
+        };
+        let device = DeviceInfo {
+            name: "rxe0".into(),
+            guid: "0011:2233:4455:6677".into(),
+            firmware: String::new(),
+            numa_node: None,
+            local_cores: vec![0, 1],
+            capabilities: None,
+            ports: vec![port],
+        };
+        let text = describe(&[device]);
+        for part in [
+            "rxe0  GUID 0011:2233:4455:6677\n",
+            "near cores 0,1",
+            "port 1: ACTIVE, Ethernet",
+            "RoCE v2     10.7.0.1  v0",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert!(describe(&[]).contains("no RDMA device"));
+    }
+}
