@@ -8,7 +8,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Parser;
 use fervor_server::{Budget, Config, Server};
 use fervor_verbs::{Address, transport::any::Host};
@@ -104,8 +104,10 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     check_memory(&Budget::of(&config))?;
     // Before the server starts: a signal that comes early is not lost.
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot take signals")?;
-    let transport = Host::for_addresses(std::slice::from_ref(&arguments.listen))?;
-    let server = Server::start(&transport, &config)?;
+    // These errors say all that there is to say; their sources are part of it.
+    let listen = std::slice::from_ref(&arguments.listen);
+    let transport = Host::for_addresses(listen).map_err(|error| anyhow!("{error}"))?;
+    let server = Server::start(&transport, &config).map_err(|error| anyhow!("{error}"))?;
     println!("{}", server.budget());
     println!("fervor-server ready at {}", server.address());
     std::io::stdout().flush()?;
