@@ -10,7 +10,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Parser;
 use fervor_server::{Budget, Config, Server};
 use fervor_verbs::{Address, transport::any::Host};
@@ -91,7 +91,9 @@ fn check_memory(budget: &Budget) -> anyhow::Result<()> {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let transport = Host::for_addresses(std::slice::from_ref(&arguments.listen))?;
+    // These errors say all that there is to say; their sources are part of it.
+    let listen = std::slice::from_ref(&arguments.listen);
+    let transport = Host::for_addresses(listen).map_err(|error| anyhow!("{error}"))?;
     let mut config = Config::new(arguments.listen.clone());
     config.cores = match (arguments.cores, arguments.shards) {
         (Some(cores), _) => cores.into_iter().map(Some).collect(),
@@ -108,7 +110,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     check_memory(&Budget::of(&config))?;
     // Before the server starts: a signal that comes early is not lost.
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot take signals")?;
-    let server = Server::start(&transport, &config)?;
+    let server = Server::start(&transport, &config).map_err(|error| anyhow!("{error}"))?;
     println!("{}", server.budget());
     println!("fervor-server ready at {}", server.address());
     std::io::stdout().flush()?;
