@@ -10,6 +10,7 @@
 //! | [`data`] | ratings: read, recognised, generated |
 //! | [`mf`] | matrix factorisation, with the parameter server and without |
 //! | [`demo`] | the digits under all models, with curves and pictures |
+//! | [`latency`] | what a hit, a miss and an update take, one by one |
 //! | [`model`] | consistency models on the command line |
 //! | [`server`] | starting and stopping a server of our own |
 //! | [`machine`], [`report`] | where it was measured; tables and files |
@@ -19,6 +20,7 @@
 pub mod check;
 pub mod data;
 pub mod demo;
+pub mod latency;
 pub mod machine;
 pub mod mf;
 pub mod model;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use fervor_bench::{check, demo, mf, report, server};
+use fervor_bench::{check, demo, latency, mf, report, server};
 
 /// Applications and measurements of the Fervor parameter server.
 #[derive(Debug, Parser)]
@@ -20,6 +20,8 @@ struct Cli {
 enum Command {
     /// Matrix factorisation by stochastic gradient descent
     Mf(Box<mf::MfOptions>),
+    /// How long a cache hit, a cache miss, and an update take
+    Latency(latency::LatencyOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
     Demo(demo::DemoOptions),
     /// Check the guarantee of a consistency model: every read against its bounds, every update exactly once
@@ -49,6 +51,7 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Mf(options) => run_mf(&options),
         Command::Demo(options) => demo::run(&options).map(drop),
+        Command::Latency(options) => latency::run(&options),
         Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),
         Command::WithParent { parent, command } => match server::with_parent(parent, &command)? {},
     }

@@ -17,11 +17,11 @@ use std::{
         atomic::{AtomicU32, Ordering},
         mpsc,
     },
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use clap::Args;
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
 
@@ -53,6 +53,8 @@ pub struct EmbeddedServer {
     child: Child,
     url: String,
     output: Output,
+    /// They read its output, to its end.
+    readers: Vec<JoinHandle<()>>,
 }
 
 impl EmbeddedServer {
@@ -83,9 +85,11 @@ impl EmbeddedServer {
             .with_context(|| format!("cannot start {}", program.display()))?;
         let output = Output::default();
         let (sender, ready) = mpsc::channel();
-        output.follow(child.stdout.take().context("no stdout")?, Some(sender));
-        output.follow(child.stderr.take().context("no stderr")?, None);
-        let mut server = EmbeddedServer { child, url: String::new(), output };
+        let readers = vec![
+            output.follow(child.stdout.take().context("no stdout")?, Some(sender)),
+            output.follow(child.stderr.take().context("no stderr")?, None),
+        ];
+        let mut server = EmbeddedServer { child, url: String::new(), output, readers };
         match ready.recv_timeout(START) {
             Ok(url) => server.url = url,
             Err(mpsc::RecvTimeoutError::Disconnected) => {
@@ -119,8 +123,10 @@ impl EmbeddedServer {
         }
     }
 
-    fn ended(&self, status: ExitStatus) -> anyhow::Error {
-        anyhow::anyhow!("fervor-server ended by itself ({status}); it said:\n{}", self.output.text())
+    fn ended(&mut self, status: ExitStatus) -> anyhow::Error {
+        // Its last words may still be in the pipes.
+        self.readers.drain(..).for_each(|reader| drop(reader.join()));
+        anyhow!("fervor-server ended by itself ({status}); it said:\n{}", self.output.text())
     }
 }
 
@@ -147,7 +153,11 @@ struct Output(Arc<Mutex<VecDeque<String>>>);
 
 impl Output {
     /// Reads `pipe` to its end; sends the URL of the line that says that the server is ready.
-    fn follow(&self, pipe: impl Read + Send + 'static, ready: Option<mpsc::Sender<String>>) {
+    fn follow(
+        &self,
+        pipe: impl Read + Send + 'static,
+        ready: Option<mpsc::Sender<String>>,
+    ) -> JoinHandle<()> {
         let lines = self.0.clone();
         thread::spawn(move || {
             for line in BufReader::new(pipe).lines().map_while(|line| line.ok()) {
@@ -160,7 +170,7 @@ impl Output {
                 }
                 lines.push_back(line);
             }
-        });
+        })
     }
 
     fn text(&self) -> String {
@@ -176,8 +186,8 @@ fn program() -> Result<PathBuf> {
     let candidates: Vec<PathBuf> = folders.map(|folder| folder.join("fervor-server")).collect();
     candidates.iter().find(|path| path.is_file()).cloned().with_context(|| {
         format!(
-            "there is no server program {}: build it with `cargo build --release -p fervor-server`, or name a \
-             running server with --server",
+            "there is no server program {}: build it with `cargo build -p fervor-server` (--release if this \
+             is a release), or name a running server with --server",
             candidates[0].display()
         )
     })

@@ -19,8 +19,6 @@ use crate::{
     table::AnyTable,
 };
 
-/// Turns of waiting, spinning and then yielding, before a thread sleeps.
-const AWAKE_TURNS: u32 = 256;
 /// Longest sleep when an event ends it.
 const SLEEP: Duration = Duration::from_millis(10);
 /// Longest sleep when only memory changes: acknowledgements are plain WRITEs.
@@ -136,7 +134,7 @@ impl<T: Transport> Core<T> {
             match self.try_engine() {
                 Some(mut engine) => {
                     let work = engine.progress(&self.surroundings());
-                    if work == 0 && turn >= AWAKE_TURNS && !done() {
+                    if work == 0 && turn >= T::AWAKE_TURNS && !done() {
                         engine.endpoint.wait(if what == For::Event { SLEEP } else { NAP });
                     }
                     drop(engine);
@@ -147,10 +145,10 @@ impl<T: Transport> Core<T> {
                     }
                 }
                 None if turn == 0 => self.attach.wake(),
-                None if turn >= AWAKE_TURNS && !done() => self.signal.wait(epoch, SLEEP),
+                None if turn >= T::AWAKE_TURNS && !done() => self.signal.wait(epoch, SLEEP),
                 None => {}
             }
-            if turn < AWAKE_TURNS {
+            if turn < T::AWAKE_TURNS {
                 self.transport.relax(turn);
             }
             turn = turn.saturating_add(1);

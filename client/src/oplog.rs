@@ -18,8 +18,9 @@ pub trait AnyOplog: Send {
 /// Updates of the rows of one shard.
 #[derive(Debug)]
 struct ShardLog<E> {
-    /// Per row, where its sum is: `values[place * width..]`.
-    dense: RowMap<usize>,
+    /// Per row of the shard, one more than where its sum is: `values[place * width..]`. Made when the first row is
+    /// updated; pages that no row touches cost nothing.
+    dense: Vec<u32>,
     rows: Vec<u64>,
     values: Vec<E>,
     /// Per row, where its pairs are.
@@ -37,7 +38,7 @@ pub struct Oplog<E: Element> {
 impl<E: Element> Oplog<E> {
     pub fn new(table: Arc<TableCore<E>>) -> Self {
         let shard = || ShardLog {
-            dense: RowMap::default(),
+            dense: Vec::new(),
             rows: Vec::new(),
             values: Vec::new(),
             sparse: RowMap::default(),
@@ -49,15 +50,19 @@ impl<E: Element> Oplog<E> {
 
     /// Adds an update of a whole row.
     pub fn add(&mut self, shard: usize, row: u64, delta: &[E]) {
+        let index = (row / self.shards.len() as u64) as usize;
         let log = &mut self.shards[shard];
         let width = delta.len();
-        let next = log.rows.len();
-        let place = *log.dense.entry(row).or_insert(next);
-        if place == next {
-            log.rows.push(row);
-            log.values.extend_from_slice(delta);
-        } else {
-            E::add_all(&mut log.values[place * width..(place + 1) * width], delta);
+        if log.dense.is_empty() {
+            log.dense = vec![0; self.table.rows_in(shard)];
+        }
+        match log.dense[index] as usize {
+            0 => {
+                log.rows.push(row);
+                log.values.extend_from_slice(delta);
+                log.dense[index] = log.rows.len() as u32;
+            }
+            place => E::add_all(&mut log.values[(place - 1) * width..place * width], delta),
         }
     }
 
@@ -78,9 +83,10 @@ impl<E: Element> Oplog<E> {
     pub fn add_to(&self, shard: usize, row: u64, copy: &mut [E]) {
         let log = &self.shards[shard];
         if !log.rows.is_empty() {
-            if let Some(&place) = log.dense.get(&row) {
+            let place = log.dense[(row / self.shards.len() as u64) as usize] as usize;
+            if place > 0 {
                 let width = copy.len();
-                E::add_all(copy, &log.values[place * width..(place + 1) * width]);
+                E::add_all(copy, &log.values[(place - 1) * width..place * width]);
             }
         }
         if !log.pairs.is_empty() {
@@ -97,19 +103,20 @@ impl<E: Element> Oplog<E> {
 impl<E: Element> AnyOplog for Oplog<E> {
     fn merge(&mut self) {
         let width = self.table.schema().width as usize;
+        let shards = self.shards.len() as u64;
         for (shard, log) in self.shards.iter_mut().enumerate() {
             if log.rows.is_empty() && log.pairs.is_empty() {
                 continue;
             }
             let mut pending = self.table.pending(shard);
             for (row, values) in log.rows.drain(..).zip(log.values.chunks_exact(width)) {
-                pending.merge(&self.table, row, Delta::Dense { start: 0, values: values.to_vec() });
+                pending.merge_dense(&self.table, row, values);
+                log.dense[(row / shards) as usize] = 0;
             }
             for (row, pairs) in log.pairs.drain(..) {
                 pending.merge(&self.table, row, Delta::Sparse(pairs));
             }
             log.values.clear();
-            log.dense.clear();
             log.sparse.clear();
         }
     }

@@ -16,8 +16,6 @@ use zerocopy::IntoBytes;
 
 use crate::{core::Core, error::Error};
 
-/// Turns of waiting before a thread sleeps: a READ takes microseconds.
-const AWAKE_TURNS: u32 = 4096;
 const NAP: Duration = Duration::from_millis(1);
 
 /// See the module.
@@ -108,7 +106,7 @@ impl<T: Transport> Reader<T> {
         let mut turn = 0;
         while count > 0 {
             if self.endpoint.poll(&mut self.completions) == 0 {
-                if turn < AWAKE_TURNS {
+                if turn < T::AWAKE_TURNS {
                     core.transport.relax(turn);
                 } else {
                     self.endpoint.wait(NAP);

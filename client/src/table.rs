@@ -25,15 +25,13 @@ use fervor_protocol::{
     Element, Schema,
     batch::BatchWriter,
     pending::{Delta, Origin, Pending, Unknown},
+    route::Router,
     row::{Header, Seal},
 };
 use fervor_verbs::transport::RemoteAddress;
 use zerocopy::IntoBytes;
 
-use crate::{
-    cache::{Cache, Slot, State},
-    hash::RowMap,
-};
+use crate::cache::{Cache, Slot, State};
 
 /// Entries of a row beyond which acknowledged ones are dropped though a slot may lack them.
 const MANY_ENTRIES: usize = 4;
@@ -123,15 +121,55 @@ impl<E> fmt::Debug for TableCore<E> {
 /// Updates of the rows of one shard that copies may lack.
 #[derive(Debug)]
 pub struct ShardPending<E> {
-    rows: RowMap<Pending<E>>,
+    /// Per row of the shard: its place in `updates` plus one. Untouched pages of it cost nothing.
+    index: Vec<u32>,
+    updates: Vec<Pending<E>>,
+    /// Places that are free, their buffers kept.
+    free: Vec<u32>,
+    /// Buffers of dropped updates, to be used again.
+    buffers: Vec<Vec<E>>,
     /// Rows with an unsent update, each once.
     unsent: Vec<u64>,
 }
 
+/// Buffers kept for use again, for each shard of a table.
+const MOST_BUFFERS: usize = 4096;
+
 impl<E: Element> ShardPending<E> {
+    fn new(rows: u64) -> Self {
+        Self {
+            index: vec![0; rows as usize],
+            updates: Vec::new(),
+            free: Vec::new(),
+            buffers: Vec::new(),
+            unsent: Vec::new(),
+        }
+    }
+
+    /// The updates of the shard's `index`-th row.
+    fn get(&mut self, index: u64) -> Option<&mut Pending<E>> {
+        let place = self.index[index as usize].checked_sub(1)?;
+        Some(&mut self.updates[place as usize])
+    }
+
+    /// Merges a worker's update of a whole row in.
+    pub fn merge_dense(&mut self, table: &TableCore<E>, row: u64, values: &[E]) {
+        let mut buffer = self.buffers.pop().unwrap_or_default();
+        buffer.clear();
+        buffer.extend_from_slice(values);
+        self.merge(table, row, Delta::Dense { start: 0, values: buffer });
+    }
+
     /// Merges a worker's update in.
     pub fn merge(&mut self, table: &TableCore<E>, row: u64, delta: Delta<E>) {
-        if self.rows.entry(row).or_default().merge(delta, table.schema.width) {
+        let place = &mut self.index[(row / table.places.len() as u64) as usize];
+        if *place == 0 {
+            *place = self.free.pop().unwrap_or_else(|| {
+                self.updates.push(Pending::default());
+                self.updates.len() as u32
+            });
+        }
+        if self.updates[*place as usize - 1].merge(delta, table.schema.width) {
             self.unsent.push(row);
         }
         table.lacking[row as usize].store(true, Ordering::Release);
@@ -139,14 +177,22 @@ impl<E: Element> ShardPending<E> {
 
     /// Drops the first `entries` of `row`, as far as they are acknowledged.
     fn drop_first(&mut self, table: &TableCore<E>, row: u64, entries: usize) {
-        let Some(pending) = self.rows.get_mut(&row) else { return };
-        if let Some(lsn) = pending.drop_first(entries) {
+        let index = (row / table.places.len() as u64) as usize;
+        let Some(place) = self.index[index].checked_sub(1) else { return };
+        let (pending, buffers) = (&mut self.updates[place as usize], &mut self.buffers);
+        let dropped = pending.drop_first(entries, |delta| {
+            if let (Delta::Dense { values, .. }, true) = (delta, buffers.len() < MOST_BUFFERS) {
+                buffers.push(values);
+            }
+        });
+        if let Some(lsn) = dropped {
             table.own_lsn[row as usize].fetch_max(lsn, Ordering::Release);
         }
         if pending.is_empty() {
             // SYNC POINT: `own_lsn` was raised before; see the module.
             table.lacking[row as usize].store(false, Ordering::Release);
-            self.rows.remove(&row);
+            self.index[index] = 0;
+            self.free.push(place + 1);
         }
     }
 }
@@ -165,7 +211,8 @@ pub trait AnyTable: Send + Sync {
 impl<E: Element> TableCore<E> {
     pub fn new(schema: Schema, client: u64, number: usize, places: Vec<Place>, cache: Cache) -> Self {
         let rows = schema.rows as usize;
-        let pending = || Mutex::new(ShardPending { rows: RowMap::default(), unsent: Vec::new() });
+        let router = Router::new(places.len());
+        let pending = |shard| Mutex::new(ShardPending::new(router.rows_in(shard, schema.rows)));
         Self {
             client,
             number,
@@ -174,7 +221,7 @@ impl<E: Element> TableCore<E> {
             own_lsn: (0..rows).map(|_| AtomicU64::new(0)).collect(),
             lacking: (0..rows).map(|_| AtomicBool::new(false)).collect(),
             undecided: AtomicUsize::new(0),
-            pending: places.iter().map(|_| pending()).collect(),
+            pending: (0..places.len()).map(pending).collect(),
             places,
             schema,
         }
@@ -196,6 +243,11 @@ impl<E: Element> TableCore<E> {
 
     pub fn shards(&self) -> usize {
         self.places.len()
+    }
+
+    /// Rows of the table in `shard`.
+    pub fn rows_in(&self, shard: usize) -> usize {
+        Router::new(self.places.len()).rows_in(shard, self.schema.rows) as usize
     }
 
     /// The shard's number of the table.
@@ -303,7 +355,8 @@ impl<E: Element> TableCore<E> {
         if header.lsn < self.own_lsn[row as usize].load(Ordering::Acquire) {
             return Err(Incomplete::Stale);
         }
-        let Some(pending) = shard.rows.get(&row) else {
+        let index = row / self.places.len() as u64;
+        let Some(pending) = shard.get(index) else {
             with(copy, 0);
             return Ok(());
         };
@@ -322,7 +375,8 @@ impl<E: Element> AnyTable for TableCore<E> {
         let pending = &mut *pending;
         let shards = self.places.len() as u64;
         while let Some(&row) = pending.unsent.last() {
-            let update = pending.rows.get_mut(&row).expect("an unsent row has an entry");
+            let place = pending.index[(row / shards) as usize] - 1;
+            let update = &mut pending.updates[place as usize];
             let delta = update.unsent().expect("an unsent row has an unsent update");
             let elements = match delta {
                 Delta::Dense { values, .. } => values.len(),
@@ -346,7 +400,7 @@ impl<E: Element> AnyTable for TableCore<E> {
     fn acknowledged(&self, shard: usize, number: u64, lsn: u64, rows: &[u64]) {
         let mut shard = self.pending(shard);
         for &row in rows {
-            let Some(pending) = shard.rows.get_mut(&row) else { continue };
+            let Some(pending) = shard.get(row / self.places.len() as u64) else { continue };
             pending.acknowledged(number, lsn);
             // Without a slot every copy to come is READ, and a READ posted from now on contains the batch. (A READ
             // that waits for this would have to be done again.)

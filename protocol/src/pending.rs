@@ -203,10 +203,16 @@ impl<E: Element> Pending<E> {
         }
     }
 
-    /// Drops the first `entries`, as far as they are acknowledged. Returns the greatest LSN among them, for `own_lsn`.
-    pub fn drop_first(&mut self, entries: usize) -> Option<u64> {
+    /// Drops the first `entries`, as far as they are acknowledged, and hands their updates to `used` for their
+    /// buffers. Returns the greatest LSN among them, for `own_lsn`.
+    pub fn drop_first(&mut self, entries: usize, mut used: impl FnMut(Delta<E>)) -> Option<u64> {
         let known = self.entries[..entries].iter().take_while(|entry| entry.lsn.is_some()).count();
-        self.entries.drain(..known).filter_map(|entry| entry.lsn).max()
+        let mut greatest = None;
+        for entry in self.entries.drain(..known) {
+            greatest = greatest.max(entry.lsn);
+            used(entry.delta);
+        }
+        greatest
     }
 }
 
@@ -231,7 +237,7 @@ mod tests {
         pending.acknowledged(7, 100);
         assert_eq!(pending.contained(&header(100, 0), Origin::Read), Ok(1));
         assert_eq!(pending.contained(&header(99, 0), Origin::Read), Ok(0));
-        assert_eq!(pending.drop_first(1), Some(100));
+        assert_eq!(pending.drop_first(1, drop), Some(100));
         assert!(pending.is_empty());
     }
 
@@ -240,7 +246,7 @@ mod tests {
         let mut pending = Pending::<i64>::default();
         pending.merge(Delta::Dense { start: 0, values: vec![1] }, 1);
         pending.sent(1);
-        assert_eq!(pending.drop_first(1), None);
+        assert_eq!(pending.drop_first(1, drop), None);
         assert_eq!(pending.len(), 1);
     }
 
@@ -288,7 +294,7 @@ mod tests {
                                 let mut row = shard.clone();
                                 pending.add_missing(contained, &mut row);
                                 prop_assert_eq!(&row, &own);
-                                if value % 2 == 0 { own_lsn = pending.drop_first(contained).unwrap_or(own_lsn); }
+                                if value % 2 == 0 { own_lsn = pending.drop_first(contained, drop).unwrap_or(own_lsn); }
                             }
                         }
                     },

@@ -32,8 +32,6 @@ use crate::{
     staging::Staging,
 };
 
-/// Idle turns before the thread sleeps.
-const IDLE_TURNS: u32 = 256;
 /// Longest sleep. Nothing is due at any time: messages, ends of connections, mail and the stop all wake the thread.
 const SLEEP: Duration = Duration::from_secs(3600);
 /// How long a stopping poller waits for its clients to take their last message.
@@ -95,7 +93,7 @@ impl<T: Transport> Poller<T> {
         while !self.share.stop.load(Ordering::Acquire) {
             if self.turn() > 0 {
                 idle = 0;
-            } else if idle < IDLE_TURNS {
+            } else if idle < T::AWAKE_TURNS {
                 self.transport.relax(idle);
                 idle += 1;
             } else {
@@ -355,7 +353,7 @@ fn slot<C: Connection>(
     }
     match wish {
         SUBSCRIBE if found.eager() => {
-            let all = found.subscribers.entry(row).or_default();
+            let all = &mut found.subscribers[row as usize];
             if all.iter().any(|s| s.client == peer.client) {
                 return bad(format!("slot record: row = {row} is subscribed already"));
             }
@@ -363,12 +361,7 @@ fn slot<C: Connection>(
             peer.queue.push_back(Wanted { table, row, slot, once: false });
         }
         UNSUBSCRIBE if found.eager() => {
-            if let Some(all) = found.subscribers.get_mut(&row) {
-                all.retain(|s| s.client != peer.client || s.slot != slot);
-                if all.is_empty() {
-                    found.subscribers.remove(&row);
-                }
-            }
+            found.subscribers[row as usize].retain(|s| s.client != peer.client || s.slot != slot);
             peer.closed = Some(sequence);
         }
         PUSH_ONCE => peer.queue.push_back(Wanted { table, row, slot, once: true }),

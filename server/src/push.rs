@@ -63,8 +63,8 @@ impl<T: Transport> Poller<T> {
 
     /// Pushes a row to all its subscribers; those that cannot take it get it queued.
     fn push_row(&mut self, table: TableId, row: u64) {
-        let Some(subscribers) = self.shard.tables[table as usize].subscribers.get_mut(&row) else { return };
-        let mut subscribers = std::mem::take(subscribers);
+        let mut subscribers =
+            std::mem::take(&mut self.shard.tables[table as usize].subscribers[row as usize]);
         subscribers.retain(|subscriber| self.clients.contains_key(&subscriber.client));
         let snapshot = self.snapshot(table, row, subscribers.len());
         for (index, subscriber) in subscribers.iter_mut().enumerate() {
@@ -85,19 +85,14 @@ impl<T: Transport> Poller<T> {
         if let Some(snapshot) = snapshot {
             self.staging.release(snapshot.entry);
         }
-        let all = &mut self.shard.tables[table as usize].subscribers;
-        if subscribers.is_empty() {
-            all.remove(&row);
-        } else {
-            all.insert(row, subscribers);
-        }
+        self.shard.tables[table as usize].subscribers[row as usize] = subscribers;
     }
 
     /// Copies a row to staging memory, with room for `headers`. `None`: there is no room for it now.
     fn snapshot(&mut self, table: TableId, row: u64, headers: usize) -> Option<Snapshot> {
         let row_bytes = self.shard.tables[table as usize].row_bytes;
         let bytes = row_bytes.next_multiple_of(ROW_HEADER) + headers * ROW_HEADER;
-        let entry = self.staging.reserve(bytes).filter(|_| headers > 0)?;
+        let entry = if headers > 0 { self.staging.reserve(bytes)? } else { return None };
         let (header, data) = self.shard.row(table, row);
         self.staging.region().memory().write(entry.offset(), data);
         Some(Snapshot { entry, header, row_bytes })
@@ -180,7 +175,7 @@ impl<T: Transport> Poller<T> {
         loop {
             let peer = self.peers.get_mut(&id).filter(|peer| peer.has_room())?;
             let wanted = *peer.queue.front()?;
-            if wanted.once || self.subscriber(&wanted, id).is_some() {
+            if wanted.once || self.subscriber(&wanted, id).is_some_and(|subscriber| subscriber.queued) {
                 return Some(wanted);
             }
             let peer = self.peers.get_mut(&id).expect("it was there");
@@ -191,7 +186,7 @@ impl<T: Transport> Poller<T> {
     /// The subscription behind a queued push, unless it has been given up.
     fn subscriber(&mut self, wanted: &Wanted, id: ConnectionId) -> Option<&mut Subscriber> {
         let client = self.peers.get(&id)?.client;
-        let all = self.shard.tables[wanted.table as usize].subscribers.get_mut(&wanted.row)?;
+        let all = &mut self.shard.tables[wanted.table as usize].subscribers[wanted.row as usize];
         all.iter_mut().find(|s| s.client == client && s.slot == wanted.slot)
     }
 

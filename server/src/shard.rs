@@ -5,7 +5,7 @@
 //! importance. A batch is checked as a whole, then applied row by row under one LSN; nobody can see the
 //! shard between two rows but by READs, which promise nothing across rows.
 
-use std::{collections::HashMap, fmt};
+use std::fmt;
 
 use fervor_protocol::{
     Element, ElementType, Schema,
@@ -46,7 +46,7 @@ pub struct Table {
     pub dirty: Vec<u64>,
     marks: Vec<u64>,
     /// Per row, who holds it. Eager tables only.
-    pub subscribers: HashMap<u64, Vec<Subscriber>>,
+    pub subscribers: Vec<Vec<Subscriber>>,
 }
 
 impl Table {
@@ -145,7 +145,7 @@ impl Shard {
         }
         let offset = self.used;
         self.used += (bytes as usize).next_multiple_of(4096).min(free);
-        let marks = if schema.model.eager() { vec![0; rows.div_ceil(64) as usize] } else { Vec::new() };
+        let pushed = if schema.model.eager() { rows } else { 0 };
         self.tables.push(Table {
             shards: (shard, shards),
             offset,
@@ -154,8 +154,8 @@ impl Shard {
             rows,
             seal: Seal::new(schema.row_bytes()),
             dirty: Vec::new(),
-            marks,
-            subscribers: HashMap::new(),
+            marks: vec![0; pushed.div_ceil(64) as usize],
+            subscribers: vec![Vec::new(); pushed as usize],
             schema,
         });
         Ok((self.tables.len() as TableId - 1, offset))

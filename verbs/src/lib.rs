@@ -9,9 +9,11 @@
 //! | [`transport`] | the contract: traits, completions, ordering and ownership rules |
 //! | [`memory`] | memory that a NIC or a peer reads or writes; never a slice while it may be written |
 //! | [`address`] | `shm:///path`, `rdma://host:port`, `sim://name` |
+//! | [`devices`] | the RDMA devices of this host |
 //! | [`error`] | what can go wrong: the call, the values, the cure |
 
 pub mod address;
+pub mod devices;
 pub mod error;
 pub mod memory;
 pub mod transport;

@@ -218,6 +218,18 @@ impl Exclusive {
         unsafe { std::slice::from_raw_parts_mut(self.0.as_ptr(), self.0.len()) }
     }
 
+    /// The same bytes through a mapping of their own, for a provider whose peers live in this process: what
+    /// they read through it, no reference of `bytes_mut` covers.
+    pub(crate) fn map_again(&self) -> Result<Memory, Error> {
+        let Mapping { file, len, huge, map } = &*self.0.0;
+        let again = MmapOptions::new()
+            .len(map.len())
+            .map_raw(file)
+            .map_err(Error::io(format!("mmap({len} bytes, again)")))?;
+        let file = file.try_clone().map_err(Error::io("dup(memfd)"))?;
+        Ok(Memory(Arc::new(Mapping { map: again, file, len: *len, huge: *huge })))
+    }
+
     /// The memory, for providers to export. It must not be handed on: see [`Memory::word`].
     pub(crate) fn memory(&self) -> &Memory {
         &self.0

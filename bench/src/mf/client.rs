@@ -31,7 +31,7 @@ const PROGRESS: Duration = Duration::from_millis(100);
 /// Runs client number `index` for the parent that started this process: messages to stdout, `stop` from stdin.
 ///
 /// # Errors
-/// Whatever ends the client early, after the parent was told.
+/// That the parent does not listen. Anything else is told to it, who tells the user, and ends this process.
 pub fn run_for_parent(options: &MfOptions, index: u16) -> Result<()> {
     let shared = Arc::new(Shared::default());
     thread::spawn({
@@ -48,8 +48,9 @@ pub fn run_for_parent(options: &MfOptions, index: u16) -> Result<()> {
         options.load().and_then(|ratings| train(options, index, &ratings, &shared, |message| tell(&message)));
     if let Err(error) = &outcome {
         tell(&Message::Failed { reason: format!("{error:#}") })?;
+        process::exit(1);
     }
-    outcome
+    Ok(())
 }
 
 /// Obeys the parent until it goes away, and ends this process then: nobody is left to tell anything.

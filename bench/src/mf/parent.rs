@@ -101,7 +101,12 @@ fn with_processes(options: &MfOptions, mut monitor: Monitor) -> Result<Monitor> 
     drop(sender);
     let outcome = listen(&mut clients, &heard, &mut monitor, embedded.as_mut());
     drop(clients);
-    outcome.map(|()| monitor)
+    // If the server has died, that is why the clients have failed.
+    match (outcome, embedded.as_mut().map_or(Ok(()), EmbeddedServer::check)) {
+        (Ok(()), _) => Ok(monitor),
+        (Err(error), Ok(())) => Err(error),
+        (Err(error), Err(cause)) => Err(cause.context(error)),
+    }
 }
 
 /// Listens to the clients until all have ended well.

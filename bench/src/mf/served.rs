@@ -11,8 +11,8 @@
 
 use std::ops::Range;
 
-use anyhow::{Context as _, Result};
-use fervor_client::{Client, Model, Table, Worker};
+use anyhow::Result;
+use fervor_client::{Client, Error, Model, Table, Worker};
 
 use super::{
     plan::{Group, Part},
@@ -42,10 +42,7 @@ impl Tables {
     /// What the client says, for example that the table does not fit the servers' memory.
     pub fn open(client: &Client, job: &str, columns: u32, rank: usize, model: Model) -> Result<Self> {
         let open = |name: &str, width, model| {
-            let name = format!("{job}/{name}");
-            client
-                .table::<f32>(&name, columns.into(), width, model)
-                .with_context(|| format!("table `{name}` of {columns} rows x {width} f32"))
+            client.table::<f32>(&format!("{job}/{name}"), columns.into(), width, model)
         };
         Ok(Tables { factors: open("R", rank, model)?, start: open(START, 1, Model::Bsp)?, columns, rank })
     }
@@ -97,6 +94,13 @@ fn runs(part: &Part) -> impl Iterator<Item = (&[Group], Range<usize>)> {
     })
 }
 
+/// Numbers beyond all bounds come from the step.
+fn explain(error: Error) -> anyhow::Error {
+    let diverges = matches!(error, Error::NonFinite { .. });
+    let error = anyhow::Error::from(error);
+    if diverges { error.context("the step is too large, lower --step") } else { error }
+}
+
 impl Factors for Served<'_> {
     fn start(&mut self) -> Result<()> {
         if let Some(initial) = self.initial {
@@ -128,7 +132,7 @@ impl Factors for Served<'_> {
                 for (trained, fetched) in trained.iter_mut().zip(fetched) {
                     *trained -= fetched;
                 }
-                self.worker.inc(&self.tables.factors, group.column.into(), trained)?;
+                self.worker.inc(&self.tables.factors, group.column.into(), trained).map_err(explain)?;
             }
         }
         Ok(())

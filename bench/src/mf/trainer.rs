@@ -179,7 +179,6 @@ pub fn run(
     let start = Instant::now();
     let before = factors.accesses();
     let mut evaluating = Duration::ZERO;
-    let mut seconds = 0.0;
     let mut clocks = 0;
     for epoch in 1..=training.epochs {
         if shared.stop.load(Relaxed) {
@@ -194,11 +193,12 @@ pub fn run(
         }
         let trained = Instant::now();
         let accessed = factors.accesses().seconds();
-        seconds = (trained - start).saturating_sub(evaluating).as_secs_f64();
+        let seconds = (trained - start).saturating_sub(evaluating).as_secs_f64();
         tell(epoch, seconds, factors.loss(&share.whole, &left)?)?;
         let outside = Duration::from_secs_f64((factors.accesses().seconds() - accessed).max(0.0));
         evaluating += trained.elapsed().saturating_sub(outside);
     }
+    let seconds = start.elapsed().saturating_sub(evaluating).as_secs_f64();
     let accesses = factors.accesses().since(&before);
     let keep = training.keep_factors && share.worker == 0;
     let factors = keep.then(|| factors.all()).transpose()?;

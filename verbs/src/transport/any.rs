@@ -1,8 +1,8 @@
 //! Any provider of a real host: the one that an address asks for, chosen when the program runs.
 //!
-//! Every object is an enum over the providers, and every call a `match` on it: statically dispatched, with a branch
-//! that the processor predicts. A [`Host`] is of one provider, and so is all that is made from it. To give an object of
-//! one provider to an object of another is a bug, and panics.
+//! Every object is an enum over the providers, and every call a `match` on it: statically dispatched, with a
+//! branch that the processor predicts. A [`Host`] is of one provider, and so is all that is made from it. To
+//! give an object of one provider to an object of another is a bug, and panics.
 //!
 //! A further provider is one more line in each of the three macros, and its types in the list of enums.
 
@@ -131,8 +131,8 @@ impl Host {
     /// The transport that serves all of `addresses`, which are of one provider.
     ///
     /// # Errors
-    /// [`Error::BadAddress`] for the first address of another provider than the one before it, or of one that only
-    /// simulations have; what the provider says when it cannot start.
+    /// [`Error::BadAddress`] for the first address of another provider than the one before it, or of one that
+    /// only simulations have; what the provider says when it cannot start.
     pub fn for_addresses(addresses: &[Address]) -> Result<Self, Error> {
         let refuse =
             |address: &Address, reason: String| Err(Error::BadAddress { url: address.to_string(), reason });
@@ -205,6 +205,8 @@ impl Transport for Host {
     type Request = HostRequest;
     type Signal = HostSignal;
     type Thread = HostThread;
+
+    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
 
     fn register(&self, memory: &Memory, access: Access) -> Result<HostRegion, Error> {
         map!(self, Host => HostRegion, t => t.register(memory, access))

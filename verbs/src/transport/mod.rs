@@ -325,6 +325,10 @@ pub trait Transport: Clone + Send + Sync + 'static {
     /// A running thread.
     type Thread: Thread;
 
+    /// Turns of [`Transport::relax`] after which a thread that still finds nothing had better sleep: before that, being
+    /// woken would cost more than it saves.
+    const AWAKE_TURNS: u32;
+
     /// Registers `memory` with `access` for peers.
     ///
     /// # Errors

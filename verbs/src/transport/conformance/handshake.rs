@@ -266,6 +266,22 @@ pub(super) fn server_posts_at_once<R: Rig>(rig: &R) {
     }
 }
 
+/// Connections go on without their listener.
+pub(super) fn dropped_listener<R: Rig>(rig: &R) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    pair.connect();
+    pair.stop_listening();
+    for round in 0..20_u8 {
+        let side = if round % 2 == 0 { Side::Client } else { Side::Server };
+        let end = pair.end(side);
+        end.send(Payload::Inline(&[round]), None, Some(u64::from(round))).expect("post");
+        end.ring().expect("ring");
+        assert_eq!(pair.message(side.other()).1, [round]);
+        pair.work(side, u64::from(round));
+    }
+    pair.silence();
+}
+
 pub(super) fn many_clients<R: Rig>(rig: &R) {
     const CLIENTS: u8 = 12;
     let server = host(rig, Side::Server);

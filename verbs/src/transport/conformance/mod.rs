@@ -13,12 +13,12 @@
 //! ```
 //!
 //! **Who runs where.** A case runs in one thread, which holds the endpoints of both hosts and polls them in
-//! turn ([`Pair`](pair::Pair)); other threads, started by [`Transport::spawn`], accept connections, race with
+//! turn (`pair::Pair`); other threads, started by [`Transport::spawn`], accept connections, race with
 //! the NIC, or wait for signals. So the suite also runs where only one thread runs at a time. Every wait has
 //! a limit by [`Transport::now`], so a case that cannot end fails and says what it waited for.
 //!
 //! **Process death** is the one thing that a thread cannot do to itself: [`Rig::start`] starts a *victim*
-//! ([`victim`]) in a process (or a simulated node) of its own, [`Rig::kill`] ends it abruptly.
+//! ([`victim()`]) in a process (or a simulated node) of its own, [`Rig::kill`] ends it abruptly.
 //! [`VictimProcess`] does that for providers of real processes: it runs the test program again.
 
 use std::sync::Arc;
@@ -108,7 +108,7 @@ pub trait Rig: Sized + Send + Sync + 'static {
         Effort::default()
     }
 
-    /// Starts a victim, which runs [`victim`] until it is killed: on the client's host if it connects to
+    /// Starts a victim, which runs [`victim()`] until it is killed: on the client's host if it connects to
     /// `address`, on the server's host if it listens there.
     fn start(&self, role: Role, address: &Address) -> Self::Victim;
 
@@ -152,8 +152,8 @@ pub fn cases<R: Rig>() -> Vec<Case<R>> {
 }
 
 /// `conformance!(Rig)` makes one `#[test]` of each case of the conformance suite, for the
-/// [`Rig`](crate::transport::conformance::Rig) given, and an ignored test `victim` for
-/// [`VictimProcess`](crate::transport::conformance::VictimProcess) to run.
+/// [`Rig`] given, and an ignored test `victim` for
+/// [`VictimProcess`] to run.
 #[macro_export]
 macro_rules! conformance {
     // The list of cases, each with its function: handed to the rule `$use` below.
@@ -166,7 +166,8 @@ macro_rules! conformance {
             payloads_gathered = payloads::gathered;
             payloads_read_scattered = payloads::scattered;
             payloads_read_from_an_export = payloads::export;
-            payloads_from_server_to_client = payloads::from_server_to_client;
+            payloads_of_dropped_regions_arrive = payloads::dropped_region;
+        payloads_from_server_to_client = payloads::from_server_to_client;
             order_writes_are_visible_when_an_immediate_is_polled = order::immediates_close_writes;
             order_writes_are_visible_when_a_message_is_polled = order::messages_close_writes;
             order_a_completed_read_proves_earlier_writes = order::reads_prove_writes;
@@ -199,7 +200,8 @@ macro_rules! conformance {
             handshake_accept_times_out = handshake::accept_times_out;
             handshake_full_endpoint_refuses = handshake::full_endpoint;
             handshake_server_posts_at_once = handshake::server_posts_at_once;
-            handshake_many_clients_at_once = handshake::many_clients;
+            handshake_connections_outlive_their_listener = handshake::dropped_listener;
+        handshake_many_clients_at_once = handshake::many_clients;
             faults_disconnect_is_seen_by_both = faults::disconnect;
             faults_dropped_connection_disconnects = faults::dropped_connection;
             faults_dropped_endpoint_disconnects = faults::dropped_endpoint;

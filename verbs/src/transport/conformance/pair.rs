@@ -104,6 +104,11 @@ impl<'r, R: Rig> Pair<'r, R> {
         self.listener = Some(listener);
     }
 
+    /// Stops listening, until the next [`Pair::connect`].
+    pub(crate) fn stop_listening(&mut self) {
+        drop(self.listener.take().expect("a listener"));
+    }
+
     pub(crate) fn host(&mut self, side: Side) -> &mut Host<R::Transport> {
         match side {
             Side::Client => &mut self.client,

@@ -228,3 +228,24 @@ pub(super) fn export<R: Rig>(rig: &R) {
     }
     assert!(rows.bytes()[19 * 64..19 * 64 + 4096] == pattern(19, 4096));
 }
+
+/// A region lives as long as a connection that has named it, though its user has dropped it.
+pub(super) fn dropped_region<R: Rig>(rig: &R) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, 8192, Access::RemoteWrite);
+    let own = pair.region(Side::Client, 8192, Access::Local);
+    pair.connect();
+    for round in 0..rig.effort().rounds.min(100) {
+        let data = pattern(u64::from(round), 8192);
+        let fleeting = pair.region(Side::Client, 8192, Access::Local);
+        fleeting.memory().write(0, &data);
+        let end = pair.end(Side::Client);
+        let payload = [piece(&fleeting, 0, 8192)];
+        end.write(Payload::Gather(&payload), theirs.remote().at(0), None, None).expect("post");
+        drop(fleeting);
+        end.read(&[piece(&own, 0, 8192)], theirs.remote().at(0), Some(1)).expect("post");
+        end.ring().expect("ring");
+        pair.work(Side::Client, 1);
+        assert!(bytes(&own, 0, 8192) == data, "round {round}: what was sent is not what was in the region");
+    }
+}

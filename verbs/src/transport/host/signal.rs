@@ -6,9 +6,9 @@
 //! ```
 //!
 //! Both sides write one counter and then read the other, all sequentially consistent, so at least one of them
-//! sees the other: either the waiter sees the new epoch and does not sleep, or the announcer sees a waiter. It
-//! then takes the lock, which a waiter gives up only by falling asleep or by leaving, so the wake is not lost
-//! between the waiter's look at the epoch and its sleep.
+//! sees the other: either the waiter sees the new epoch and does not sleep, or the announcer sees a waiter.
+//! It then takes the lock, which a waiter gives up only by falling asleep or by leaving, so the wake is not
+//! lost between the waiter's look at the epoch and its sleep.
 
 use std::{
     sync::{

@@ -48,7 +48,7 @@ impl RdmaConnection {
                     "{} bytes inline, but at most {MAX_INLINE} are possible",
                     bytes.len()
                 );
-                self.link.post(operation, Bytes::Inline(bytes), &mut std::iter::empty(), signal)
+                self.link.post(operation, Bytes::Inline(bytes), std::iter::empty(), signal)
             }
             Payload::Gather(sges) => {
                 let mut pieces = [Piece { address: 0, length: 0, key: 0 }; MAX_SGE];
@@ -57,12 +57,7 @@ impl RdmaConnection {
                     *piece = self.piece(sge);
                 }
                 let pieces = &pieces[..sges.len()];
-                self.link.post(
-                    operation,
-                    Bytes::Pieces(pieces),
-                    &mut sges.iter().map(|sge| &sge.region.0),
-                    signal,
-                )
+                self.link.post(operation, Bytes::Pieces(pieces), sges.iter().map(|sge| &sge.region.0), signal)
             }
         }
     }

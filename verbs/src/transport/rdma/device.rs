@@ -13,6 +13,7 @@ use std::{
 use rdma_sys::*;
 
 use crate::{
+    devices::Capabilities,
     error::Error,
     memory::{Exclusive, Memory},
     transport::{Access, Export, MAX_SGE, Region, RemoteRegion, rdma::library},
@@ -213,32 +214,86 @@ fn is_active(name: &str) -> bool {
         .any(|port| fs::read_to_string(port.path().join("state")).is_ok_and(|state| state.contains("ACTIVE")))
 }
 
-fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
+/// What each device that librdmacm opens can do, by name. None is no error.
+pub(crate) fn capabilities() -> Result<Vec<(String, Capabilities)>, Error> {
+    let list = match DeviceList::new() {
+        Ok(list) => list,
+        Err(Error::NoDevice { .. }) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    list.contexts()
+        .iter()
+        .map(|&context| {
+            let name = device_name(context);
+            let device = query(context, &name)?;
+            let ports = (1..=device.phys_port_cnt)
+                .map(|port| query_port(context, &name, port))
+                .collect::<Result<Vec<_>, _>>()?;
+            let capabilities = Capabilities {
+                completion_vectors: vectors(context),
+                queue_pairs: positive(device.max_qp),
+                send_queue: positive(device.max_qp_wr),
+                completion_queue: positive(device.max_cqe),
+                receive_queue: positive(device.max_srq_wr),
+                pieces: positive(device.max_sge),
+                reads_initiated: positive(device.max_qp_init_rd_atom),
+                reads_served: positive(device.max_qp_rd_atom),
+                regions: positive(device.max_mr),
+                region_bytes: device.max_mr_size,
+                message_bytes: ports.iter().map(|port| u64::from(port.max_msg_sz)).collect(),
+                // `enum ibv_mtu`: 1 is 256 bytes, 5 is 4096.
+                mtu: ports.iter().map(|port| 128 << port.active_mtu.min(5)).collect(),
+            };
+            Ok((name, capabilities))
+        })
+        .collect()
+}
+
+fn positive(value: c_int) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+fn query(context: *mut ibv_context, name: &str) -> Result<ibv_device_attr, Error> {
     // SAFETY: all-zero bytes are a value of this plain C struct.
     let mut device: ibv_device_attr = unsafe { std::mem::zeroed() };
-    // SAFETY: the context is open, and the struct is of the size that the function fills.
-    let errno = unsafe { ibv_query_device(context, &mut device) };
-    if errno != 0 {
-        let source = io::Error::from_raw_os_error(errno);
-        return Err(Error::System { call: format!("ibv_query_device({name})"), source });
+    // SAFETY: the callers' context is open, and the struct is of the size that the function fills.
+    match unsafe { ibv_query_device(context, &mut device) } {
+        0 => Ok(device),
+        errno => Err(Error::System {
+            call: format!("ibv_query_device({name})"),
+            source: io::Error::from_raw_os_error(errno),
+        }),
     }
-    // SAFETY: as above.
+}
+
+fn query_port(context: *mut ibv_context, name: &str, number: u8) -> Result<ibv_port_attr, Error> {
+    // SAFETY: all-zero bytes are a value of this plain C struct.
     let mut port: ibv_port_attr = unsafe { std::mem::zeroed() };
-    // SAFETY: the context is open. The function fills the older, shorter form of the struct, which is a prefix of it.
-    let errno = unsafe { ibv_query_port(context, 1, (&raw mut port).cast()) };
-    if errno != 0 {
-        let source = io::Error::from_raw_os_error(errno);
-        return Err(Error::System { call: format!("ibv_query_port({name}, 1)"), source });
+    // SAFETY: the callers' context is open. The function fills the older, shorter form of the struct, a prefix of it.
+    match unsafe { ibv_query_port(context, number, (&raw mut port).cast()) } {
+        0 => Ok(port),
+        errno => Err(Error::System {
+            call: format!("ibv_query_port({name}, {number})"),
+            source: io::Error::from_raw_os_error(errno),
+        }),
     }
+}
+
+fn vectors(context: *mut ibv_context) -> usize {
+    // SAFETY: the callers' context is open.
+    unsafe { (*context).num_comp_vectors }.max(1) as usize
+}
+
+fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
+    let device = query(context, name)?;
+    let port = query_port(context, name, 1)?;
     // SAFETY: the context is open, so its device can be read.
-    let iwarp = unsafe { (*(*context).device).transport_type == ibv_transport_type::IBV_TRANSPORT_IWARP };
-    if iwarp {
+    if unsafe { (*(*context).device).transport_type == ibv_transport_type::IBV_TRANSPORT_IWARP } {
         // An iWARP WRITE carries no immediate, which the contract needs.
         return Err(Error::NoDevice {
             reason: format!("`{name}` is iWARP, which has no WRITE with immediate"),
         });
     }
-    let positive = |value: c_int| u64::try_from(value).unwrap_or(0);
     let pieces = positive(device.max_sge.min(device.max_sge_rd));
     if pieces < MAX_SGE as u64 {
         return Err(Error::Limit {
@@ -255,8 +310,7 @@ fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
         reads_out: device.max_qp_init_rd_atom.clamp(0, 255) as u8,
         reads_in: device.max_qp_rd_atom.clamp(0, 255) as u8,
         message: u64::from(port.max_msg_sz),
-        // SAFETY: the context is open.
-        vectors: unsafe { (*context).num_comp_vectors }.max(1) as usize,
+        vectors: vectors(context),
         software: fs::metadata(format!("{SYSFS}/{name}/device")).is_err(),
     })
 }

@@ -20,7 +20,6 @@ use std::{
     fmt,
     hash::{BuildHasherDefault, Hasher},
     mem::MaybeUninit,
-    ptr,
     sync::Arc,
     time::Duration,
 };
@@ -174,17 +173,13 @@ impl RdmaEndpoint {
     fn bury(&mut self, into: &mut Vec<Completion>) {
         for id in self.ending.clone() {
             let Some(entry) = self.links.get(&id) else { continue };
-            let remains = entry.link.close();
-            if !entry.in_error || !entry.link.is_flushed(remains.awaited) {
+            let awaited = entry.link.close();
+            if !entry.in_error || !entry.link.is_flushed(awaited) {
                 continue;
             }
             let cause = entry.cause.unwrap_or(WorkError::Disconnected);
-            let flushed = |id_of_request| Completion::Work {
-                connection: id,
-                id: id_of_request,
-                result: Err(WorkError::Flushed),
-            };
-            into.extend(remains.unrung.into_iter().map(flushed));
+            let flushed = |tag| Completion::Work { connection: id, id: tag, result: Err(WorkError::Flushed) };
+            into.extend(entry.link.unrung().into_iter().map(flushed));
             into.push(Completion::Disconnected { connection: id, cause });
             self.forget(id);
             self.queues.unreserve();
@@ -243,29 +238,30 @@ impl Endpoint for RdmaEndpoint {
             self.complete(&completion, into);
         }
         let mut places = [const { MaybeUninit::uninit() }; BATCH];
-        let queues = Arc::clone(&self.queues);
-        let taken = queues.take(&mut places);
-        for completion in taken {
-            self.complete(completion, into);
+        let number = self.queues.take(&mut places);
+        for place in &places[..number] {
+            // SAFETY: `take` has filled it.
+            self.complete(unsafe { place.assume_init_ref() }, into);
         }
-        if taken.len() < BATCH && !self.ending.is_empty() {
+        if number < BATCH && !self.ending.is_empty() {
             self.bury(into);
         }
         into.len() - before
     }
 
     fn wait(&mut self, timeout: Duration) {
-        if !self.found.is_empty() || self.queues.has_news() {
+        // The end of a connection is a matter of moments, and what it waits for may have come already.
+        if !self.found.is_empty() || !self.ending.is_empty() || self.queues.has_news() {
             return;
         }
         self.queues.drain_events();
         self.queues.arm();
         // What completed before the queue was armed announces itself to nobody.
         let mut places = [const { MaybeUninit::uninit() }; BATCH];
-        let taken = self.queues.take(&mut places);
-        if !taken.is_empty() {
-            // SAFETY: each is read once out of places that are never dropped: a move.
-            self.found.extend(taken.iter().map(|completion| unsafe { ptr::read(completion) }));
+        let number = self.queues.take(&mut places);
+        if number > 0 {
+            // SAFETY: `take` has filled these, and each is read out once.
+            self.found.extend(places[..number].iter().map(|place| unsafe { place.assume_init_read() }));
             return;
         }
         self.queues.sleep(timeout);

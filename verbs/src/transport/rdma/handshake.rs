@@ -356,7 +356,10 @@ impl RdmaListener {
             return Ok(None);
         }
         let channel = EventChannel::new()?;
-        id.migrate(&channel)?;
+        if id.migrate(&channel).is_err() {
+            // The peer has given up meanwhile.
+            return Ok(None);
+        }
         Ok(Some(RdmaRequest {
             id: Some(id),
             channel,

@@ -110,6 +110,22 @@ library! { ConnectionManager, "librdmacm.so.1", "librdmacm1";
     fn rdma_set_option(id: *mut rdma_cm_id, level: c_int, name: c_int, value: *mut c_void, length: usize) -> c_int;
 }
 
+// What the crate `ibverbs` has besides: its declarations of these end up here too.
+#[cfg(feature = "ibverbs")]
+library! { Listing, "libibverbs.so.1", "libibverbs1 ibverbs-providers";
+    fn _ibv_query_gid_table(
+        context: *mut ibv_context, entries: *mut c_void, number: usize, flags: u32, entry_size: usize
+    ) -> isize;
+    fn ibv_close_device(context: *mut ibv_context) -> c_int;
+    fn ibv_create_qp(domain: *mut ibv_pd, attr: *mut ibv_qp_init_attr) -> *mut ibv_qp;
+    fn ibv_destroy_qp(qp: *mut ibv_qp) -> c_int;
+    fn ibv_free_device_list(list: *mut *mut ibv_device);
+    fn ibv_get_device_guid(device: *mut ibv_device) -> u64;
+    fn ibv_get_device_index(device: *mut ibv_device) -> c_int;
+    fn ibv_get_device_list(number: *mut c_int) -> *mut *mut ibv_device;
+    fn ibv_open_device(device: *mut ibv_device) -> *mut ibv_context;
+}
+
 /// Why a library could not be loaded.
 struct Failure {
     library: &'static str,
@@ -117,23 +133,22 @@ struct Failure {
     reason: String,
 }
 
-/// Loads both libraries, the first time that it is called.
+/// Loads the libraries, the first time that it is called.
 ///
 /// # Errors
 /// [`Error::MissingLibrary`].
 pub(crate) fn load() -> Result<(), Error> {
-    let failure = match Verbs::get().get_or_init(Verbs::load) {
-        Err(failure) => failure,
-        Ok(_) => match ConnectionManager::get().get_or_init(ConnectionManager::load) {
-            Err(failure) => failure,
-            Ok(_) => return Ok(()),
-        },
-    };
-    Err(Error::MissingLibrary {
-        library: failure.library,
-        reason: failure.reason.clone(),
-        package: failure.package,
-    })
+    Verbs::get().get_or_init(Verbs::load).as_ref().map_err(Failure::report)?;
+    ConnectionManager::get().get_or_init(ConnectionManager::load).as_ref().map_err(Failure::report)?;
+    #[cfg(feature = "ibverbs")]
+    Listing::get().get_or_init(Listing::load).as_ref().map_err(Failure::report)?;
+    Ok(())
+}
+
+impl Failure {
+    fn report(&self) -> Error {
+        Error::MissingLibrary { library: self.library, reason: self.reason.clone(), package: self.package }
+    }
 }
 
 fn open(library: &'static str, package: &'static str) -> Result<*mut c_void, Failure> {

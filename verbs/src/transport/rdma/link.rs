@@ -71,14 +71,6 @@ unsafe impl Send for Link {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Link {}
 
-/// What is left of a send queue whose connection has ended.
-pub(super) struct Remains {
-    /// The number after the last request that completes, whatever happens.
-    pub awaited: u32,
-    /// Ids of signalled requests that did not.
-    pub unrung: Vec<u64>,
-}
-
 impl Link {
     /// Makes the queue pair of `cm`, for an endpoint's queues.
     pub(super) fn new(queues: &Arc<Queues>, mut cm: CmId) -> Result<Arc<Self>, Error> {
@@ -134,7 +126,9 @@ impl Link {
 
     /// Ends queue pair and identifier of a link that never became a connection: nothing was posted to it.
     pub(super) fn give_up(&self) {
-        self.down.store(true, Ordering::Release);
+        self.set_down();
+        // The manager may just be asking for a sign of life: not after this.
+        self.close();
         self.end_cm();
     }
 
@@ -148,17 +142,8 @@ impl Link {
     /// Sees to it that READs can make progress, and that a sender of the peer without a receive buffer tries again soon.
     /// Returns the numbers of READs in flight (own, the peer's) that were agreed on.
     pub(super) fn finish_setup(&self) -> Result<(u8, u8), Error> {
-        // SAFETY: all-zero bytes are values of these plain C structs.
-        let (mut attributes, mut init): (ibv_qp_attr, ibv_qp_init_attr) = unsafe { std::mem::zeroed() };
-        let mask = ibv_qp_attr_mask::IBV_QP_MAX_QP_RD_ATOMIC | ibv_qp_attr_mask::IBV_QP_MAX_DEST_RD_ATOMIC;
-        // SAFETY: the queue pair lives as long as `cm`, which is there until the link is dropped or given up.
-        let errno = unsafe { ibv_query_qp(self.queue_pair, &mut attributes, mask.0 as i32, &mut init) };
-        if errno != 0 {
-            return Err(Error::System {
-                call: "ibv_query_qp()".to_owned(),
-                source: io::Error::from_raw_os_error(errno),
-            });
-        }
+        let mut attributes = self
+            .query(ibv_qp_attr_mask::IBV_QP_MAX_QP_RD_ATOMIC | ibv_qp_attr_mask::IBV_QP_MAX_DEST_RD_ATOMIC)?;
         let (out, serve) = (attributes.max_rd_atomic, attributes.max_dest_rd_atomic);
         if out == 0 || serve == 0 {
             return Err(Error::System {
@@ -167,11 +152,12 @@ impl Link {
             });
         }
         attributes.min_rnr_timer = RNR_TIMER;
-        // SAFETY: as above; the timer may be changed in the states in which a connection is.
+        // SAFETY: as above; the timer may be changed in the state in which a connection is.
         let errno = unsafe {
             ibv_modify_qp(self.queue_pair, &mut attributes, ibv_qp_attr_mask::IBV_QP_MIN_RNR_TIMER.0 as i32)
         };
-        if errno != 0 {
+        // The peer may have broken the connection already: then the timer is of no use, and the polling thread will hear.
+        if errno != 0 && !self.is_down() && self.state() != ibv_qp_state::IBV_QPS_ERR {
             return Err(Error::System {
                 call: format!("ibv_modify_qp(min_rnr_timer = {RNR_TIMER})"),
                 source: io::Error::from_raw_os_error(errno),
@@ -179,6 +165,25 @@ impl Link {
         }
         self.established.store(true, Ordering::Release);
         Ok((out, serve))
+    }
+
+    /// What the device says of the queue pair.
+    fn query(&self, what: ibv_qp_attr_mask) -> Result<ibv_qp_attr, Error> {
+        // SAFETY: all-zero bytes are values of these plain C structs.
+        let (mut attributes, mut init): (ibv_qp_attr, ibv_qp_init_attr) = unsafe { std::mem::zeroed() };
+        // SAFETY: the queue pair lives as long as `cm`, and the callers' link has not been given up.
+        match unsafe { ibv_query_qp(self.queue_pair, &mut attributes, what.0 as i32, &mut init) } {
+            0 => Ok(attributes),
+            errno => Err(Error::System {
+                call: "ibv_query_qp()".to_owned(),
+                source: io::Error::from_raw_os_error(errno),
+            }),
+        }
+    }
+
+    fn state(&self) -> ibv_qp_state::Type {
+        let queried = self.query(ibv_qp_attr_mask::IBV_QP_STATE);
+        queried.map_or(ibv_qp_state::IBV_QPS_UNKNOWN, |attributes| attributes.qp_state)
     }
 
     /// Whether the connection has ended, or is about to.
@@ -207,11 +212,11 @@ impl Link {
     }
 
     /// Posts a request that names `named`.
-    pub(super) fn post(
+    pub(super) fn post<'n>(
         &self,
         operation: Operation,
         bytes: Bytes<'_>,
-        named: &mut dyn Iterator<Item = &Arc<Registration>>,
+        named: impl Iterator<Item = &'n Arc<Registration>>,
         signal: Option<u64>,
     ) -> Result<(), PostError> {
         let mut queue = self.lock();
@@ -268,20 +273,21 @@ impl Link {
             return;
         }
         let mut bad = ptr::null_mut();
-        // SAFETY: the queue pair lives as long as `cm`; the requests are a chain that ends, and lead to pieces and bytes in
-        // the boxes of `queue`, which the call copies. The device has room for them: `post` counts. The memory that
+        // SAFETY: the queue pair lives until `end_cm`, which comes after `close` (and this queue is not closed) or in
+        // `drop`; the requests are a chain that ends, and lead to pieces and bytes in the boxes of `queue`, which the call copies. The device has room for them: `post` counts. The memory that
         // the pieces lead to is registered, and `queue` keeps the registrations.
         let errno = unsafe { ibv_post_send(self.queue_pair, first, &mut bad) };
-        let taken = match errno {
-            0 => length,
-            // Those before `bad` were taken. The device may not say which one is bad: then none.
-            _ if bad.is_null() => 0,
+        // Those before `bad` were taken. Without a bad one all were, but rxe could not ring for them.
+        let taken = match bad.is_null() {
+            true => length,
             // SAFETY: `bad` is a request of this chain.
-            _ => (unsafe { bad.offset_from(first) }) as usize,
+            false => (unsafe { bad.offset_from(first) }) as usize,
         };
-        queue.take(taken);
-        if taken < length {
+        if errno == 0 {
+            queue.take(length);
+        } else {
             // The others complete in error, as those of a connection that has ended.
+            queue.take(taken);
             self.break_off();
         }
     }
@@ -326,13 +332,16 @@ impl Link {
         distance(awaited, self.retired()) <= self.depth + 1
     }
 
-    /// Ends posting for good, and says what is left. Called by the polling thread, once the link is down.
-    pub(super) fn close(&self) -> Remains {
+    /// Ends posting for good. Returns the number after the last request that has a completion whatever happens.
+    pub(super) fn close(&self) -> u32 {
         let mut queue = self.lock();
         queue.closed = true;
-        let unrung = queue.unrung().map(|number| self.tag(number)).collect();
-        queue.discard();
-        Remains { awaited: queue.awaited(), unrung }
+        queue.awaited()
+    }
+
+    /// Tags of the signalled requests that were posted, but never rung. Called by the polling thread, once, after `close`.
+    pub(super) fn unrung(&self) -> Vec<u64> {
+        self.lock().unrung().map(|number| self.tag(number)).collect()
     }
 
     /// Asks the peer for a sign of life if the connection has been idle: an empty WRITE, which needs no memory, no

@@ -56,6 +56,9 @@ pub use device::{RdmaExport, RdmaRegion};
 pub use endpoint::{RdmaAttach, RdmaEndpoint};
 pub use handshake::{RdmaListener, RdmaRequest};
 
+pub(crate) use device::capabilities;
+pub(crate) use library::load as load_libraries;
+
 use device::Device;
 use manager::Manager;
 
@@ -134,6 +137,8 @@ impl Transport for Rdma {
     type Request = RdmaRequest;
     type Signal = HostSignal;
     type Thread = HostThread;
+
+    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
 
     fn register(&self, memory: &Memory, access: Access) -> Result<RdmaRegion, Error> {
         self.device.register(memory, access)

@@ -293,14 +293,12 @@ impl Queues {
         }
     }
 
-    /// Takes completions, as many as there is place for or there are.
-    pub(super) fn take<'a>(&self, into: &'a mut [MaybeUninit<ibv_wc>; BATCH]) -> &'a [ibv_wc] {
+    /// Takes completions, as many as there is place for or there are, and returns how many: so many of the places hold one.
+    pub(super) fn take(&self, into: &mut [MaybeUninit<ibv_wc>; BATCH]) -> usize {
         // SAFETY: the queue lives, and `into` has room for that many.
         let number = unsafe { ibv_poll_cq(self.completion, BATCH as i32, into.as_mut_ptr().cast()) };
-        let number = usize::try_from(number)
-            .unwrap_or_else(|_| panic!("ibv_poll_cq on {} failed ({number})", self.device.name));
-        // SAFETY: so many have been written, and they are not more than there is room for.
-        unsafe { std::slice::from_raw_parts(into[..number].as_ptr().cast(), number) }
+        usize::try_from(number)
+            .unwrap_or_else(|_| panic!("ibv_poll_cq on {} failed ({number})", self.device.name))
     }
 
     /// Asks for an event at the next completion.

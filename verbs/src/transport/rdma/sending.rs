@@ -158,11 +158,6 @@ impl SendQueue {
         })
     }
 
-    /// Empties the chain.
-    pub(super) fn discard(&mut self) {
-        (self.start, self.end) = (0, 0);
-    }
-
     /// The number after the last request that has a completion, whatever happens.
     pub(super) fn awaited(&self) -> u32 {
         self.awaited

@@ -11,10 +11,12 @@ pub(super) trait Word {
     fn fetch_or(&self, bits: u64, order: Ordering) -> u64;
     fn fetch_and(&self, bits: u64, order: Ordering) -> u64;
     fn compare_exchange(&self, old: u64, new: u64, ok: Ordering, failed: Ordering) -> Result<u64, u64>;
+    /// A sequentially consistent fence.
+    fn fence();
 }
 
 macro_rules! word {
-    ($atomic:ty) => {
+    ($atomic:ty, $fence:path) => {
         impl Word for $atomic {
             #[inline]
             fn load(&self, order: Ordering) -> u64 {
@@ -46,10 +48,14 @@ macro_rules! word {
             ) -> Result<u64, u64> {
                 self.compare_exchange(old, new, ok, failed)
             }
+            #[inline]
+            fn fence() {
+                $fence(Ordering::SeqCst);
+            }
         }
     };
 }
 
-word!(AtomicU64);
+word!(AtomicU64, std::sync::atomic::fence);
 #[cfg(loom)]
-word!(loom::sync::atomic::AtomicU64);
+word!(loom::sync::atomic::AtomicU64, loom::sync::atomic::fence);

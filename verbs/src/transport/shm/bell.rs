@@ -14,14 +14,14 @@
 //! **No wake is lost,** because group bits and `PARKED` share one word and every change of it is a
 //! read-modify-write: the owner parks only by replacing 0 with `PARKED`, so whoever sets a bit later sees
 //! `PARKED`, clears it and wakes; whoever set one earlier keeps the owner from parking. The kernel compares
-//! the upper half of the word, which holds `PARKED` and no group of the first 32, so clearing `PARKED` also stops a sleep that
-//! has not quite begun.
+//! the upper half of the word, which holds `PARKED` and no group of the first 32, so clearing `PARKED` also
+//! stops a sleep that has not quite begun.
 //!
-//! **A ringer may be killed between any two steps.** Its death is noticed by the process that owns the bell, which
-//! then wakes without asking for `PARKED` ([`poke`]).
+//! **A ringer may be killed between any two steps.** Its death is noticed by the process that owns the bell,
+//! which then wakes without asking for `PARKED` ([`poke`]).
 //!
-//! Peers can write the page, so nothing here is trusted: a stray bit is a look in vain, and a peer that clears the bits of
-//! others delays them, which is in its power on a shared host anyway.
+//! Peers can write the page, so nothing here is trusted: a stray bit is a look in vain, and a peer that
+//! clears the bits of others delays them, which is in its power on a shared host anyway.
 
 use std::{
     os::fd::OwnedFd,
@@ -63,8 +63,10 @@ pub(super) fn ring(bell: &impl Bell, slot: u32) {
     let group = 1 << (slot / 64);
     // SYNC POINT: releases the news to `take`.
     bell.leaf(slot as usize / 64).fetch_or(1 << (slot % 64), Ordering::AcqRel);
-    // The group bit is already set: then the owner's next look at the leaf is still to come. (Had that look been
-    // before our `fetch_or`, we would have acquired it, and with it the clearing of the group bit before.)
+    // The group bit is already set: then the owner's next look at the leaf is still to come. (Had that look
+    // been before our `fetch_or`, we would have acquired it, and with it the clearing of the group bit
+    // before.) If the owner is parked all the same, whoever set the bit is about to wake it; or was killed,
+    // so we do.
     let seen = bell.summary().load(Ordering::Relaxed);
     if seen & group != 0 && seen & PARKED == 0 {
         return;
@@ -93,7 +95,8 @@ fn unpark(bell: &impl Bell) {
     bell.wake();
 }
 
-/// Hands all slots that have something to `each`, at most once each; returns whether [`notify`] was called. For the owner.
+/// Hands all slots that have something to `each`, at most once each; returns whether [`notify`] was called.
+/// For the owner.
 #[inline]
 pub(super) fn take(bell: &impl Bell, mut each: impl FnMut(u32)) -> bool {
     if bell.summary().load(Ordering::Relaxed) == 0 {
@@ -114,7 +117,8 @@ pub(super) fn take(bell: &impl Bell, mut each: impl FnMut(u32)) -> bool {
     seen & NOTIFIED != 0
 }
 
-/// Sleeps until a bit is set, [`notify`] is called, or `timeout` is over. For the owner, when it has nothing to do.
+/// Sleeps until a bit is set, [`notify`] is called, or `timeout` is over. For the owner, when it has nothing
+/// to do.
 pub(super) fn wait(bell: &impl Bell, timeout: Duration) {
     if bell.summary().compare_exchange(0, PARKED, Ordering::AcqRel, Ordering::Acquire).is_ok() {
         bell.sleep(timeout);

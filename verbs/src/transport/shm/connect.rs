@@ -1,7 +1,8 @@
 //! Listening, connecting, accepting.
 //!
-//! A socket file that nobody listens on (its server was killed) is replaced, a live one never is: the look and the
-//! replacement happen under a lock on the directory, so that two servers that start together do not both win.
+//! A socket file that nobody listens on (its server was killed) is replaced, a live one never is: the look
+//! and the replacement happen under a lock on the directory, so that two servers that start together do not
+//! both win.
 
 use std::{
     collections::VecDeque,
@@ -29,11 +30,12 @@ use rustix::{
 };
 
 use super::{
+    Inner,
     bell::Page,
     connection::ShmConnection,
     endpoint::{Arrival, Seat, Shared, ShmAttach},
     link::Link,
-    mapping::{Mapping, PAGE},
+    mapping::{Mapping, Mappings, PAGE},
     region::{RemoteMapping, RemoteTable},
     ring::{self, Inbox, Outbox},
     wire::{self, Kind, Opening, Received, RegionRecord, ready, send_opening, timespec},
@@ -49,6 +51,9 @@ const BACKLOG: i32 = 1024;
 /// Strangers that a listener hears out at a time, and for how long.
 const MAX_STRANGERS: usize = 256;
 const STRANGER_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Pause of a listener that the system has no descriptor for.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(10);
 
 fn new_socket(flags: SocketFlags) -> Result<OwnedFd, Error> {
     socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags | SocketFlags::CLOEXEC, None)
@@ -86,14 +91,14 @@ enum Progress {
 
 impl Incoming {
     /// Takes what has arrived, without waiting.
-    fn advance(&mut self, socket: &OwnedFd) -> Progress {
+    fn advance(&mut self, socket: &OwnedFd, mappings: &Mappings) -> Progress {
         loop {
             let packet = match wire::receive(socket) {
                 Received::Packet(packet) => packet,
                 Received::Nothing => return Progress::Unfinished,
                 Received::End => return Progress::Bad("it closed the connection".to_owned()),
             };
-            if let Err(reason) = self.take(packet) {
+            if let Err(reason) = self.take(packet, mappings) {
                 return Progress::Bad(reason);
             }
             if self.opening.as_ref().is_some_and(|(o, _)| self.regions.len() >= o.regions as usize) {
@@ -102,7 +107,7 @@ impl Incoming {
         }
     }
 
-    fn take(&mut self, packet: wire::Packet) -> Result<(), String> {
+    fn take(&mut self, packet: wire::Packet, mappings: &Mappings) -> Result<(), String> {
         let Some((opening, _)) = &self.opening else {
             let opening = Opening::decode(&packet.bytes)
                 .ok_or("it does not speak this version of Fervor's protocol for shared memory")?;
@@ -124,7 +129,7 @@ impl Incoming {
         }
         for (RegionRecord { key, writable, base, length }, fd) in records.into_iter().zip(&packet.fds) {
             let least = usize::try_from(length).map_err(|e| e.to_string())?;
-            let mapping = Mapping::open(fd, least, writable).map_err(|e| e.to_string())?;
+            let mapping = Mapping::open_shared(mappings, fd, least, writable).map_err(|e| e.to_string())?;
             self.regions.push(RemoteMapping { key, base, length, writable, mapping });
         }
         Ok(())
@@ -198,7 +203,8 @@ pub(super) fn connect_to(
     let seat = Seat::reserve(shared)?;
 
     let socket = new_socket(SocketFlags::empty())?;
-    // The kernel makes a connect wait while the backlog is full, as long as a send may. 0 would mean for ever.
+    // The kernel makes a connect wait while the backlog is full, as long as a send may. 0 would mean for
+    // ever.
     let patience = timeout.clamp(Duration::from_millis(1), Duration::from_secs(1 << 30));
     set_socket_timeout(&socket, Timeout::Send, Some(patience))
         .map_err(|e| Error::io("setsockopt(SO_SNDTIMEO)")(e.into()))?;
@@ -221,7 +227,7 @@ pub(super) fn connect_to(
 
     let mut incoming = Incoming::default();
     loop {
-        match incoming.advance(&socket) {
+        match incoming.advance(&socket, &shared.inner.mappings) {
             Progress::Complete => break,
             Progress::Bad(reason) => return Err(unreachable(reason)),
             Progress::Unfinished if left().is_zero() => return Err(late()),
@@ -260,6 +266,7 @@ struct Stranger {
 
 /// A listening socket of the `shm` provider.
 pub struct ShmListener {
+    inner: Arc<Inner>,
     socket: OwnedFd,
     address: Address,
     path: PathBuf,
@@ -270,7 +277,7 @@ pub struct ShmListener {
 }
 
 impl ShmListener {
-    pub(super) fn new(address: &Address) -> Result<Self, Error> {
+    pub(super) fn new(inner: &Arc<Inner>, address: &Address) -> Result<Self, Error> {
         let (path, name) = resolve(address)?;
         let folder = path.parent().unwrap_or(Path::new("/"));
         let lock = File::open(folder).map_err(Error::io(format!("open({})", folder.display())))?;
@@ -288,6 +295,7 @@ impl ShmListener {
         listen(&socket, BACKLOG).map_err(|e| Error::io(format!("listen({})", path.display()))(e.into()))?;
         let file = symlink_metadata(path).map_err(Error::io(format!("stat({})", path.display())))?;
         Ok(Self {
+            inner: inner.clone(),
             socket,
             address: address.clone(),
             path: path.to_owned(),
@@ -307,6 +315,11 @@ impl ShmListener {
                     deadline: Instant::now() + STRANGER_PATIENCE,
                 }),
                 Err(Errno::AGAIN) => return Ok(()),
+                // No descriptor is left now; the peer waits, and may come in later.
+                Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                    std::thread::sleep(SHORTAGE_PAUSE);
+                    return Ok(());
+                }
                 // It is gone already; the next one may be there.
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(e) => {
@@ -321,7 +334,7 @@ impl ShmListener {
     fn hear_strangers(&mut self) {
         let now = Instant::now();
         for mut stranger in std::mem::take(&mut self.strangers) {
-            match stranger.incoming.advance(&stranger.socket) {
+            match stranger.incoming.advance(&stranger.socket, &self.inner.mappings) {
                 Progress::Complete => self.complete.extend(ShmRequest::new(stranger)),
                 Progress::Unfinished if now < stranger.deadline => self.strangers.push_back(stranger),
                 Progress::Unfinished | Progress::Bad(_) => {}
@@ -452,10 +465,10 @@ impl Request for ShmRequest {
             peer.opening.receive_buffers.max(config.send_depth as u64),
             peer.opening.receive_size,
         );
-        let (inbox, inbox_file) = Mapping::create("fervor-ring", ring::file_size(inward))?;
-        let (outbox, outbox_file) = Mapping::create("fervor-ring", ring::file_size(outward))?;
-        let bad_ring = |_| Error::last_os("making a ring");
-        let (inbox, outbox) = (Inbox::new(inbox).map_err(bad_ring)?, Outbox::new(outbox).map_err(bad_ring)?);
+        let (inbox, inbox_file) = ring::create(inward)?;
+        let (outbox, outbox_file) = ring::create(outward)?;
+        let own = "a ring just made is of the right size";
+        let (inbox, outbox) = (Inbox::new(inbox).expect(own), Outbox::new(outbox).expect(own));
         let offers = shared.inner.registry.offers();
         let accept = opening(Kind::Accept, &seat, config, offers.len(), private_data);
         let fds = [shared.bell_file(), outbox_file.as_fd(), inbox_file.as_fd()];

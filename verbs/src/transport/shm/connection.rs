@@ -1,7 +1,8 @@
 //! The posting side: every request executes in the call that posts it, by a copy.
 //!
 //! What [`Connection::ring`] adds is the news: the peer's bell if messages were published, and the own
-//! endpoint's bell for the completions. A one-sided READ or WRITE touches nothing of the peer but the memory that it names.
+//! endpoint's bell for the completions. A one-sided READ or WRITE touches nothing of the peer but the memory
+//! that it names.
 
 use std::{fmt, sync::Arc};
 
@@ -178,8 +179,8 @@ impl ShmConnection {
     }
 }
 
-/// Hands each piece of a payload, and its place in the message, to `each`. The pointers are readable for the length;
-/// the lengths have been checked by [`ShmConnection::length`].
+/// Hands each piece of a payload, and its place in the message, to `each`. The pointers are readable for the
+/// length; the lengths have been checked by [`ShmConnection::length`].
 #[inline]
 fn pieces(payload: &Payload<'_, ShmRegion>, mut each: impl FnMut(usize, *const u8, usize)) {
     match payload {
@@ -224,8 +225,8 @@ impl Connection for ShmConnection {
             return self.posted(signal, Err(WorkError::RemoteInvalid));
         }
         pieces(&payload, |at, from, len| {
-            // SAFETY: `from` is readable for `len` bytes (`pieces`) of registered or caller-owned memory, which
-            // is no ring; `reserve` said yes to the sum of all pieces, and `at + len` is at most that.
+            // SAFETY: `from` is readable for `len` bytes (`pieces`) of registered or caller-owned memory,
+            // which is no ring; `reserve` said yes to the sum of all pieces, and `at + len` is at most that.
             unsafe { self.outbox.fill(at as u64, from, len) }
         });
         let kind = if immediate.is_some() { Kind::SendImmediate } else { Kind::Send };
@@ -253,12 +254,16 @@ impl Connection for ShmConnection {
             if immediate.is_some() {
                 self.reserve(0)?;
             }
+            if !self.outbox.enter() {
+                return Err(PostError::Disconnected);
+            }
             pieces(&payload, |at, from, len| {
                 // SAFETY: `from` is readable for `len` bytes (`pieces`); `find` vouches for `length` writable
                 // bytes at `target`, and `at + len <= length`, the sum of all pieces. The target is a
                 // mapping of its own, which nothing of this process's memory overlaps.
                 unsafe { copy(from, target.add(at), len) }
             });
+            self.outbox.leave();
         } else if immediate.is_some() {
             self.reserve(0)?;
         }

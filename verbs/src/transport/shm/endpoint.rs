@@ -1,8 +1,9 @@
-//! The receiving side: an endpoint polls its connections' completions and rings, and owns the receive buffers.
+//! The receiving side: an endpoint polls its connections' completions and rings, and owns the receive
+//! buffers.
 //!
-//! A poll asks the [bell](super::bell) which connections have something and visits those, a few messages each, in
-//! turn. A message is copied from the ring into a receive buffer, which is private memory and can so be lent
-//! as a slice. Without a free buffer the rest of the ring waits, and the sender with it.
+//! A poll asks the [bell](super::bell) which connections have something and visits those, a few messages
+//! each, in turn. A message is copied from the ring into a receive buffer, which is private memory and can so
+//! be lent as a slice. Without a free buffer the rest of the ring waits, and the sender with it.
 
 use std::{
     collections::VecDeque,
@@ -29,7 +30,8 @@ use crate::{
 const POLL_BATCH: usize = 64;
 /// Completions that one visit of a connection takes before it is the next one's turn.
 const VISIT_BATCH: usize = 16;
-/// How long messages of a peer that is gone wait for receive buffers, before its end is reported without them.
+/// How long messages of a peer that is gone wait for receive buffers, and its end for a WRITE of it that has
+/// begun, before the end is reported all the same.
 const LINGER: Duration = Duration::from_secs(1);
 /// Longest sleep while some do.
 const LINGER_LOOK: Duration = Duration::from_millis(20);
@@ -63,7 +65,8 @@ pub(super) struct Arrival {
 
 impl Shared {
     fn seats(&self) -> MutexGuard<'_, Seats> {
-        // Each change leaves the table whole; a panic between two of them is a panic of the connecting thread.
+        // Each change leaves the table whole; a panic between two of them is a panic of the connecting
+        // thread.
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -134,7 +137,7 @@ struct Polled {
     /// Listed in `ready`, and in `blocked`.
     ready: bool,
     blocked: bool,
-    /// Until when the last messages may wait for receive buffers.
+    /// Until when the end waits for the last messages and WRITEs.
     linger: Option<Instant>,
 }
 
@@ -143,7 +146,7 @@ enum Visit {
     Idle,
     /// There is more than one visit takes.
     More,
-    /// A message waits for a receive buffer.
+    /// A message waits for a receive buffer, or the end for the last WRITE.
     Blocked,
     /// Its end has been reported.
     Over,
@@ -189,7 +192,7 @@ pub struct ShmEndpoint {
     ready: VecDeque<u32>,
     /// Slots to visit when a receive buffer is free.
     blocked: Vec<u32>,
-    /// Some blocked connection's peer is gone.
+    /// Some blocked connection is at its end.
     lingering: bool,
     notified: bool,
 }
@@ -312,19 +315,17 @@ impl Polled {
         let Some(cause) = self.link.cause() else {
             return if all { visit } else { Visit::More };
         };
-        match visit {
-            Visit::More => return Visit::More,
-            Visit::Blocked if self.link.peer_left() => {
-                let now = Instant::now();
-                if now < *self.linger.get_or_insert(now + LINGER) {
-                    return Visit::Blocked;
-                }
-            }
-            _ => {}
-        }
-        if self.inbox.is_open() {
-            // The end came during this visit: look once more at what was published before.
+        if self.inbox.is_open() || matches!(visit, Visit::More) {
+            // If the end came during this visit: look once more at what was published before.
             return Visit::More;
+        }
+        let undelivered = matches!(visit, Visit::Blocked) && self.link.peer_left();
+        let writing = !self.inbox.shut();
+        if undelivered || writing {
+            let now = Instant::now();
+            if now < *self.linger.get_or_insert(now + LINGER) {
+                return Visit::Blocked;
+            }
         }
         self.link.seal();
         self.link.complete(self.retired, usize::MAX, into);
@@ -437,6 +438,7 @@ impl Drop for ShmEndpoint {
         self.shared.seats().closed = true;
         self.welcome();
         for polled in self.slots.iter().flatten() {
+            polled.inbox.shut();
             polled.link.close(WorkError::Disconnected);
         }
     }

@@ -45,7 +45,9 @@ struct Request {
 pub(super) struct Link {
     pub(super) id: ConnectionId,
     pub(super) slot: u32,
+    /// A power of two of them, at least `depth`.
     requests: Box<[Request]>,
+    depth: u64,
     posted: CachePadded<AtomicU64>,
     retired: CachePadded<AtomicU64>,
     cause: AtomicU32,
@@ -56,9 +58,19 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(id: ConnectionId, slot: u32, depth: usize, socket: OwnedFd, bell: Page) -> Self {
-        let requests = (0..depth).map(|_| Request::default()).collect();
+        let requests = (0..depth.next_power_of_two()).map(|_| Request::default()).collect();
         let (posted, retired) = Default::default();
-        Self { id, slot, requests, posted, retired, cause: AtomicU32::new(0), socket, bell }
+        Self {
+            id,
+            slot,
+            requests,
+            depth: depth as u64,
+            posted,
+            retired,
+            cause: AtomicU32::new(0),
+            socket,
+            bell,
+        }
     }
 
     pub(super) fn socket(&self) -> &OwnedFd {
@@ -66,7 +78,7 @@ impl Link {
     }
 
     pub(super) fn depth(&self) -> u64 {
-        self.requests.len() as u64
+        self.depth
     }
 
     /// Requests whose completion has been polled. For the posting thread.
@@ -75,11 +87,17 @@ impl Link {
         self.retired.load(Ordering::Acquire)
     }
 
-    /// Counts request number `number`, which has executed with `result`. For the posting thread, which has seen that
-    /// there is room. `false`: the connection's end has been reported already; the request was not accepted.
+    #[inline]
+    fn request(&self, number: u64) -> &Request {
+        &self.requests[number as usize & (self.requests.len() - 1)]
+    }
+
+    /// Counts request number `number`, which has executed with `result`. For the posting thread, which has
+    /// seen that there is room. `false`: the connection's end has been reported already; the request was not
+    /// accepted.
     #[inline]
     pub(super) fn post(&self, number: u64, signal: Option<u64>, result: Result<(), WorkError>) -> bool {
-        let request = &self.requests[(number % self.depth()) as usize];
+        let request = self.request(number);
         if let Some(id) = signal {
             request.id.store(id, Ordering::Relaxed);
             let outcome = result.map_or_else(|error| FAILED + code(error), |()| SUCCESS);
@@ -91,8 +109,8 @@ impl Link {
         self.posted.compare_exchange(number, number + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    /// Appends the completions of requests from number `next` on, at most `most` of them; returns the number of
-    /// the next request, and whether that was all. For the polling thread.
+    /// Appends the completions of requests from number `next` on, at most `most` of them; returns the number
+    /// of the next request, and whether that was all. For the polling thread.
     #[inline]
     pub(super) fn complete(&self, next: u64, most: usize, into: &mut Vec<Completion>) -> (u64, bool) {
         // SYNC POINT: acquires what `post` released.
@@ -100,7 +118,7 @@ impl Link {
         let full = into.len().saturating_add(most);
         let mut next = next;
         while next != posted && into.len() < full {
-            let request = &self.requests[(next % self.depth()) as usize];
+            let request = self.request(next);
             let outcome = request.outcome.load(Ordering::Relaxed);
             if outcome != UNSIGNALLED {
                 let id = request.id.load(Ordering::Relaxed);

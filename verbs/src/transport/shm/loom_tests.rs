@@ -16,11 +16,12 @@ use loom::{
 
 use super::{
     bell::{self, Bell, PARKED},
+    gate,
     ring::{Consumer, Producer},
 };
 
-/// Interleavings with at most this many involuntary switches: enough for every known bug of this kind, and few
-/// enough to end within a minute.
+/// Interleavings with at most this many involuntary switches: enough for every known bug of this kind, and
+/// few enough to end within a minute.
 const SWITCHES: usize = 3;
 
 fn check(model: impl Fn() + Send + Sync + 'static) {
@@ -29,8 +30,8 @@ fn check(model: impl Fn() + Send + Sync + 'static) {
     builder.check(model);
 }
 
-/// A doorbell with two leaves. The mutex and the condition variable are the kernel's futex: it compares and falls
-/// asleep in one step.
+/// A doorbell with two leaves. The mutex and the condition variable are the kernel's futex: it compares and
+/// falls asleep in one step.
 #[derive(Default)]
 struct Model {
     summary: AtomicU64,
@@ -87,7 +88,8 @@ impl Cell {
     }
 }
 
-/// Ringers of these slots write their news, ring, and the owner, which sleeps when it finds nothing, sees all.
+/// Ringers of these slots write their news, ring, and the owner, which sleeps when it finds nothing, sees
+/// all.
 fn no_wake_is_lost(slots: &'static [u32]) {
     check(move || {
         let bell = Arc::new(Model::default());
@@ -171,6 +173,33 @@ fn loom_a_notification_ends_the_next_wait() {
             bell::wait(&*bell, Duration::MAX);
         }
         notifier.join().unwrap();
+    });
+}
+
+#[test]
+fn loom_nothing_is_written_behind_a_closed_gate() {
+    check(|| {
+        let words = Arc::new((AtomicU64::new(0), AtomicU64::new(0), Cell::new()));
+        let writer = {
+            let words = words.clone();
+            thread::spawn(move || {
+                for value in 1..=2 {
+                    if gate::enter(&words.0, &words.1) {
+                        words.2.set(value);
+                        gate::leave(&words.0);
+                    }
+                }
+            })
+        };
+        if gate::close(&words.0, &words.1) {
+            // The owner's from now on: a write after this, or not ordered before it, is a race.
+            words.2.set(9);
+            writer.join().unwrap();
+            assert_eq!(words.2.get(), 9);
+        } else {
+            writer.join().unwrap();
+            assert!(gate::close(&words.0, &words.1), "who was inside has left");
+        }
     });
 }
 

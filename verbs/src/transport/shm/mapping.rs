@@ -1,14 +1,15 @@
 //! Memory that two processes map: rings, doorbell pages, and the peer's view of registered regions.
 //!
 //! The other process may write any byte at any time, so no reference to the bytes is ever made: they are
-//! copied by [`copy`](crate::memory::copy), or accessed as atomic words. It cannot take the memory away: every
-//! file is sealed against shrinking, and one that is not is refused ([`Mapping::open`]).
+//! copied by [`copy`](crate::memory::copy), or accessed as atomic words. It cannot take the memory away:
+//! every file is sealed against shrinking, and one that is not is refused ([`Mapping::open`]).
 
 use std::{
+    collections::HashMap,
     fs::File,
     os::fd::{AsFd, OwnedFd},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU32, AtomicU64},
     },
 };
@@ -20,6 +21,12 @@ use crate::{error::Error, memory::copy::copy};
 
 /// Bytes of a page; of the header of every mapping that this module creates.
 pub(super) const PAGE: usize = 4096;
+
+/// The mappings of peers' regions, by device, inode and right: the connections of this process to one peer
+/// share them, so that each page is faulted in once. While a mapping lives, so does its inode: no other file
+/// has its number.
+#[derive(Debug, Default)]
+pub(super) struct Mappings(Mutex<HashMap<(u64, u64, bool), Weak<Mapping>>>);
 
 /// A shared mapping of a whole file.
 #[derive(Debug)]
@@ -39,6 +46,29 @@ impl Mapping {
             .map_err(|e| Error::io("fcntl(memfd, F_ADD_SEALS)")(e.into()))?;
         let fd = OwnedFd::from(file);
         Ok((Arc::new(Self::map(&fd, len, true)?), fd))
+    }
+
+    /// As [`open`](Self::open), but finds the mapping again if the file has been mapped so in `mappings` and
+    /// still is.
+    pub(super) fn open_shared(
+        mappings: &Mappings,
+        fd: &OwnedFd,
+        least: usize,
+        writable: bool,
+    ) -> Result<Arc<Self>, Error> {
+        let file = fstat(fd).map_err(|e| Error::io("fstat(memfd)")(e.into()))?;
+        let key = (file.st_dev, file.st_ino, writable);
+        // Insertions and removals of whole entries: a panic leaves nothing half done.
+        let mut mappings = mappings.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mapping) = mappings.get(&key).and_then(Weak::upgrade)
+            && mapping.len() >= least
+        {
+            return Ok(mapping);
+        }
+        let mapping = Self::open(fd, least, writable)?;
+        mappings.retain(|_, mapping| mapping.strong_count() > 0);
+        mappings.insert(key, Arc::downgrade(&mapping));
+        Ok(mapping)
     }
 
     /// Maps all of a file that a peer sent, which must have at least `least` bytes and be sealed against

@@ -11,6 +11,7 @@
 //! | file | what it is |
 //! |---|---|
 //! | `ring` | the byte ring of one direction of a connection |
+//! | `gate` | ends a peer's WRITEs with the connection |
 //! | `bell` | the doorbell of an endpoint: who has something, and does its thread sleep |
 //! | `link` | what a connection and the endpoint of its own process share: completions, the end |
 //! | `connection`, `endpoint` | the posting and the polling side |
@@ -19,24 +20,29 @@
 //! | `watch` | the thread that notices dead peers |
 //!
 //! What this provider makes of the freedom that the contract leaves:
-//! - Every request executes in the call that posts it; a SEND is complete when it is in the ring. [`Connection::ring`] rings bells.
-//! - A post is also refused as full while the ring to the peer is. The ring holds what the receiver's buffers or the
-//!   sender's queue hold, up to 4 MiB, and two of the longest messages in any case. When there is room again, the
-//!   endpoint of the sender is woken.
-//! - A message without a receive buffer waits in the ring; nothing is lost. If its sender is gone it waits for a second more.
+//! - Every request executes in the call that posts it; a SEND is complete when it is in the ring.
+//!   [`Connection::ring`] rings bells.
+//! - A post is also refused as full while the ring to the peer is. The ring holds what the receiver's buffers
+//!   or the sender's queue hold, up to 4 MiB, and two of the longest messages in any case. When there is room
+//!   again, the endpoint of the sender is woken.
+//! - A message without a receive buffer waits in the ring; nothing is lost. If its sender is gone it waits
+//!   for a second more.
 //! - A SEND longer than the peer's receive buffers is found out by the sender: [`WorkError::RemoteInvalid`].
 //! - A connection reaches the regions that were registered when it was made, and not later ones.
+//! - Once the end of a connection has been polled, no WRITE of the peer changes memory any more (unless the
+//!   peer was stopped in the middle of one for more than a second).
 //! - A peer that is alive and does nothing is no error.
 //!
-//! **Trust.** A peer can write the rings and bells that it shares with this process, and what was registered for it
-//! to write. Whatever it writes there, this process stays sound: it may end that connection, or look in vain.
+//! **Trust.** A peer can write the rings and bells that it shares with this process, and what was registered
+//! for it to write. Whatever it writes there, this process stays sound: it may end that connection, or look
+//! in vain.
 //!
 //! [`Connection::ring`]: super::Connection::ring
 //! [`WorkError::RemoteInvalid`]: super::WorkError::RemoteInvalid
 
 use std::{sync::Arc, time::Duration};
 
-use self::{region::Registry, watch::Watch};
+use self::{mapping::Mappings, region::Registry, watch::Watch};
 use crate::{
     address::Address,
     error::Error,
@@ -52,6 +58,7 @@ mod bell;
 mod connect;
 mod connection;
 mod endpoint;
+mod gate;
 mod link;
 mod mapping;
 mod region;
@@ -75,6 +82,7 @@ pub use region::{ShmExport, ShmRegion};
 #[derive(Debug)]
 struct Inner {
     registry: Arc<Registry>,
+    mappings: Mappings,
     watch: Arc<Watch>,
 }
 
@@ -94,7 +102,11 @@ impl Shm {
     /// # Errors
     /// The system's, when it has no descriptor left.
     pub fn new() -> Result<Self, Error> {
-        Ok(Self(Arc::new(Inner { registry: Arc::default(), watch: Watch::new()? })))
+        Ok(Self(Arc::new(Inner {
+            registry: Arc::default(),
+            mappings: Mappings::default(),
+            watch: Watch::new()?,
+        })))
     }
 }
 
@@ -109,6 +121,8 @@ impl Transport for Shm {
     type Signal = HostSignal;
     type Thread = HostThread;
 
+    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
+
     fn register(&self, memory: &Memory, access: Access) -> Result<ShmRegion, Error> {
         ShmRegion::new(&self.0.registry, memory, access)
     }
@@ -122,7 +136,7 @@ impl Transport for Shm {
     }
 
     fn listen(&self, address: &Address) -> Result<ShmListener, Error> {
-        ShmListener::new(address)
+        ShmListener::new(&self.0, address)
     }
 
     fn connect(

@@ -1,9 +1,9 @@
 //! Registered regions: the registry of this process's, and the table of a peer's.
 //!
-//! A key names one registration of one transport. It is never given to two live registrations, and not
-//! given again soon. At connect each side passes all its regions that grant remote access: their keys, bounds and
-//! rights, and for each the memfd, opened read-only unless the right is [`Access::RemoteWrite`]. The memory of an
-//! [`Exclusive`] is moreover sealed, so that nobody can map it writable at all.
+//! A key names one registration of one transport. It is never given to two live registrations, and not given
+//! again soon. At connect each side passes all its regions that grant remote access: their keys, bounds and
+//! rights, and for each the memfd, opened read-only unless the right is [`Access::RemoteWrite`]. The memory
+//! of an [`Exclusive`] is moreover sealed, so that nobody can map it writable at all.
 
 use std::{
     collections::HashMap,
@@ -206,7 +206,8 @@ impl RemoteTable {
         Self { regions, last: 0 }
     }
 
-    /// First of the `length` bytes at `remote` in this process, if they are the peer's and it grants the right.
+    /// First of the `length` bytes at `remote` in this process, if they are the peer's and it grants the
+    /// right.
     #[inline]
     pub(super) fn find(
         &mut self,
@@ -227,7 +228,8 @@ impl RemoteTable {
             return Err(WorkError::RemoteAccess);
         }
         region.mapping.check(offset as usize, length);
-        // SAFETY: `offset <= offset + length <= mapping.len()`, just checked: the pointer stays in the mapping.
+        // SAFETY: `offset <= offset + length <= mapping.len()`, just checked: the pointer stays in the
+        // mapping.
         Ok(unsafe { region.mapping.as_ptr().add(offset as usize) })
     }
 }

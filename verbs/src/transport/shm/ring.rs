@@ -10,25 +10,35 @@
 //! | `HEAD` | consumer, after it has copied the record out (release) | producer, before it overwrites (acquire) |
 //! | `WANTED` | producer: 1 when it found no room; consumer: 0 | consumer: if 1, it rings the producer |
 //!
-//! A record is a header of two words (length and kind, immediate) and the payload, filled up to 16 bytes, so that
-//! a header never wraps; a payload may.
+//! Two more words are the [gate](super::gate) of the producer's WRITEs, which do not go through the ring.
 //!
-//! **Neither side trusts the other.** What is read from the ring only ever bounds a copy after it has been checked:
-//! the producer's `TAIL` lies in `[head, head + capacity]`, the consumer's `HEAD` in `[head seen before, tail]`,
-//! both are whole records; a record's length fits what is published. Anything else is [`Corrupt`] and ends the connection.
+//! A record is a header of two words (length and kind, immediate) and the payload, filled up to 16 bytes, so
+//! that a header never wraps; a payload may.
+//!
+//! **Neither side trusts the other.** What is read from the ring only ever bounds a copy after it has been
+//! checked: the producer's `TAIL` lies in `[head, head + capacity]`, the consumer's `HEAD` in `[head seen
+//! before, tail]`, both are whole records; a record's length fits what is published. Anything else is
+//! [`Corrupt`] and ends the connection.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    os::fd::OwnedFd,
+    sync::{Arc, atomic::Ordering},
+};
 
 use super::{
     atomic::Word,
+    gate,
     mapping::{Mapping, PAGE},
 };
-use crate::memory::copy::copy;
+use crate::{error::Error, memory::copy::copy};
 
 const TAIL: usize = 0;
 // Two cache lines apart: processors fetch lines in pairs.
 const HEAD: usize = 128;
 const WANTED: usize = 136;
+// The gate of the producer's WRITEs: one word beside the producer's, one on a line that seldom changes.
+const WRITING: usize = 8;
+const SHUT: usize = 256;
 
 /// Records begin at multiples of this, and headers are this long.
 const ALIGN: u64 = 16;
@@ -39,7 +49,8 @@ const LEAST: u64 = 64 << 10;
 const MOST: u64 = 4 << 20;
 
 /// The peer wrote something that the protocol does not allow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a ring of a wrong size, or with indices or records that cannot be")]
 pub(super) struct Corrupt;
 
 /// Bytes that a message of `length` bytes takes.
@@ -47,16 +58,16 @@ pub(super) fn record_size(length: u64) -> u64 {
     ALIGN + length.next_multiple_of(ALIGN)
 }
 
-/// Capacity of a ring in which `messages` messages of `length` bytes should fit: between the bounds above, but
-/// room for two of the longest in any case.
+/// Capacity of a ring in which `messages` messages of `length` bytes should fit: between the bounds above,
+/// but room for two of the longest in any case.
 pub(super) fn capacity(messages: u64, length: u64) -> u64 {
     let record = record_size(length);
     messages.saturating_mul(record).clamp(LEAST, MOST).max(2 * record).next_power_of_two()
 }
 
-/// Size of the file of a ring.
-pub(super) fn file_size(capacity: u64) -> usize {
-    PAGE + capacity as usize
+/// Makes a ring of this capacity, a power of two, and the file to pass to the peer.
+pub(super) fn create(capacity: u64) -> Result<(Arc<Mapping>, OwnedFd), Error> {
+    Mapping::create("fervor-ring", PAGE + capacity as usize)
 }
 
 /// The producer's side of the index protocol.
@@ -212,6 +223,18 @@ impl Outbox {
         self.indices.capacity
     }
 
+    /// Asks the receiver for leave to WRITE its memory: until [`leave`](Self::leave), if it is granted.
+    #[inline]
+    pub(super) fn enter(&self) -> bool {
+        gate::enter(self.file.word(WRITING), self.file.word(SHUT))
+    }
+
+    /// The WRITE is done.
+    #[inline]
+    pub(super) fn leave(&self) {
+        gate::leave(self.file.word(WRITING));
+    }
+
     #[cfg(test)]
     pub(super) fn poison(&self, offset: usize, value: u64) {
         self.file.word(offset).store(value, Ordering::Release);
@@ -279,6 +302,11 @@ impl Inbox {
 
     pub(super) fn capacity(&self) -> u64 {
         self.indices.capacity
+    }
+
+    /// Lets the peer WRITE no more; whether it is not in the middle of it.
+    pub(super) fn shut(&self) -> bool {
+        gate::close(self.file.word(WRITING), self.file.word(SHUT))
     }
 
     /// From now on nothing is received but what has been published by now.

@@ -1,4 +1,5 @@
-//! The conformance suite over shared memory: of the provider itself, and as a [`Host`](super::super::any::Host).
+//! The conformance suite over shared memory: of the provider itself, and as a
+//! [`Host`](super::super::any::Host).
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -1,6 +1,6 @@
 //! The thread that notices dead peers: one per transport, started with the first connection, asleep on all
-//! sockets of its connections. A socket's end means that the peer disconnected or that its process died (the kernel
-//! closes what a killed process had open); the thread then ends the connection and wakes its endpoint.
+//! sockets of its connections. A socket's end means that the peer disconnected or that its process died (the
+//! kernel closes what a killed process had open); the thread then ends the connection and wakes its endpoint.
 
 use std::{
     collections::HashMap,

@@ -9,9 +9,9 @@
 //!                                            or ◀─── REFUSE  private data
 //! ```
 //!
-//! The socket is `SOCK_SEQPACKET`: a packet arrives whole, with its descriptors, or not at all. It stays open as
-//! long as the connection and carries nothing more: its end is the news that the peer is gone.
-//! Everything read here comes from a stranger; what does not parse is an error of that connection alone.
+//! The socket is `SOCK_SEQPACKET`: a packet arrives whole, with its descriptors, or not at all. It stays open
+//! as long as the connection and carries nothing more: its end is the news that the peer is gone. Everything
+//! read here comes from a stranger; what does not parse is an error of that connection alone.
 
 use std::{
     io::{IoSlice, IoSliceMut},
@@ -219,7 +219,9 @@ pub(super) fn send(socket: &OwnedFd, packet: &[u8], fds: &[BorrowedFd<'_>]) -> R
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => {
-                if !ready(socket, PollFlags::OUT, deadline.saturating_duration_since(Instant::now()))? {
+                let left = deadline.saturating_duration_since(Instant::now());
+                ready(socket, PollFlags::OUT, left)?;
+                if left.is_zero() {
                     return Err(Error::Timeout {
                         what: "sending to a peer that does not read its socket".to_owned(),
                         seconds: SEND_PATIENCE.as_secs_f64(),
@@ -231,12 +233,11 @@ pub(super) fn send(socket: &OwnedFd, packet: &[u8], fds: &[BorrowedFd<'_>]) -> R
     }
 }
 
-/// Waits until the socket is ready (or at its end) or `timeout` is over; says which.
-pub(super) fn ready(socket: &OwnedFd, flags: PollFlags, timeout: Duration) -> Result<bool, Error> {
+/// Waits until the socket is ready or at its end, or `timeout` is over; or a signal comes.
+pub(super) fn ready(socket: &OwnedFd, flags: PollFlags, timeout: Duration) -> Result<(), Error> {
     let mut fds = [PollFd::new(socket, flags)];
     match poll(&mut fds, timespec(timeout).as_ref()) {
-        Ok(n) => Ok(n > 0),
-        Err(Errno::INTR) => Ok(false),
+        Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(error) => Err(Error::io("poll(socket)")(error.into())),
     }
 }

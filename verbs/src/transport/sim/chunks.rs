@@ -114,3 +114,72 @@ pub(super) fn land(landings: &mut VecDeque<Landing>, index: usize, chunk: usize)
     landing.landed[chunk] = true;
     landing.left -= 1;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(memory: &Memory, offset: usize, length: usize) -> Piece {
+        Piece { memory: memory.clone(), offset, length }
+    }
+
+    #[test]
+    fn chunks_tile_the_pieces_and_end_where_lines_end() {
+        let memory = Memory::new("test", 1 << 20).unwrap();
+        let mut random = Random::new(1);
+        for _ in 0..500 {
+            let pieces: Vec<_> = (0..random.below(5))
+                .map(|_| {
+                    let offset = random.below(1 << 10) as usize;
+                    let most = if random.one_in(10) { 1 << 19 } else { 300 };
+                    piece(&memory, offset, random.below(most) as usize)
+                })
+                .collect();
+            let chunks = cut(&pieces, &mut random);
+            let mut at = 0;
+            for (index, piece) in pieces.iter().enumerate() {
+                let mut next = piece.offset;
+                for chunk in chunks.iter().filter(|chunk| chunk.piece == index) {
+                    assert_eq!((chunk.offset, chunk.at), (next, at));
+                    assert!(chunk.length > 0);
+                    next += chunk.length;
+                    at += chunk.length;
+                    assert!(next % LINE == 0 || next == piece.offset + piece.length, "cut within a line");
+                }
+                assert_eq!(next, piece.offset + piece.length);
+            }
+        }
+    }
+
+    #[test]
+    fn in_whatever_order_lines_land_the_last_write_wins() {
+        for seed in 0..300 {
+            let memory = Memory::new("test", 600).unwrap();
+            let mut random = Random::new(seed);
+            let mut expected = vec![0; 600];
+            let mut landings = VecDeque::new();
+            for number in 0..6 {
+                let offset = random.below(400) as usize;
+                let length = random.below(200) as usize;
+                let data = vec![number as u8 + 1; length];
+                expected[offset..offset + length].copy_from_slice(&data);
+                landings.push_back(Landing::new(number, piece(&memory, offset, length), data, &mut random));
+            }
+            let mut left: Vec<(usize, usize)> = landings
+                .iter()
+                .enumerate()
+                .flat_map(|(index, landing)| (0..landing.chunks.len()).map(move |chunk| (index, chunk)))
+                .collect();
+            while !left.is_empty() {
+                let (index, chunk) = left.swap_remove(random.below(left.len() as u64) as usize);
+                land(&mut landings, index, chunk);
+                // Twice is once.
+                land(&mut landings, index, chunk);
+            }
+            let mut found = vec![0; 600];
+            memory.read(0, &mut found);
+            assert!(found == expected, "seed {seed}");
+            assert!(landings.iter().all(|landing| landing.left == 0));
+        }
+    }
+}

@@ -9,6 +9,7 @@ const KEPT: usize = 400;
 #[derive(Debug, Clone, Copy)]
 struct Record {
     time: u64,
+    /// What happened, and the names of the numbers: `name: first, second`.
     what: &'static str,
     numbers: [u64; 3],
 }
@@ -29,10 +30,15 @@ impl History {
         mix(what.len() as u64 | u64::from(what.as_bytes()[0]) << 8);
         numbers.into_iter().for_each(&mut mix);
         self.count += 1;
-        if self.last.len() == KEPT {
+        let record = Record { time, what, numbers };
+        match self.last.back_mut() {
+            // Of the same thing again and again (a thread that spins) only the last is kept.
+            Some(last) if last.what == what && last.numbers[..2] == numbers[..2] => *last = record,
+            _ => self.last.push_back(record),
+        }
+        if self.last.len() > KEPT {
             self.last.pop_front();
         }
-        self.last.push_back(Record { time, what, numbers });
     }
 
     pub(super) fn hash(&self) -> u64 {
@@ -46,8 +52,13 @@ impl History {
 
 impl fmt::Display for History {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Record { time, what, numbers: [a, b, c] } in &self.last {
-            writeln!(f, "{:>14.3} µs  {what} {a} {b} {c}", *time as f64 / 1000.0)?;
+        for Record { time, what, numbers } in &self.last {
+            let (what, names) = what.split_once(": ").unwrap_or((what, ""));
+            write!(f, "{:>14.3} µs  {what}", *time as f64 / 1000.0)?;
+            for (name, number) in names.split(", ").zip(numbers) {
+                write!(f, " {name} {number}")?;
+            }
+            writeln!(f)?;
         }
         Ok(())
     }

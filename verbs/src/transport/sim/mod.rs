@@ -1,30 +1,34 @@
 //! The `sim` provider: many nodes in one process, in virtual time, replayable from a seed.
 //!
-//! ```no_run
-//! use fervor_verbs::transport::{Transport, sim::Sim};
+//! ```
+//! use std::time::Duration;
+//! use fervor_verbs::transport::{Listener, Transport, sim::Sim};
 //!
 //! let sim = Sim::new(7);
 //! let (server, client) = (sim.node("server"), sim.node("client"));
-//! sim.spawn(&server, "main", { let server = server.clone(); move || { server.listen(&"sim://server".parse().unwrap()).unwrap(); } });
-//! sim.spawn(&client, "main", move || println!("{:?}", client.now()));
+//! sim.spawn(&server.clone(), "main", move || {
+//!     let mut listener = server.listen(&"sim://server".parse().unwrap()).unwrap();
+//!     assert!(listener.accept(Duration::from_secs(1)).unwrap().is_none());
+//! });
+//! sim.spawn(&client.clone(), "main", move || client.relax(0));
 //! sim.run();
 //! ```
 //!
-//! **The model.** A simulation is a queue of events in the order of virtual time ([`world`]). An event is a
+//! **The model.** A simulation is a queue of events in the order of virtual time (`world`). An event is a
 //! step of a NIC (a cache line of a WRITE lands, a completion is acknowledged) or a thread's turn. Threads are
-//! real ([`threads`]), but run one at a time, and hand over only at the contract's scheduling points; between
+//! real (`threads`), but run one at a time, and hand over only at the contract's scheduling points; between
 //! two of them a thread runs in no time, and pays for its calls afterwards. Which thread is next, and how long
 //! anything takes, is drawn from the seed, and from nothing else: two runs of one seed and one program are
 //! the same ([`Sim::hash`]), if the program decides nothing by addresses, by the iteration order of a
 //! `HashMap`, or by real time.
 //!
-//! **It delivers everything that the contract allows**, and nothing more ([`connection`]): the lines of a
+//! **It delivers everything that the contract allows**, and nothing more (`connection`): the lines of a
 //! READ or a WRITE move one by one in any order; a WRITE is complete long before it lands, and WRITEs land
 //! in any order until a later message, immediate or READ of the same connection proves them; SENDs and
 //! WRITEs overtake READs; gather lists are read as late as may be; completions show late; requests that
 //! were on their way when a connection broke happened, or in part, or not; regions registered after a
 //! connection was made are out of its reach; a dead peer is noticed at any time within two seconds. Each seed
-//! is after another kind of trouble ([`random::Temper`]).
+//! is after another kind of trouble (`random::Temper`).
 //!
 //! **Failures.** A root thread that panics, a thread whose panic nobody joined, a deadlock and a limit of
 //! virtual time fail the run, with the seed, what each thread waits in, and the last events.
@@ -35,7 +39,9 @@ use crate::transport::{Signal as _, Transport};
 
 mod chunks;
 mod connection;
+mod ending;
 mod endpoint;
+mod ends;
 mod handshake;
 mod history;
 mod node;
@@ -45,7 +51,8 @@ mod tests;
 mod threads;
 mod world;
 
-pub use node::{Attach, Connection, Endpoint, Export, Listener, Node, Region, Request, Signal, Thread};
+pub use ends::{Attach, Connection, Endpoint, Listener, Request};
+pub use node::{Export, Node, Region, Signal, Thread};
 pub use random::Network;
 
 use threads::{Shared, State};
@@ -154,8 +161,8 @@ impl Sim {
         self.shared.lock().history.hash()
     }
 
-    /// Number of things that have happened.
+    /// Number of events that have happened: turns of threads, and steps of NICs.
     pub fn events(&self) -> u64 {
-        self.shared.lock().history.count()
+        self.shared.lock().steps
     }
 }

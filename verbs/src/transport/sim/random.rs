@@ -88,6 +88,8 @@ pub(super) struct Temper {
     pub(super) late_completion: u64,
     /// A packet takes long once in so many times.
     pub(super) late_packet: u64,
+    /// What the first turns of `relax` typically take, ns.
+    pub(super) spin: u64,
     /// A thread is descheduled for long once in so many times.
     pub(super) late_thread: u64,
 }
@@ -101,6 +103,7 @@ impl Temper {
             latest_line: pick([2_000, 50_000, 500_000, 5_000_000]),
             late_completion: pick([2, 8, 32, 256]),
             late_packet: pick([4, 16, 64, 1024]),
+            spin: pick([60, 250, 500, 1000]),
             late_thread: pick([16, 64, 256, 4096]),
         }
     }

@@ -270,6 +270,7 @@ impl Shared {
     pub(super) fn run(&self) {
         let _ = self.main.thread.set(std::thread::current());
         let mut world = self.lock();
+        assert!(!world.stopping, "a simulation runs once");
         world.take_lag();
         if let Next::Thread(thread) = world.next() {
             let baton = Arc::clone(&world.threads[thread].baton);

@@ -104,6 +104,8 @@ pub(super) struct World {
     limit: u64,
     queue: BinaryHeap<Reverse<Entry>>,
     order: u64,
+    /// Events that have happened.
+    pub(super) steps: u64,
     /// Threads whose time came while another one ran.
     overdue: VecDeque<(usize, u64)>,
     /// What the running thread's calls have cost since its last scheduling point, ns.
@@ -135,6 +137,7 @@ impl World {
             limit,
             queue: BinaryHeap::new(),
             order: 0,
+            steps: 0,
             overdue: VecDeque::new(),
             lag: 0,
             calls: 0,
@@ -191,6 +194,7 @@ impl World {
                     Event::Wake { thread, turn } => self.overdue.push_back((thread, turn)),
                     event => {
                         self.now = self.now.max(entry.time);
+                        self.steps += 1;
                         self.execute(event);
                     }
                 }
@@ -255,6 +259,7 @@ impl World {
                 continue;
             }
             self.now = self.now.max(entry.time);
+            self.steps += 1;
             match entry.event {
                 Event::Wake { thread, .. } => return self.resume(thread),
                 event => self.execute(event),
@@ -266,14 +271,14 @@ impl World {
         let state = &mut self.threads[thread];
         state.state = State::Running;
         state.turn += 1;
-        let turn = state.turn;
-        self.record("thread runs: thread, turn", [thread as u64, turn, 0]);
+        let (turn, node) = (state.turn, state.node);
+        self.record("runs: thread, node, turn", [thread as u64, node as u64, turn]);
         Next::Thread(thread)
     }
 
     /// A thread has ended.
     pub(super) fn ended(&mut self, thread: usize, panic: Option<String>) {
-        self.record("thread ends: thread, panicked", [thread as u64, u64::from(panic.is_some()), 0]);
+        self.record("ends: thread, panicked", [thread as u64, u64::from(panic.is_some()), 0]);
         let state = &mut self.threads[thread];
         state.state = State::Ended { panicked: panic.is_some() };
         let (root, name) = (state.root, state.name.clone());

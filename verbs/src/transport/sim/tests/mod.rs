@@ -145,7 +145,7 @@ fn a_panic_is_reported_with_the_seed_and_the_last_events() {
         panic!("the words of the panic");
     });
     assert!(report.contains("thread `alone/root` panicked: the words of the panic"), "{report}");
-    assert!(report.contains("thread runs"), "{report}");
+    assert!(report.contains("runs thread 0 node 0 turn 2"), "{report}");
 }
 
 #[test]

@@ -2,9 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    os::unix::net::UnixDatagram,
     path::PathBuf,
-    process::{Child, Command},
     sync::atomic::{AtomicU32, Ordering},
     time::Instant,
 };
@@ -14,6 +12,9 @@ use crate::transport::{
     Attach, Completion, Connection, Endpoint, Listener, Payload, PostError, Region, RemoteAddress,
     RemoteRegion, Request, Sge, WorkError,
 };
+
+mod peers;
+mod sockets;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -323,35 +324,6 @@ fn a_message_longer_than_the_receive_buffers_breaks_the_connection() {
 }
 
 #[test]
-fn a_dropped_connection_delivers_what_was_sent_and_then_its_end() {
-    let (mut a, b) = pair(&EndpointConfig { receive_buffers: 1, ..EndpointConfig::default() });
-    let mut b_connection = b.connection;
-    for n in 0..20 {
-        b_connection.send(Payload::Inline(&[n]), None, None).unwrap();
-    }
-    // Not even a ring.
-    drop(b_connection);
-    for n in 0..20 {
-        assert_eq!(a.message(), [n]);
-    }
-    assert_eq!(a.disconnected(), WorkError::Disconnected);
-    assert!(a.silent());
-    assert_eq!(a.connection.send(Payload::Inline(b""), None, None), Err(PostError::Disconnected));
-    drop((b.endpoint, b.transport));
-}
-
-#[test]
-fn the_end_of_a_peer_is_reported_even_if_its_messages_find_no_buffer() {
-    let (mut a, b) = pair(&EndpointConfig { receive_buffers: 0, ..EndpointConfig::default() });
-    let mut b_connection = b.connection;
-    b_connection.send(Payload::Inline(b"x"), None, None).unwrap();
-    drop(b_connection);
-    let start = Instant::now();
-    assert_eq!(a.disconnected(), WorkError::Disconnected);
-    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
-}
-
-#[test]
 fn a_wake_ends_a_present_or_the_next_wait() {
     let (mut a, _b) = pair(&EndpointConfig::default());
     let attach = a.endpoint.attach();
@@ -427,6 +399,19 @@ fn exported_memory_is_read_and_cannot_be_mapped_writable() {
 }
 
 #[test]
+fn connections_to_one_peer_share_their_mappings() {
+    let mappings = mapping::Mappings::default();
+    let (_own, fd) = mapping::Mapping::create("test", 4096).unwrap();
+    let open = |writable| mapping::Mapping::open_shared(&mappings, &fd, 4096, writable).unwrap();
+    let (a, b, read_only) = (open(true), open(true), open(false));
+    assert!(Arc::ptr_eq(&a, &b) && !Arc::ptr_eq(&a, &read_only));
+    drop((a, b));
+    assert!(Arc::ptr_eq(&open(false), &read_only));
+    assert_eq!(open(true).len(), 4096, "mapped anew");
+    assert!(mapping::Mapping::open_shared(&mappings, &fd, 4097, false).is_err());
+}
+
+#[test]
 fn keys_are_given_back() {
     let transport = Shm::new().unwrap();
     let memory = Memory::new("test", 64).unwrap();
@@ -434,272 +419,4 @@ fn keys_are_given_back() {
         (0..10_000).map(|_| transport.register(&memory, Access::RemoteWrite).unwrap().remote().key).collect();
     assert_eq!(keys.len(), 10_000, "a key is not used again soon");
     assert_eq!(transport.0.registry.offers().len(), 0);
-}
-
-#[test]
-fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
-    let (address, path) = socket();
-    let transport = Shm::new().unwrap();
-    // A datagram socket that is closed leaves a file that refuses connections, as a killed server does.
-    drop(UnixDatagram::bind(&path).unwrap());
-    let listener = transport.listen(&address).unwrap();
-    let error = transport.listen(&address).err().unwrap();
-    assert!(matches!(&error, Error::AddressInUse { address: a } if *a == address.to_string()), "{error}");
-    drop(listener);
-    assert!(!path.exists(), "the listener removes its file");
-    std::fs::write(&path, "precious").unwrap();
-    let error = transport.listen(&address).err().unwrap().to_string();
-    assert!(error.contains("no socket") && error.contains(path.to_str().unwrap()), "{error}");
-    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
-    std::fs::remove_file(&path).unwrap();
-    let long = Address::Shm(format!("/tmp/{}", "x".repeat(120)).into());
-    assert!(matches!(transport.listen(&long).err(), Some(Error::BadAddress { .. })));
-    let other = Address::Sim("a".to_owned());
-    assert!(matches!(transport.listen(&other).err(), Some(Error::WrongProvider { .. })));
-}
-
-#[test]
-fn nobody_there_is_an_error_and_silence_a_timeout() {
-    let (address, path) = socket();
-    let transport = Shm::new().unwrap();
-    let endpoint = transport.endpoint(&EndpointConfig { connections: 1, ..Default::default() }).unwrap();
-    let connect =
-        |data: &[u8], timeout| transport.connect(&endpoint.attach(), &address, data, timeout).unwrap_err();
-    let error = connect(b"", PATIENCE);
-    assert!(
-        matches!(&error, Error::Unreachable { reason, .. } if reason.contains("No such file")),
-        "{error}"
-    );
-    drop(UnixDatagram::bind(&path).unwrap());
-    let error = connect(b"", PATIENCE);
-    assert!(matches!(&error, Error::Unreachable { reason, .. } if reason.contains("refused")), "{error}");
-    let listener = transport.listen(&address).unwrap();
-    let error = connect(b"", Duration::from_millis(20));
-    assert!(matches!(&error, Error::Timeout { .. }), "{error}");
-    assert!(matches!(connect(&[0; 49], PATIENCE), Error::Limit { value: 49, limit: 48, .. }));
-    drop(listener);
-}
-
-#[test]
-fn refusals_carry_their_data_and_free_the_seat() {
-    let (address, _) = socket();
-    let transport = Shm::new().unwrap();
-    let config = EndpointConfig { connections: 1, ..EndpointConfig::default() };
-    let (mut client, server) = (transport.endpoint(&config).unwrap(), transport.endpoint(&config).unwrap());
-    let mut listener = transport.listen(&address).unwrap();
-    let attach = client.attach();
-    let mut accepted = Vec::new();
-    for turn in 0..5 {
-        let result = std::thread::scope(|scope| {
-            let connecting = scope.spawn(|| transport.connect(&attach, &address, &[7; 48], PATIENCE));
-            let request = listener.accept(PATIENCE).unwrap().unwrap();
-            assert_eq!(request.private_data(), [7; 48]);
-            match turn {
-                0 => request.reject(&[5; 128]),
-                1 => drop(request),
-                2 => accepted.push(request.accept(&server.attach(), b"").unwrap()),
-                _ => {
-                    // The only place of the server is taken.
-                    let error = request.accept(&server.attach(), b"").unwrap_err();
-                    assert!(matches!(error, Error::Limit { limit: 1, .. }), "{error}");
-                }
-            }
-            connecting.join().unwrap()
-        });
-        match turn {
-            0 => assert!(
-                matches!(result, Err(Error::Refused { private_data, .. }) if private_data == [5; 128])
-            ),
-            2 => {
-                let error = transport.connect(&attach, &address, b"", PATIENCE).unwrap_err();
-                assert!(matches!(error, Error::Limit { limit: 1, .. }), "{error}");
-                drop(result);
-                // The place is free when the end has been polled.
-                assert!(matches!(next(&mut client), Completion::Disconnected { .. }));
-            }
-            _ => {
-                assert!(matches!(result, Err(Error::Refused { private_data, .. }) if private_data.is_empty()))
-            }
-        }
-    }
-}
-
-/// A socket connected to the listener, to say anything over.
-fn stranger(path: &PathBuf) -> std::os::fd::OwnedFd {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
-    let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
-    connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
-    socket
-}
-
-#[test]
-fn strangers_do_not_disturb_a_listener() {
-    use std::os::fd::AsFd;
-    let (address, path) = socket();
-    let transport = Shm::new().unwrap();
-    let mut endpoint = transport.endpoint(&EndpointConfig::default()).unwrap();
-    let mut listener = transport.listen(&address).unwrap();
-    let (_bell, bell_file) = bell::Page::create().unwrap();
-    let hello = wire::Opening {
-        kind: wire::Kind::Hello,
-        slot: 0,
-        regions: 1,
-        receive_size: 64,
-        receive_buffers: 1,
-        send_depth: 1,
-        data: b"x".to_vec(),
-    };
-    let good = hello.encode();
-    let mut record = Vec::new();
-    wire::RegionRecord { key: 1, writable: true, base: 0, length: 64 }.encode(&mut record);
-    // A file that can shrink, and one that is shorter than it claims to be.
-    let unsealed = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
-    let (_, short) = mapping::Mapping::create("test", 63).unwrap();
-    let regular = std::fs::File::open("/proc/self/exe").unwrap();
-    let (regular_fd, unsealed_fd, short_fd) = ([regular.as_fd()], [unsealed.as_fd()], [short.as_fd()]);
-    let (bell, none) = ([bell_file.as_fd()], []);
-    type Said<'a> = (&'a [u8], &'a [std::os::fd::BorrowedFd<'a>]);
-    let dialogues: Vec<Vec<Said<'_>>> = vec![
-        vec![],
-        vec![(b"GET / HTTP/1.1", &none)],
-        vec![(&good[..good.len() - 1], &bell)],
-        vec![(&good, &none)],
-        vec![(&good, &regular_fd)],
-        vec![(&good, &bell)],
-        vec![(&good, &bell), (&record[..20], &bell)],
-        vec![(&good, &bell), (&record, &none)],
-        vec![(&good, &bell), (&record, &unsealed_fd)],
-        vec![(&good, &bell), (&record, &short_fd)],
-        vec![(&good, &bell), (&record, &regular_fd)],
-    ];
-    let mut silent = Vec::new();
-    for dialogue in &dialogues {
-        for stays in [false, true] {
-            let socket = stranger(&path);
-            for (bytes, fds) in dialogue {
-                wire::send(&socket, bytes, fds).unwrap();
-                assert!(listener.accept(Duration::ZERO).unwrap().is_none());
-            }
-            if stays {
-                silent.push(socket);
-            }
-        }
-    }
-    let attach = endpoint.attach();
-    let (accepted, connected) = std::thread::scope(|scope| {
-        let connecting = scope.spawn(|| transport.connect(&attach, &address, b"real", PATIENCE).unwrap().0);
-        let request = listener.accept(PATIENCE).unwrap().unwrap();
-        assert_eq!(request.private_data(), b"real");
-        (request.accept(&attach, b"").unwrap(), connecting.join().unwrap())
-    });
-    assert_ne!(accepted.id(), connected.id());
-    let mut connected = connected;
-    connected.send(Payload::Inline(b"x"), None, None).unwrap();
-    connected.ring().unwrap();
-    assert!(
-        matches!(next(&mut endpoint), Completion::Received { connection, .. } if connection == accepted.id())
-    );
-}
-
-#[test]
-fn a_peer_that_corrupts_the_ring_loses_the_connection_and_no_more() {
-    const TAIL: usize = 0;
-    const HEAD: usize = 128;
-    // What the peer writes into its outgoing ring: (offset, value).
-    let of_the_sender: [&[(usize, u64)]; 6] = [
-        &[(TAIL, u64::MAX)],
-        &[(TAIL, 8)],
-        &[(TAIL, 1 << 40)],
-        &[(mapping::PAGE, 0), (TAIL, 16)],
-        &[(mapping::PAGE, 9 << 32), (TAIL, 16)],
-        // A length beyond what is published, and one beyond the receive buffer.
-        &[(mapping::PAGE, 100 | 1 << 32), (TAIL, 16)],
-    ];
-    for writes in of_the_sender {
-        let (a, mut b) = pair(&EndpointConfig::default());
-        let mut connection = a.connection;
-        // The bell rings for a message, which then turns out to be something else.
-        connection.send(Payload::Inline(b""), None, None).unwrap();
-        for &(offset, value) in writes {
-            connection.poison_outbox(offset, value);
-        }
-        connection.ring().unwrap();
-        assert_eq!(b.disconnected(), WorkError::RemoteInvalid, "{writes:?}");
-        assert!(b.silent());
-    }
-    // The receiver's index, which the sender believes when it seeks room.
-    for head in [u64::MAX, 1 << 40, 8] {
-        let (mut a, _b) = pair(&EndpointConfig { send_depth: 100_000, ..EndpointConfig::default() });
-        a.connection.poison_outbox(HEAD, head);
-        let error = loop {
-            if let Err(error) = a.connection.send(Payload::Gather(&piece(&a.region, 0, 4096)), None, None) {
-                break error;
-            }
-        };
-        assert_eq!(error, PostError::Disconnected);
-        let mut all = Vec::new();
-        a.endpoint.poll(&mut all);
-        assert!(
-            matches!(all[..], [Completion::Disconnected { cause: WorkError::RemoteInvalid, .. }]),
-            "{head}: {all:?}"
-        );
-    }
-}
-
-/// This test as another process, which connects, says hello, and then does nothing for ever.
-fn child(test: &str, address: &Address) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", &format!("transport::shm::tests::{test}"), "--nocapture"])
-        .env(CHILD, address.to_string())
-        .spawn()
-        .unwrap()
-}
-
-const CHILD: &str = "FERVOR_TEST_CHILD_CONNECTS_TO";
-
-#[test]
-fn a_killed_peer_is_noticed_at_once() {
-    if let Ok(address) = std::env::var(CHILD) {
-        let transport = Shm::new().unwrap();
-        let endpoint = transport.endpoint(&EndpointConfig::default()).unwrap();
-        let memory = Memory::new("child", 4096).unwrap();
-        memory.write(0, b"in the child");
-        let region = transport.register(&memory, Access::RemoteWrite).unwrap();
-        let address = address.parse().unwrap();
-        let (mut connection, _) =
-            transport.connect(&endpoint.attach(), &address, b"child", PATIENCE).unwrap();
-        let RemoteRegion { address, length, key } = region.remote();
-        let hello = [address.to_le_bytes(), length.to_le_bytes(), u64::from(key).to_le_bytes()].concat();
-        connection.send(Payload::Inline(&hello), None, None).unwrap();
-        connection.ring().unwrap();
-        loop {
-            std::thread::park();
-        }
-    }
-    let (address, _) = socket();
-    let transport = Shm::new().unwrap();
-    let mut endpoint = transport.endpoint(&EndpointConfig::default()).unwrap();
-    let mut listener = transport.listen(&address).unwrap();
-    let target = transport.register(&Memory::new("target", 4096).unwrap(), Access::Local).unwrap();
-    let mut process = child("a_killed_peer_is_noticed_at_once", &address);
-    let request = listener.accept(PATIENCE).unwrap().unwrap();
-    assert_eq!(request.private_data(), b"child");
-    let mut connection = request.accept(&endpoint.attach(), b"").unwrap();
-    let Completion::Received { buffer, .. } = next(&mut endpoint) else { panic!() };
-    let word = |at| u64::from_le_bytes(endpoint.message(&buffer)[at..at + 8].try_into().unwrap());
-    let remote = RemoteRegion { address: word(0), length: word(8), key: word(16) as u32 };
-    endpoint.release(buffer);
-    connection.read(&piece(&target, 0, 12), remote.at(0), Some(1)).unwrap();
-    connection.ring().unwrap();
-    assert!(matches!(next(&mut endpoint), Completion::Work { id: 1, result: Ok(()), .. }));
-    let mut bytes = [0; 12];
-    target.memory().read(0, &mut bytes);
-    assert_eq!(&bytes, b"in the child");
-
-    process.kill().unwrap();
-    let start = Instant::now();
-    assert!(matches!(next(&mut endpoint), Completion::Disconnected { cause: WorkError::Disconnected, .. }));
-    assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
-    process.wait().unwrap();
-    assert_eq!(connection.read(&piece(&target, 0, 12), remote.at(0), Some(1)), Err(PostError::Disconnected));
 }

@@ -1,0 +1,46 @@
+//! The other decoders take any bytes: handshakes, slot records, schemas, refusals. No panic; and what is accepted is
+//! what its encoder writes.
+
+#![no_main]
+
+use fervor_protocol::{
+    ack::Immediate,
+    wire::{self, Hello, Kind, MessageHeader, Refusal, Welcome},
+};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    let Some((&which, data)) = data.split_first() else { return };
+    match which % 5 {
+        0 => {
+            if let Err(refusal) = Hello::parse(data) {
+                assert_eq!(Refusal::parse(&refusal.encode()), refusal);
+                assert!(refusal.encode().len() <= 128, "it fits the private data of a refusal");
+            }
+        }
+        1 => drop(Welcome::parse(data)),
+        2 => drop(Refusal::parse(data)),
+        3 => {
+            let Ok(header) = MessageHeader::parse(data) else { return };
+            if let Ok(records) = wire::slot_records(&header, data) {
+                assert_eq!(records.len(), header.records as usize);
+            }
+            if let Ok((schema, shard, shards)) = wire::decode_table(data) {
+                schema.check().expect("a decoded schema is a possible one");
+                assert!(shard < shards);
+                let again = wire::reply(Kind::CreateTable, 1, &wire::encode_table(&schema, shard, shards));
+                assert_eq!(wire::decode_table(&again), Ok((schema, shard, shards)));
+            }
+        }
+        _ => {
+            let Some((bits, rest)) = data.split_first_chunk::<4>() else { return };
+            let Some((last, _)) = rest.split_first_chunk::<8>() else { return };
+            let last = u64::from_le_bytes(*last) >> 8;
+            if let Ok(Immediate::Round(n) | Immediate::Closed(n)) =
+                Immediate::decode(u32::from_le_bytes(*bits), last, last)
+            {
+                assert!(n >= last && n - last < 1 << 30);
+            }
+        }
+    }
+});
