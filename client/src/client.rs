@@ -28,7 +28,7 @@ use crate::{
     engine::{CONTROL_BYTES, Engine, Link},
     error::Error,
     options::ClientOptions,
-    table::{Place, Table, TableCore},
+    table::{AnyTable, Place, Table, TableCore},
     worker::Worker,
 };
 
@@ -130,8 +130,6 @@ impl<T: Transport> Client<T> {
             links.push(Link::new(address, shard, welcome, number * CONTROL_BYTES));
         }
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        // Shards of a server that has been running may differ by a clock or two.
-        let start = links.iter().map(|link| link.welcome.clock).max().unwrap_or(0);
         let core = Core {
             transport: transport.clone(),
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -139,16 +137,14 @@ impl<T: Transport> Client<T> {
             attach: endpoint.attach(),
             engine: Mutex::new(Engine::new(transport, endpoint, memory, connections, &links)?),
             signal: transport.signal(),
-            clocks: Mutex::new(Clocks::at(start)),
+            clocks: Mutex::new(Clocks::default()),
             tables: RwLock::new(Vec::new()),
             bytes_read: AtomicU64::new(0),
             links,
             region,
             options,
         };
-        if core.links.iter().any(|link| link.welcome.clock < start) {
-            core.announce(start)?;
-        }
+        core.join()?;
         Ok(Self { core: Arc::new(core), used: Mutex::new(controls) })
     }
 
@@ -190,6 +186,9 @@ impl<T: Transport> Client<T> {
             non_finite: options.non_finite,
         };
         schema.check().map_err(|error| refused(error.to_string()))?;
+        if let Some(table) = find(&self.core.tables.read().unwrap_or_else(PoisonError::into_inner), &schema) {
+            return Ok(table);
+        }
         let cache = self.cache(&schema, options.cache_bytes).map_err(refused)?;
         let mut places = Vec::new();
         for shard in 0..self.core.links.len() {
@@ -198,6 +197,10 @@ impl<T: Transport> Client<T> {
             places.push(Place { id: reply.table, base: self.core.remote(shard).at(reply.offset) });
         }
         let mut tables = self.core.tables.write().unwrap_or_else(PoisonError::into_inner);
+        // Another thread may have been faster.
+        if let Some(table) = find(&tables, &schema) {
+            return Ok(table);
+        }
         let table = Arc::new(TableCore::new(schema, self.core.id, tables.len(), places, cache));
         tables.push(table.clone());
         Ok(Table(table))
@@ -276,17 +279,14 @@ impl<T: Transport> Client<T> {
             return Err(Error::Workers { workers });
         }
         self.core.drain()?;
-        for shard in 0..self.core.links.len() {
-            let mut sequence = None;
-            self.core.wait(For::Memory, || {
-                if let Some(mut engine) = self.core.try_engine() {
-                    sequence = engine.request(shard, Kind::Leave, &[]);
-                }
-                sequence.is_some()
-            })?;
-        }
-        self.core.drain()
+        self.core.leave()
     }
+}
+
+/// The table among those that a client has open: there is one cache and one list of pending updates for all its workers.
+fn find<E: Element>(tables: &[Arc<dyn AnyTable>], schema: &Schema) -> Option<Table<E>> {
+    let table = tables.iter().find(|table| table.schema() == schema)?;
+    Some(Table(table.clone().as_any().downcast().expect("the schema says the element type")))
 }
 
 /// The shards of the servers, in the order that all clients of the job see.

@@ -24,6 +24,9 @@ const SLEEP: Duration = Duration::from_millis(10);
 /// Longest sleep when only memory changes: acknowledgements are plain WRITEs.
 const NAP: Duration = Duration::from_micros(100);
 
+/// How long a worker that lost its connection waits to hear why.
+const REASON: Duration = Duration::from_millis(200);
+
 /// What is waited for, which decides how to sleep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum For {
@@ -43,11 +46,6 @@ pub struct Clocks {
 }
 
 impl Clocks {
-    /// Of a client without workers, at `clock`.
-    pub fn at(clock: u64) -> Self {
-        Self { client: clock, ..Self::default() }
-    }
-
     /// A new worker, at the client's clock: its id.
     pub fn join(&mut self) -> u64 {
         self.next += 1;
@@ -122,6 +120,21 @@ impl<T: Transport> Core<T> {
         }
     }
 
+    /// A worker's connection to `shard` is broken: the error to return. A server that ends its connections says why on
+    /// the main one, which ends at the same time: that is waited for a little.
+    pub fn lost(&self, shard: usize, cause: impl ToString) -> Error {
+        let link = &self.links[shard];
+        let end = self.transport.now() + REASON;
+        let mut turn = 0;
+        while link.end.get().is_none() && self.transport.now() < end {
+            self.progress();
+            self.transport.relax(turn);
+            turn += 1;
+        }
+        link.lose(cause);
+        link.end.get().expect("it has just been set").clone()
+    }
+
     /// Waits until `done`, driving the engine meanwhile, or until a server is lost.
     pub fn wait(&self, what: For, mut done: impl FnMut() -> bool) -> Result<(), Error> {
         let mut turn = 0;
@@ -175,6 +188,20 @@ impl<T: Transport> Core<T> {
         }
     }
 
+    /// Waits until every shard has taken the client into its vector clock, and takes up its place.
+    ///
+    /// A shard lets a client in at its clock of that moment, and closes a first round at it; from then on the clock cannot
+    /// rise without the client. The clock that the handshake told was older: an update stamped with it could have
+    /// come after a reader was told that all of that stamp are there. Shards of a running job may differ by some clocks: the
+    /// client begins at the greatest, and lets the others go on to it.
+    pub fn join(&self) -> Result<(), Error> {
+        self.wait(For::Event, || self.links.iter().all(|link| link.joined.load(Ordering::Acquire)))?;
+        let clocks = || self.links.iter().map(|link| link.clock.load(Ordering::Acquire));
+        let start = clocks().max().unwrap_or(0);
+        lock(&self.clocks).client = start;
+        if clocks().any(|clock| clock < start) { self.announce(start) } else { Ok(()) }
+    }
+
     /// The client's clock has risen: has it announced to every shard, behind all updates below it. Returns when that is posted.
     pub fn announce(&self, clock: u64) -> Result<(), Error> {
         for link in &self.links {
@@ -190,11 +217,21 @@ impl<T: Transport> Core<T> {
             link.flush.store(true, Ordering::Release);
         }
         self.wait(For::Memory, || {
-            self.links.iter().all(|link| !link.flush.load(Ordering::Acquire))
-                && self
-                    .try_engine()
-                    .is_some_and(|engine| (0..self.links.len()).all(|shard| engine.drained(shard)))
+            self.links.iter().all(|link| !link.flush.load(Ordering::Acquire)) && self.drained()
         })
+    }
+
+    /// Leaves the vector clocks of all shards, after the last batch.
+    pub fn leave(&self) -> Result<(), Error> {
+        for shard in 0..self.links.len() {
+            self.wait(For::Memory, || self.try_engine().is_some_and(|mut engine| engine.leave(shard)))?;
+        }
+        self.wait(For::Memory, || self.drained())
+    }
+
+    /// Whether every message has been acknowledged.
+    fn drained(&self) -> bool {
+        self.try_engine().is_some_and(|engine| (0..self.links.len()).all(|shard| engine.drained(shard)))
     }
 
     /// Leaves a wish for `shard`, to be sent with the next progress.

@@ -7,6 +7,7 @@
 //! | field of `Link` | written | read |
 //! |---|---|---|
 //! | `clock` | by the holder, after the round's immediate was polled | by workers, before they look at a copy |
+//! | `joined` | by the holder, after the first round's `clock` | by the thread that connects |
 //! | `acknowledged` | by the holder, after the tables were told | by workers that cannot decide about a READ |
 //! | `due` | by the worker whose `clock()` raised the client's clock, after all was merged | by the holder, before it sends |
 //! | `announced` | by the holder, after the batch that ends the clock was posted | by that worker |
@@ -61,6 +62,8 @@ pub struct Link {
     /// Byte offset of the control block in the client's region.
     pub control: usize,
     pub clock: CachePadded<AtomicU64>,
+    /// The shard has closed a round, so it has taken this client into its vector clock.
+    pub joined: AtomicBool,
     pub acknowledged: AtomicU64,
     pub due: AtomicU64,
     pub announced: AtomicU64,
@@ -79,6 +82,7 @@ impl Link {
             welcome,
             control,
             clock: CachePadded::new(AtomicU64::new(welcome.clock)),
+            joined: AtomicBool::new(false),
             acknowledged: AtomicU64::new(0),
             due: AtomicU64::new(0),
             announced: AtomicU64::new(0),
@@ -120,6 +124,8 @@ struct Channel<C> {
     closed: u64,
     /// Slots given up, with the sequence after which they are free.
     closing: VecDeque<(u64, usize, Slot)>,
+    /// The shard was told that this client leaves: it is sent nothing more.
+    left: bool,
     /// Answers to requests, by sequence.
     replies: BTreeMap<u64, Result<TableReply, String>>,
 }
@@ -173,6 +179,7 @@ impl<T: Transport> Engine<T> {
                     round: link.welcome.clock,
                     closed: 0,
                     closing: VecDeque::new(),
+                    left: false,
                     replies: BTreeMap::new(),
                 })
                 .collect(),
@@ -237,13 +244,11 @@ impl<T: Transport> Engine<T> {
                 channel.round = clock;
                 // SYNC POINT: the pushes of the round are visible; who acquires the clock may rely on it.
                 link.clock.fetch_max(clock, Ordering::Release);
+                link.joined.store(true, Ordering::Release);
             }
             Ok(Immediate::Closed(sequence)) => {
                 channel.closed = sequence;
-                let tables = around.tables.read().unwrap_or_else(PoisonError::into_inner);
-                while let Some((_, table, slot)) = channel.closing.pop_front_if(|(at, ..)| *at <= sequence) {
-                    tables[table].closed(slot);
-                }
+                channel.free_closed(around);
             }
             Err(bits) => link.lose(format!("it sent an immediate of no kind: {bits:#x}")),
         }
@@ -267,6 +272,8 @@ impl<T: Transport> Engine<T> {
             }
             taken += 1;
         }
+        // Words and immediates are found in either order: what this message gave up may have been announced free.
+        channel.free_closed(around);
         taken
     }
 
@@ -275,12 +282,13 @@ impl<T: Transport> Engine<T> {
         let mut sent = 0;
         loop {
             let (channel, link) = (&self.channels[shard], &around.links[shard]);
-            if channel.window.room() == 0 || !channel.buffer_free() || channel.connection.room() == 0 {
+            if channel.left || !channel.can_send() {
                 break;
             }
             let wishes = {
                 let mut all = link.wishes.lock().unwrap_or_else(PoisonError::into_inner);
-                let most = (MESSAGE_BYTES - size_of::<MessageHeader>()) / size_of::<SlotRecord>();
+                let room = link.welcome.message_bytes as usize - size_of::<MessageHeader>();
+                let most = room / size_of::<SlotRecord>();
                 let count = all.len().min(most);
                 all.drain(..count).collect::<Vec<_>>()
             };
@@ -358,13 +366,18 @@ impl<T: Transport> Engine<T> {
 
     /// Sends a message of `kind` if there is a credit for it: its sequence.
     pub fn request(&mut self, shard: usize, kind: Kind, body: &[u8]) -> Option<u64> {
-        let channel = &self.channels[shard];
-        if channel.window.room() == 0 || !channel.buffer_free() || channel.connection.room() == 0 {
+        if !self.channels[shard].can_send() {
             return None;
         }
         let sequence = self.send(shard, kind, body).ok();
         let _ = self.channels[shard].connection.ring();
         sequence
+    }
+
+    /// Says that no more messages will come, if there is a credit for it: whether there was.
+    pub fn leave(&mut self, shard: usize) -> bool {
+        self.channels[shard].left = self.request(shard, Kind::Leave, &[]).is_some();
+        self.channels[shard].left
     }
 
     /// Sends a message; there is a credit, a buffer, and room in the queue.
@@ -415,11 +428,24 @@ impl<T: Transport> Engine<T> {
     }
 }
 
-impl<C> Channel<C> {
-    /// Whether the buffer of the next message is ours: the SEND that used it last has completed. (That it
-    /// was acknowledged follows from there being a credit.)
-    fn buffer_free(&self) -> bool {
-        self.window.sent() + 1 <= self.completed + self.window.credits()
+impl<C: Connection> Channel<C> {
+    /// Whether a message can be sent: there is a credit, room in the queue, and the buffer is ours, since the SEND that
+    /// used it last has completed. (That it was acknowledged follows from there being a credit.)
+    fn can_send(&self) -> bool {
+        self.window.room() > 0
+            && self.window.sent() + 1 <= self.completed + self.window.credits()
+            && self.connection.room() > 0
+    }
+
+    /// Frees the slots that were given up by acknowledged messages up to the last `Closed`.
+    fn free_closed(&mut self, around: &Surroundings<'_>) {
+        if self.closing.front().is_none_or(|(at, ..)| *at > self.closed) {
+            return;
+        }
+        let tables = around.tables.read().unwrap_or_else(PoisonError::into_inner);
+        while let Some((_, table, slot)) = self.closing.pop_front_if(|(at, ..)| *at <= self.closed) {
+            tables[table].closed(slot);
+        }
     }
 }
 

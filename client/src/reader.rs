@@ -121,8 +121,7 @@ impl<T: Transport> Reader<T> {
                     Completion::Work { result: Err(_), .. } => {}
                     Completion::Disconnected { connection, cause } => {
                         let shard = self.ids.iter().position(|id| *id == connection).expect("one of ours");
-                        core.links[shard].lose(cause);
-                        return core.alive();
+                        return Err(core.lost(shard, cause));
                     }
                     // The server sends nothing here.
                     Completion::Received { buffer, .. } => self.endpoint.release(buffer),

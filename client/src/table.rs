@@ -14,6 +14,7 @@
 //! clear also sees the `own_lsn` that a copy without that entry fails.
 
 use std::{
+    any::Any,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -199,6 +200,10 @@ impl<E: Element> ShardPending<E> {
 
 /// A table of whatever element type, for the sender.
 pub trait AnyTable: Send + Sync {
+    /// What the table is.
+    fn schema(&self) -> &Schema;
+    /// For the typed way in.
+    fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
     /// Writes unsent updates of `shard` into batch `number`, as many as there is room for, and their rows into
     /// `rows`. Whether that was all.
     fn encode(&self, shard: usize, number: u64, writer: &mut BatchWriter<'_>, rows: &mut Vec<u64>) -> bool;
@@ -370,6 +375,14 @@ impl<E: Element> TableCore<E> {
 }
 
 impl<E: Element> AnyTable for TableCore<E> {
+    fn schema(&self) -> &Schema {
+        &self.schema
+    }
+
+    fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+
     fn encode(&self, shard: usize, number: u64, writer: &mut BatchWriter<'_>, rows: &mut Vec<u64>) -> bool {
         let mut pending = self.pending(shard);
         let pending = &mut *pending;

@@ -381,8 +381,7 @@ impl<T: Transport> Worker<T> {
 
     /// A post was refused: the connection is broken, since the queue has room for all places.
     fn broken(&self, shard: usize, error: PostError) -> Result<(), Error> {
-        self.core.links[shard].lose(error);
-        self.core.alive()
+        Err(self.core.lost(shard, error))
     }
 
     /// Takes the row that was READ into `place`, when `known` was known, completes it, and keeps it. `false`: it is

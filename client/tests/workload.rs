@@ -163,8 +163,7 @@ impl Plan {
 impl Lane {
     fn new(client: usize, tables: &[TablePlan], most: u64, random: &mut Random) -> Self {
         // Some are done before the others.
-        let clocks: Vec<_> =
-            (0..random.among(1.max(most / 2)..=most)).map(|_| ops(tables, random)).collect();
+        let clocks: Vec<_> = (0..random.among(1.max(most / 2)..=most)).map(|_| ops(tables, random)).collect();
         let rest = if random.one_in(2) { ops(tables, random) } else { Vec::new() };
         let mut total: Vec<_> = tables.iter().map(|table| vec![0; table.rows as usize]).collect();
         let mut stamped: Vec<_> = total.iter().map(|rows: &Vec<i64>| vec![rows.clone()]).collect();
@@ -337,8 +336,7 @@ fn open<T: Transport>(client: &Client<T>, plan: &Plan) -> Vec<Any> {
     let open = |(number, table): (usize, &TablePlan)| {
         let width = plan.width(number);
         let stride = (32 + width * table.element.size()).next_multiple_of(64);
-        let options =
-            TableOptions { cache_bytes: Some(table.slots * stride), ..TableOptions::default() };
+        let options = TableOptions { cache_bytes: Some(table.slots * stride), ..TableOptions::default() };
         fn with<E: Element, T: Transport>(
             client: &Client<T>,
             table: &TablePlan,

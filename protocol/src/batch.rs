@@ -84,11 +84,23 @@ impl<'a> BatchWriter<'a> {
         self.records
     }
 
-    /// Appends as much of `delta` as there is room for, and returns the number of its elements that is.
-    /// All of it, some, or (no room for a record with one element) none.
+    /// Appends as much of `delta` as there is room for, and returns the number of its elements that is: all of it or
+    /// none, and only of one that no message could hold some. So an update of a row is applied at one LSN, and no
+    /// reader sees half of it, unless it is greater than a message.
     pub fn push<E: Element>(&mut self, table: u32, row: u64, delta: &Delta<E>) -> usize {
-        let room = (self.buffer.len() - self.length).saturating_sub(size_of::<RecordHeader>()) & !7;
         let size = size_of::<E>();
+        let whole = size_of::<RecordHeader>()
+            + match delta {
+                Delta::Dense { values, .. } => (values.len() * size).next_multiple_of(8),
+                Delta::Sparse(pairs) => {
+                    (pairs.len() * 4).next_multiple_of(8) + (pairs.len() * size).next_multiple_of(8)
+                }
+            };
+        let left = self.buffer.len() - self.length;
+        if whole > left && whole <= self.buffer.len() - HEADERS {
+            return 0;
+        }
+        let room = left.saturating_sub(size_of::<RecordHeader>()) & !7;
         let record =
             |start, count: usize| RecordHeader { row, table, start, count: count as u32, reserved: 0 };
         match delta {
@@ -104,7 +116,8 @@ impl<'a> BatchWriter<'a> {
             }
             Delta::Sparse(pairs) => {
                 // Columns and values are each padded to 8 bytes.
-                let count = pairs.len().min(room.saturating_sub(8) / (4 + size));
+                let most = if whole <= left { pairs.len() } else { room.saturating_sub(8) / (4 + size) };
+                let count = pairs.len().min(most);
                 if count == 0 {
                     return 0;
                 }
@@ -377,6 +390,17 @@ mod tests {
         assert_eq!(writer.push(3, 0, &Delta::Dense { start: 0, values: vec![1f32; 8] }), 4);
         assert_eq!(writer.push(3, 0, &Delta::Dense { start: 4, values: vec![1f32; 4] }), 0);
         assert_eq!(writer.records(), 1);
+    }
+
+    #[test]
+    fn an_update_that_fits_a_message_is_never_in_two() {
+        let mut buffer = vec![0; HEADERS + 2 * 24 + 48];
+        let mut writer = BatchWriter::new(&mut buffer);
+        assert_eq!(writer.push(3, 0, &Delta::Dense { start: 0, values: vec![1f32; 8] }), 8);
+        assert_eq!(writer.push(3, 1, &Delta::Dense { start: 0, values: vec![1f32; 8] }), 0);
+        assert_eq!(writer.push(3, 1, &Delta::Sparse(vec![(0, 1f32), (2, 1.0), (4, 1.0)])), 0);
+        assert_eq!(writer.push(3, 1, &Delta::Sparse(vec![(0, 1f32), (2, 1.0)])), 2);
+        assert_eq!(writer.records(), 2);
     }
 
     proptest! {

@@ -33,12 +33,13 @@ impl VectorClock {
 
     /// Adds `client`, of a job of `expected` clients, at the shard clock.
     ///
-    /// The first client of a job sets its size; when all have left, the next one begins a new job.
+    /// The first client of a job sets its size; when all have left, the next one begins a new job. (If not all had
+    /// come by then, only one that says another size does: others may still be starting.)
     ///
     /// # Errors
     /// The size of the running job, if it is another one.
     pub fn join(&mut self, client: u64, expected: usize) -> Result<(), usize> {
-        if self.clocks.is_empty() && self.joined >= self.expected {
+        if self.clocks.is_empty() && (self.joined >= self.expected || self.expected != expected) {
             self.expected = expected;
             self.joined = 0;
         } else if self.expected != expected {
@@ -115,6 +116,16 @@ mod tests {
         vector.leave(1);
         vector.join(2, 2).unwrap();
         assert_eq!(vector.tick(2, 1), Some(1));
+    }
+
+    #[test]
+    fn a_job_that_broke_off_while_it_started_does_not_bind_the_next_one() {
+        let mut vector = VectorClock::default();
+        vector.join(1, 3).unwrap();
+        assert_eq!(vector.join(2, 1), Err(3), "it is still there");
+        vector.leave(1);
+        vector.join(3, 1).unwrap();
+        assert_eq!(vector.tick(3, 1), Some(1));
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub const MAX_CREDITS: usize = 32;
 
 /// Bytes of a receive buffer of a shard: the greatest message.
 pub const MESSAGE_BYTES: usize = 64 << 10;
+/// Least that a server may say its greatest message is: a batch of one value, a schema and some slots fit.
+pub const LEAST_MESSAGE: usize = 512;
 /// Bytes of a receive buffer of a client: the greatest message from a server.
 pub const REPLY_BYTES: usize = 512;
 /// Receive buffers that a client grants each shard, for replies and immediates.

@@ -8,7 +8,7 @@
 //! | [`Kind::Slots`] | client | [`SlotRecord`]s: subscribe, unsubscribe, push once |
 //! | [`Kind::CreateTable`] | client | [`TableHeader`], name |
 //! | [`Kind::Credit`] | client | nothing: the header returns receive buffers |
-//! | [`Kind::Leave`] | client | nothing: no more batches will come |
+//! | [`Kind::Leave`] | client | nothing: no more messages will come |
 //! | [`Kind::Table`] | server | [`TableReply`] |
 //! | [`Kind::Refused`] | server | text: the message with that sequence was refused |
 //! | [`Kind::Fault`] | server | text: the connection ends |
@@ -17,7 +17,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
     element::ElementType,
-    limits::{MAGIC, MAX_NAME, VERSION},
+    limits::{LEAST_MESSAGE, MAGIC, MAX_CREDITS, MAX_NAME, MESSAGE_BYTES, VERSION},
     schema::{Model, Schema, SchemaError},
 };
 
@@ -382,7 +382,7 @@ pub struct Welcome {
 const _: () = assert!(size_of::<Welcome>() == 56);
 
 impl Welcome {
-    /// With all public fields zero.
+    /// For the least that a server can grant; the other public fields are zero.
     pub fn new() -> Self {
         Self {
             magic: MAGIC,
@@ -393,8 +393,8 @@ impl Welcome {
             address: 0,
             length: 0,
             key: 0,
-            credits: 0,
-            message_bytes: 0,
+            credits: 1,
+            message_bytes: LEAST_MESSAGE as u32,
             reserved: 0,
         }
     }
@@ -410,7 +410,23 @@ impl Welcome {
             return Err("the answer is not a handshake of Fervor".into());
         }
         if welcome.version != VERSION {
-            return Err(format!("protocol versions differ: client {VERSION}, server {}", welcome.version));
+            return Err(format!(
+                "protocol versions differ: client {VERSION}, server {}; install the same",
+                welcome.version
+            ));
+        }
+        if welcome.credits == 0 || welcome.credits as usize > MAX_CREDITS {
+            return Err(format!(
+                "it grants {} messages on their way: 1 to {MAX_CREDITS} are possible",
+                welcome.credits
+            ));
+        }
+        if (welcome.message_bytes as usize) < LEAST_MESSAGE || welcome.message_bytes as usize > MESSAGE_BYTES
+        {
+            return Err(format!(
+                "its messages have up to {} bytes: {LEAST_MESSAGE} to {MESSAGE_BYTES} are possible",
+                welcome.message_bytes
+            ));
         }
         Ok(welcome)
     }
@@ -445,7 +461,11 @@ impl Refusal {
     pub fn parse(data: &[u8]) -> Self {
         match data.strip_prefix(&MAGIC.to_le_bytes()[..]) {
             Some(text) => Self(String::from_utf8_lossy(text).into_owned()),
-            None => Self("it gave no reason that Fervor knows; is it a Fervor server?".into()),
+            None => Self(
+                "it gave no reason: it has no place for another connection (start it with more --clients or \
+                 --workers), or it is no Fervor server"
+                    .into(),
+            ),
         }
     }
 }
@@ -466,6 +486,12 @@ mod tests {
         assert!(Hello::parse(&[1; 48]).is_err() && Hello::parse(&[]).is_err());
         assert_eq!(Hello::parse(Hello::reader(3).as_bytes()).unwrap().1, Role::Reader);
         assert!(Welcome::parse(Welcome::new().as_bytes()).is_ok() && Welcome::parse(&[0; 56]).is_err());
+        for (credits, bytes, text) in [(0, 4096, "0 messages"), (33, 4096, "33 messages"), (8, 8, "8 bytes")]
+        {
+            let welcome = Welcome { credits, message_bytes: bytes, ..Welcome::new() };
+            let error = Welcome::parse(welcome.as_bytes()).unwrap_err();
+            assert!(error.contains(text), "{error}");
+        }
     }
 
     #[test]

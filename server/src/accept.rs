@@ -40,6 +40,7 @@ pub struct Door<T: Transport> {
 pub struct Control<T: Transport> {
     doors: Vec<Door<T>>,
     id: u64,
+    clients: usize,
     credits: usize,
     stop: Arc<AtomicBool>,
 }
@@ -49,7 +50,7 @@ const TURN: Duration = Duration::from_millis(50);
 
 impl<T: Transport> Control<T> {
     pub fn new(config: &Config, doors: Vec<Door<T>>, stop: Arc<AtomicBool>) -> Self {
-        Self { doors, id: config.id, credits: config.credits, stop }
+        Self { doors, id: config.id, clients: config.clients, credits: config.credits, stop }
     }
 
     pub fn run(self, listener: &mut T::Listener) {
@@ -81,6 +82,9 @@ impl<T: Transport> Control<T> {
         welcome.message_bytes = MESSAGE_BYTES as u32;
         match request.accept(&door.attach, welcome.as_bytes()) {
             Ok(connection) => {
+                if role == Role::Main {
+                    door.share.clients.fetch_add(1, Ordering::Release);
+                }
                 let hello = (role == Role::Main).then_some(hello);
                 // A poller that has ended takes no mail; the connection is dropped, which its client sees.
                 let _ = door.post.send(Mail { connection, hello });
@@ -98,6 +102,13 @@ impl<T: Transport> Control<T> {
         if role == Role::Main {
             if hello.clients == 0 {
                 return Err(Refusal::new("clients = 0: a job has at least one client"));
+            }
+            // Only this thread counts up. There are receive buffers for the credits of so many.
+            if door.share.clients.load(Ordering::Acquire) >= self.clients {
+                return Err(Refusal::new(&format!(
+                    "it has {} clients, and no place for more: start it with more --clients",
+                    self.clients
+                )));
             }
             if hello.receives == 0 || hello.receives as usize > 64 * CLIENT_RECEIVES {
                 return Err(Refusal::new(&format!("receives = {} is out of range", hello.receives)));

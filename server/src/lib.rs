@@ -21,7 +21,7 @@
 //!
 //! **Invariants.** Only a shard's own thread writes its rows. A batch is checked as a whole before any of it is
 //! applied. Nothing here blocks, locks or makes a system call between two messages; the control thread and the
-//! pollers share one mail queue and two atomics each. A peer's fault ends that peer's connection and nothing else.
+//! pollers share one mail queue and three atomics each. A peer's fault ends that peer's connection and nothing else.
 
 #![forbid(unsafe_code)]
 
@@ -29,7 +29,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc,
     },
 };
@@ -140,6 +140,8 @@ struct Share {
     clock: AtomicU64,
     /// Tells the poller to finish.
     stop: AtomicBool,
+    /// Clients that may still send: counted by the control thread, discounted by the poller.
+    clients: AtomicUsize,
 }
 
 /// A running server. Dropped, it stops.
@@ -185,7 +187,11 @@ impl<T: Transport> Server<T> {
             let export = transport.export(&rows)?;
             let endpoint = transport.endpoint(&config.endpoint(shard))?;
             let staging = staging::Staging::new(transport, config.staging)?;
-            let share = Arc::new(Share { clock: AtomicU64::new(0), stop: AtomicBool::new(false) });
+            let share = Arc::new(Share {
+                clock: AtomicU64::new(0),
+                stop: AtomicBool::new(false),
+                clients: AtomicUsize::new(0),
+            });
             let (post, mail) = mpsc::channel();
             server.shares.push(share.clone());
             server.wakers.push(endpoint.attach());
@@ -203,6 +209,7 @@ impl<T: Transport> Server<T> {
                 staging,
                 share,
                 Box::new(export),
+                config.credits,
             ));
         }
         for (shard, (poller, core)) in pollers.into_iter().zip(&config.cores).enumerate() {

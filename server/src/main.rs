@@ -2,13 +2,15 @@
 
 #![forbid(unsafe_code)]
 
+mod cores;
+
 use std::{
     io::Write,
     process::ExitCode,
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Parser;
 use fervor_server::{Budget, Config, Server};
 use fervor_verbs::{Address, transport::any::Host};
@@ -28,11 +30,12 @@ struct Arguments {
     #[arg(long, value_name = "URL", default_value = "shm:///tmp/fervor.sock")]
     listen: Address,
 
-    /// Processors to pin polling threads to, one shard each: 0,1 [default: see --shards]
+    /// Processors to pin polling threads to, one shard each: 0,1 [default: over RDMA those near the NIC, one for
+    /// each of its completion vectors; over shared memory see --shards]
     #[arg(long, value_name = "LIST", value_delimiter = ',', conflicts_with = "shards")]
     cores: Option<Vec<usize>>,
 
-    /// Number of shards, with polling threads that are not pinned [default: half of the processors]
+    /// Number of shards, with polling threads that are not pinned [default over shared memory: half of the processors]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     shards: Option<u16>,
 
@@ -88,11 +91,14 @@ fn check_memory(budget: &Budget) -> anyhow::Result<()> {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    // These errors say all that there is to say; their sources are part of it.
+    let listen = std::slice::from_ref(&arguments.listen);
+    let transport = Host::for_addresses(listen).map_err(|error| anyhow!("{error}"))?;
     let mut config = Config::new(arguments.listen.clone());
     config.cores = match (arguments.cores, arguments.shards) {
         (Some(cores), _) => cores.into_iter().map(Some).collect(),
         (None, Some(shards)) => vec![None; shards.into()],
-        (None, None) => vec![None; (std::thread::available_parallelism()?.get() / 2).max(1)],
+        (None, None) => cores::default(&transport)?,
     };
     config.memory = arguments.memory;
     config.clients = arguments.clients;
@@ -104,8 +110,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     check_memory(&Budget::of(&config))?;
     // Before the server starts: a signal that comes early is not lost.
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot take signals")?;
-    let transport = Host::for_addresses(std::slice::from_ref(&arguments.listen))?;
-    let server = Server::start(&transport, &config)?;
+    let server = Server::start(&transport, &config).map_err(|error| anyhow!("{error}"))?;
     println!("{}", server.budget());
     println!("fervor-server ready at {}", server.address());
     std::io::stdout().flush()?;

@@ -41,7 +41,9 @@ pub struct Peer<C> {
     pub numbers: BatchNumbers,
     /// Sequence of the last message processed.
     pub sequence: u64,
-    /// Acknowledgements that found the send queue full.
+    /// Messages that it may have on their way.
+    credits: u64,
+    /// Acknowledgements that have not been posted.
     acks: VecDeque<(u64, u64)>,
     /// Replies that wait for a receive buffer of the client.
     pub replies: VecDeque<Vec<u8>>,
@@ -68,7 +70,7 @@ pub struct Peer<C> {
 impl<C: Connection> Peer<C> {
     /// # Errors
     /// What is wrong with the handshake, and the connection.
-    pub fn new(client: u64, connection: C, hello: &Hello) -> Result<Self, (String, C)> {
+    pub fn new(client: u64, connection: C, hello: &Hello, credits: usize) -> Result<Self, (String, C)> {
         let target = Target(RemoteRegion { address: hello.address, length: hello.length, key: hello.key });
         if !target.fits(hello.control, CONTROL_BYTES) {
             return Err((format!("control = {} is outside the client's region", hello.control), connection));
@@ -81,6 +83,7 @@ impl<C: Connection> Peer<C> {
             receives: Receives::new(hello.receives as usize),
             numbers: BatchNumbers::default(),
             sequence: 0,
+            credits: credits as u64,
             acks: VecDeque::new(),
             replies: VecDeque::new(),
             queue: VecDeque::new(),
@@ -93,6 +96,21 @@ impl<C: Connection> Peer<C> {
             condemned: false,
             left: false,
         })
+    }
+
+    /// Whether message `sequence`, the next one, is within the client's credits.
+    ///
+    /// # Errors
+    /// It is not: more than the credits would be unacknowledged. (Those whose acknowledgement is posted are not counted.)
+    pub fn check_credits(&self, sequence: u64) -> Result<(), String> {
+        let out = self.acks.len() as u64 + 1;
+        if out > self.credits {
+            return Err(format!(
+                "sequence = {sequence} is the {out}th message that is not acknowledged: credits = {}",
+                self.credits
+            ));
+        }
+        Ok(())
     }
 
     /// Acknowledges message `sequence` at `lsn`.

@@ -34,7 +34,7 @@ use crate::{
 
 /// Longest sleep. Nothing is due at any time: messages, ends of connections, mail and the stop all wake the thread.
 const SLEEP: Duration = Duration::from_secs(3600);
-/// How long a stopping poller waits for its clients to take their last message.
+/// How long a stopping poller still takes what comes, and then waits for its clients to take their last message.
 const FAREWELL: Duration = Duration::from_millis(500);
 
 /// See the module.
@@ -55,6 +55,8 @@ pub struct Poller<T: Transport> {
     early: Vec<Completion>,
     /// The shard clock rose to this in the present turn.
     rose: Option<u64>,
+    /// Messages that each client may have on their way.
+    credits: usize,
     /// Registration of the shard's rows: lives as long as the connections through which they are read.
     _export: Box<dyn Export>,
 }
@@ -68,6 +70,7 @@ impl<T: Transport> Poller<T> {
         staging: Staging<T::Region>,
         share: Arc<Share>,
         export: Box<dyn Export>,
+        credits: usize,
     ) -> Self {
         Self {
             transport,
@@ -83,6 +86,7 @@ impl<T: Transport> Poller<T> {
             completions: Vec::new(),
             early: Vec::new(),
             rose: None,
+            credits,
             _export: export,
         }
     }
@@ -105,7 +109,9 @@ impl<T: Transport> Poller<T> {
 
     /// What has been received is applied, clients are told, and get some time to take it.
     fn farewell(&mut self) {
-        while self.turn() > 0 {}
+        // Busy clients could go on for ever.
+        let end = self.transport.now() + FAREWELL;
+        while self.turn() > 0 && self.transport.now() < end {}
         let ids: Vec<_> = self.peers.keys().copied().collect();
         for id in ids {
             self.condemn(id, "the server stops");
@@ -156,10 +162,11 @@ impl<T: Transport> Poller<T> {
     fn join(&mut self, connection: T::Connection, hello: &Hello) {
         let (id, client) = (connection.id(), self.next_client);
         self.next_client += 1;
-        let mut peer = match Peer::new(client, connection, hello) {
+        let mut peer = match Peer::new(client, connection, hello, self.credits) {
             Ok(peer) => peer,
             Err((text, mut connection)) => {
                 eprintln!("fervor-server: client {client} refused: {text}");
+                self.share.clients.fetch_sub(1, Ordering::Release);
                 // It did not even say where to answer. Kept until its end has been polled.
                 connection.disconnect();
                 self.readers.insert(id, connection);
@@ -213,6 +220,9 @@ impl<T: Transport> Poller<T> {
         let Some(mut peer) = self.peers.remove(&connection) else { return };
         peer.completed(FAULT_ID, |entry| self.staging.release(entry));
         self.clients.remove(&peer.client);
+        if !peer.left {
+            self.share.clients.fetch_sub(1, Ordering::Release);
+        }
         if !peer.left && !peer.condemned {
             eprintln!("fervor-server: client {} is gone; the others go on without it", peer.client);
         }
@@ -222,7 +232,9 @@ impl<T: Transport> Poller<T> {
     fn received(&mut self, connection: ConnectionId, buffer: ReceiveBuffer) {
         let message = self.endpoint.message(&buffer);
         let outcome = match self.peers.get_mut(&connection) {
-            Some(peer) if !peer.condemned => handle(&mut self.shard, peer, message, &mut self.rose),
+            Some(peer) if !peer.condemned => {
+                handle(&mut self.shard, peer, message, &mut self.rose, &self.share)
+            }
             Some(_) => Ok(()),
             None => Err(Fault::State("a reader's connection carries READs only".into())),
         };
@@ -267,6 +279,7 @@ fn handle<C: Connection>(
     peer: &mut Peer<C>,
     message: &[u8],
     rose: &mut Option<u64>,
+    share: &Share,
 ) -> Result<(), Fault> {
     let header = MessageHeader::parse(message)?;
     if header.sequence != peer.sequence + 1 {
@@ -276,8 +289,12 @@ fn handle<C: Connection>(
             peer.sequence + 1
         )));
     }
+    peer.check_credits(header.sequence).map_err(Fault::State)?;
     peer.receives.update(header.returned).map_err(Fault::State)?;
     let mut lsn = None;
+    if peer.left {
+        return Err(Fault::State(format!("kind = {}, but the client has left", header.kind)));
+    }
     match header.kind()? {
         Kind::Batch => lsn = Some(batch(shard, peer, &header, message, rose)?),
         Kind::Slots => {
@@ -299,6 +316,8 @@ fn handle<C: Connection>(
         Kind::Credit => {}
         Kind::Leave => {
             peer.left = true;
+            // It sends nothing more: its receive buffers are free for another client from now on.
+            share.clients.fetch_sub(1, Ordering::Release);
             *rose = shard.clock.leave(peer.client).or(*rose);
         }
         kind @ (Kind::Table | Kind::Refused | Kind::Fault) => return Err(Fault::Kind(kind as u8)),

@@ -116,17 +116,24 @@ impl fmt::Display for GidKind {
 pub fn list() -> Result<Vec<DeviceInfo>, Error> {
     #[cfg(feature = "rdma")]
     crate::transport::rdma::load_libraries()?;
-    let mut devices = from_sysfs(Path::new(SYSFS)).map_err(Error::io(format!("reading {SYSFS}")))?;
+    let devices = from_sysfs(Path::new(SYSFS)).map_err(Error::io(format!("reading {SYSFS}")))?;
     #[cfg(feature = "rdma")]
-    if !devices.is_empty() {
-        for (name, capabilities) in crate::transport::rdma::capabilities()? {
-            if let Some(device) = devices.iter_mut().find(|device| device.name == name) {
-                device.capabilities = Some(capabilities);
-            }
+    let devices = with_capabilities(devices)?;
+    #[cfg(feature = "ibverbs")]
+    let devices = by_ibverbs::with_gids(devices)?;
+    Ok(devices)
+}
+
+#[cfg(feature = "rdma")]
+fn with_capabilities(mut devices: Vec<DeviceInfo>) -> Result<Vec<DeviceInfo>, Error> {
+    if devices.is_empty() {
+        return Ok(devices);
+    }
+    for (name, capabilities) in crate::transport::rdma::capabilities()? {
+        if let Some(device) = devices.iter_mut().find(|device| device.name == name) {
+            device.capabilities = Some(capabilities);
         }
     }
-    #[cfg(feature = "ibverbs")]
-    by_ibverbs::gids(&mut devices)?;
     Ok(devices)
 }
 
@@ -229,9 +236,9 @@ mod by_ibverbs {
     }
 
     /// Puts the GIDs of each device that opens in the place of those from sysfs.
-    pub(super) fn gids(devices: &mut [DeviceInfo]) -> Result<(), Error> {
+    pub(super) fn with_gids(mut devices: Vec<DeviceInfo>) -> Result<Vec<DeviceInfo>, Error> {
         if devices.is_empty() {
-            return Ok(());
+            return Ok(devices);
         }
         let list = ibverbs::devices().map_err(Error::io("ibv_get_device_list()"))?;
         for found in list.iter() {
@@ -257,7 +264,7 @@ mod by_ibverbs {
                 });
             }
         }
-        Ok(())
+        Ok(devices)
     }
 
     /// Name of the network interface of this number; empty for 0.

@@ -4,4 +4,6 @@
 //! the builder that `rdma-sys` makes, under the same name; only the version number stands in the way. The
 //! workspace's `[patch.crates-io]` puts this crate in the place of bindgen 0.59.2.
 
+#![forbid(unsafe_code)]
+
 pub use bindgen_current::*;

@@ -287,7 +287,7 @@ pub struct EndpointConfig {
     pub read_depth: usize,
     /// Most connections at a time.
     pub connections: usize,
-    /// Completion vector (interrupt) of the queue, for providers that have several.
+    /// Completion vector (interrupt) of the queue, for providers that have several: modulo their number.
     pub completion_vector: usize,
 }
 

@@ -2,11 +2,11 @@
 //!
 //! | contract | here |
 //! |---|---|
-//! | transport | one device with a protection domain, and one thread for its connection manager ([`manager`]) |
-//! | region, export | `ibv_reg_mr` ([`device`]); an export is registered without the right to write, even locally |
-//! | endpoint | completion queue with a completion channel, shared receive queue ([`endpoint`]) |
-//! | connection | RC queue pair ([`link`]: its send queue and its end; [`connection`]: posting to it) |
-//! | listen, connect, accept, reject | librdmacm ([`id`], [`handshake`]), private data in a frame ([`frame`]) |
+//! | transport | one device with a protection domain, and one thread for its connection manager (`manager`) |
+//! | region, export | `ibv_reg_mr` (`device`); an export is registered without the right to write, even locally |
+//! | endpoint | completion queue with a completion channel, shared receive queue (`queues`; `endpoint`: polling them) |
+//! | connection | RC queue pair (`connection`: posting to it; `sending`: its send queue; `link`: what threads share of it, its end) |
+//! | listen, connect, accept, reject | librdmacm (`id`, `handshake`), private data in a frame (`frame`) |
 //!
 //! # Which device
 //! Regions, queues and queue pairs belong to a device, and regions and endpoints are made before any address is known.
@@ -20,12 +20,13 @@
 //!  RdmaEndpoint ────▶ ┘        └──────────────────────────────▶ Device ─▶ PD, device list
 //!  manager's thread ··weak··▶ Link                    Registration ─▶ ┘
 //! ```
-//! Every arrow is an `Arc`: what verbs demand to be destroyed first is what holds the other. A [`link::Link`] ends its
+//! Every arrow is an `Arc`: what verbs demand to be destroyed first is what holds the other. A `Link` ends its
 //! queue pair and its identifier before it lets go of the queues and of the registrations that its requests named.
 //!
 //! # What the device does, and not this code
-//! It holds back READs beyond the number agreed on (`max_rd_atomic`), asks again when the receiver has no buffer (for
-//! ever: a peer that is gone does not answer at all), and gives up on a peer that does not answer.
+//! It holds back READs beyond the number agreed on (`max_rd_atomic`); it asks again when the receiver has no buffer (for
+//! ever: a peer that is gone does not answer at all); and it gives up on a peer that does not answer, half a second to a
+//! second after the request. Idle connections are made to ask by the manager: an empty WRITE every half second.
 
 use std::{ffi::CStr, fmt, sync::Arc, time::Duration};
 
