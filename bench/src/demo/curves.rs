@@ -7,8 +7,8 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result, anyhow, ensure};
 use plotters::{
     prelude::{
-        ChartBuilder, DrawingArea, IntoDrawingArea as _, IntoLogRange as _, LineSeries, PathElement,
-        RGBColor, SVGBackend, SeriesLabelPosition, Text, WHITE,
+        ChartBuilder, DrawingArea, IntoDrawingArea as _, LineSeries, PathElement, RGBColor, SVGBackend,
+        SeriesLabelPosition, Text, WHITE,
     },
     style::{Color as _, IntoFont as _, ShapeStyle},
 };
@@ -74,15 +74,18 @@ fn panel(
 ) -> Result<()> {
     let epochs = || reports.iter().flat_map(|report| &report.epochs);
     let last = epochs().map(x).fold(0.0, f64::max);
-    let most = epochs().map(|epoch| epoch.loss).fold(f64::MIN_POSITIVE, f64::max);
-    // A loss of exactly 0 has no place on a logarithmic axis.
-    let least = epochs().map(|epoch| epoch.loss).filter(|&loss| loss > 0.0).fold(most, f64::min);
-    let losses = (least / 1.2..most * 1.2).log_scale();
+    // A loss of exactly 0 has no place on a logarithmic axis. The axis is a plain one of logarithms: its
+    // marks are evenly spaced, however few powers of ten there are.
+    let logarithms = || epochs().filter(|epoch| epoch.loss > 0.0).map(|epoch| epoch.loss.log10());
+    let most = logarithms().fold(f64::NEG_INFINITY, f64::max);
+    let least = logarithms().fold(f64::INFINITY, f64::min);
+    ensure!(least.is_finite(), "no loss is above 0: there is no curve to draw");
+    let margin = 0.05 * (most - least).max(0.1);
     let mut chart = ChartBuilder::on(area)
         .margin(8)
         .x_label_area_size(44)
         .y_label_area_size(84)
-        .build_cartesian_2d(0.0..last.max(f64::MIN_POSITIVE) * 1.02, losses)
+        .build_cartesian_2d(0.0..last.max(1e-3) * 1.02, least - margin..most + margin)
         .map_err(failed)?;
     chart
         .configure_mesh()
@@ -91,16 +94,16 @@ fn panel(
         .axis_desc_style((FONT, 15))
         .label_style((FONT, 13))
         .x_labels(6)
-        .x_label_formatter(&|x| format!("{x}"))
-        .y_labels(16)
-        .y_label_formatter(&|loss| format!("{loss:.1e}"))
+        .x_label_formatter(&|x| format!("{}", (x * 1e4).round() / 1e4))
+        .y_labels(8)
+        .y_label_formatter(&|logarithm| format!("{:.1e}", 10f64.powf(*logarithm)))
         .light_line_style(WHITE)
         .draw()
         .map_err(failed)?;
     for (report, colour) in reports.iter().zip(COLOURS.iter().cycle()) {
         let style: ShapeStyle = colour.stroke_width(2);
         let points =
-            report.epochs.iter().filter(|epoch| epoch.loss > 0.0).map(|epoch| (x(epoch), epoch.loss));
+            report.epochs.iter().filter(|epoch| epoch.loss > 0.0).map(|epoch| (x(epoch), epoch.loss.log10()));
         chart
             .draw_series(LineSeries::new(points, style))
             .map_err(failed)?
