@@ -142,6 +142,8 @@ struct Share {
     stop: AtomicBool,
     /// Clients that may still send: counted by the control thread, discounted by the poller.
     clients: AtomicUsize,
+    /// Messages that each client may have on their way.
+    credits: usize,
 }
 
 /// A running server. Dropped, it stops.
@@ -191,6 +193,7 @@ impl<T: Transport> Server<T> {
                 clock: AtomicU64::new(0),
                 stop: AtomicBool::new(false),
                 clients: AtomicUsize::new(0),
+                credits: config.credits,
             });
             let (post, mail) = mpsc::channel();
             server.shares.push(share.clone());
@@ -209,7 +212,6 @@ impl<T: Transport> Server<T> {
                 staging,
                 share,
                 Box::new(export),
-                config.credits,
             ));
         }
         for (shard, (poller, core)) in pollers.into_iter().zip(&config.cores).enumerate() {
