@@ -144,6 +144,8 @@ struct Share {
     stop: AtomicBool,
     /// Clients that may still send: counted by the control thread, discounted by the poller.
     clients: AtomicUsize,
+    /// Messages that each client may have on their way.
+    credits: usize,
 }
 
 /// A running server. Dropped, it stops.
@@ -193,6 +195,7 @@ impl<T: Transport> Server<T> {
                 clock: AtomicU64::new(0),
                 stop: AtomicBool::new(false),
                 clients: AtomicUsize::new(0),
+                credits: config.credits,
             });
             let (post, mail) = mpsc::channel();
             server.shares.push(share.clone());
@@ -211,7 +214,6 @@ impl<T: Transport> Server<T> {
                 staging,
                 share,
                 Box::new(export),
-                config.credits,
             ));
         }
         for (shard, (poller, core)) in pollers.into_iter().zip(&config.cores).enumerate() {
