@@ -186,7 +186,8 @@ impl<T: Transport> Poller<T> {
     /// The subscription behind a queued push, unless it has been given up.
     fn subscriber(&mut self, wanted: &Wanted, id: ConnectionId) -> Option<&mut Subscriber> {
         let client = self.peers.get(&id)?.client;
-        let all = &mut self.shard.tables[wanted.table as usize].subscribers[wanted.row as usize];
+        // A table that is not eager has no subscribers at all.
+        let all = self.shard.tables[wanted.table as usize].subscribers.get_mut(wanted.row as usize)?;
         all.iter_mut().find(|s| s.client == client && s.slot == wanted.slot)
     }
 
