@@ -433,7 +433,7 @@ impl<C: Connection> Channel<C> {
     /// used it last has completed. (That it was acknowledged follows from there being a credit.)
     fn can_send(&self) -> bool {
         self.window.room() > 0
-            && self.window.sent() + 1 <= self.completed + self.window.credits()
+            && self.window.sent() < self.completed + self.window.credits()
             && self.connection.room() > 0
     }
 

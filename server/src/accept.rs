@@ -41,7 +41,6 @@ pub struct Control<T: Transport> {
     doors: Vec<Door<T>>,
     id: u64,
     clients: usize,
-    credits: usize,
     stop: Arc<AtomicBool>,
 }
 
@@ -50,7 +49,7 @@ const TURN: Duration = Duration::from_millis(50);
 
 impl<T: Transport> Control<T> {
     pub fn new(config: &Config, doors: Vec<Door<T>>, stop: Arc<AtomicBool>) -> Self {
-        Self { doors, id: config.id, clients: config.clients, credits: config.credits, stop }
+        Self { doors, id: config.id, clients: config.clients, stop }
     }
 
     pub fn run(self, listener: &mut T::Listener) {
@@ -78,7 +77,7 @@ impl<T: Transport> Control<T> {
         welcome.address = door.region.address;
         welcome.length = door.region.length;
         welcome.key = door.region.key;
-        welcome.credits = self.credits as u32;
+        welcome.credits = door.share.credits as u32;
         welcome.message_bytes = MESSAGE_BYTES as u32;
         match request.accept(&door.attach, welcome.as_bytes()) {
             Ok(connection) => {

@@ -79,7 +79,7 @@ impl Config {
             cores: vec![None],
             memory: 256 << 20,
             clients: 16,
-            workers: 16,
+            workers: 8,
             credits: 8,
             staging: 4 << 20,
             id: 0,
@@ -115,9 +115,11 @@ impl Config {
         EndpointConfig {
             receive_buffers: self.clients * self.credits,
             receive_size: MESSAGE_BYTES,
-            send_depth: 256,
+            send_depth: 128,
             read_depth: 16,
-            connections: self.clients * (1 + self.workers),
+            // Of each client the main one, its workers', and the one by which it asks for the shards before; and
+            // some that have ended and wait to be polled.
+            connections: self.clients * (2 + self.workers) + 8,
             completion_vector: shard,
         }
     }
@@ -142,6 +144,8 @@ struct Share {
     stop: AtomicBool,
     /// Clients that may still send: counted by the control thread, discounted by the poller.
     clients: AtomicUsize,
+    /// Messages that each client may have on their way.
+    credits: usize,
 }
 
 /// A running server. Dropped, it stops.
@@ -191,6 +195,7 @@ impl<T: Transport> Server<T> {
                 clock: AtomicU64::new(0),
                 stop: AtomicBool::new(false),
                 clients: AtomicUsize::new(0),
+                credits: config.credits,
             });
             let (post, mail) = mpsc::channel();
             server.shares.push(share.clone());
@@ -209,7 +214,6 @@ impl<T: Transport> Server<T> {
                 staging,
                 share,
                 Box::new(export),
-                config.credits,
             ));
         }
         for (shard, (poller, core)) in pollers.into_iter().zip(&config.cores).enumerate() {

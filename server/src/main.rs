@@ -48,7 +48,7 @@ struct Arguments {
     clients: usize,
 
     /// Most workers of a client
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    #[arg(long, value_name = "N", default_value_t = 8)]
     workers: usize,
 
     /// Messages that a client may have on their way to one shard; each has a receive buffer

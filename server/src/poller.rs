@@ -55,8 +55,6 @@ pub struct Poller<T: Transport> {
     early: Vec<Completion>,
     /// The shard clock rose to this in the present turn.
     rose: Option<u64>,
-    /// Messages that each client may have on their way.
-    credits: usize,
     /// Registration of the shard's rows: lives as long as the connections through which they are read.
     _export: Box<dyn Export>,
 }
@@ -70,7 +68,6 @@ impl<T: Transport> Poller<T> {
         staging: Staging<T::Region>,
         share: Arc<Share>,
         export: Box<dyn Export>,
-        credits: usize,
     ) -> Self {
         Self {
             transport,
@@ -86,7 +83,6 @@ impl<T: Transport> Poller<T> {
             completions: Vec::new(),
             early: Vec::new(),
             rose: None,
-            credits,
             _export: export,
         }
     }
@@ -162,7 +158,7 @@ impl<T: Transport> Poller<T> {
     fn join(&mut self, connection: T::Connection, hello: &Hello) {
         let (id, client) = (connection.id(), self.next_client);
         self.next_client += 1;
-        let mut peer = match Peer::new(client, connection, hello, self.credits) {
+        let mut peer = match Peer::new(client, connection, hello, self.share.credits) {
             Ok(peer) => peer,
             Err((text, mut connection)) => {
                 eprintln!("fervor-server: client {client} refused: {text}");

@@ -10,11 +10,13 @@
 //! | [`torn`] | raw READs are torn, rows never are |
 //! | [`training`] | processes train to the loss of shared memory, also when packets are lost |
 //! | [`peers`] | who is killed or vanishes is found out in time, and the others go on |
+//! | [`latency`] | latency beside perftest's |
 //! | [`program`], [`network`] | the programs, and the network between them |
 
 #![forbid(unsafe_code)]
 
 mod guarantee;
+mod latency;
 mod network;
 mod peers;
 mod program;

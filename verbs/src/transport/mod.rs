@@ -52,7 +52,8 @@
 //! **Errors.** When a connection breaks (a failed request, a dead peer, [`Connection::disconnect`], the drop of
 //! the peer's end) every signalled request that is outstanding completes, with an error if it is not known to have
 //! happened; then there is exactly one [`Completion::Disconnected`], the last word of that connection. A dead
-//! peer is found out within two seconds, on idle connections too, provided that the endpoint is polled.
+//! peer is found out within two seconds, on idle connections too, provided that the endpoint is polled. Once `Disconnected`
+//! has been polled, nothing of that connection changes memory any more.
 //! Posts on a broken connection are refused with [`PostError::Disconnected`].
 //!
 //! **Threads and time.** User code reads the time, waits, sleeps and starts threads through the transport and
@@ -60,6 +61,71 @@
 //! [`Endpoint::wait`], [`Signal::wait`], [`Listener::accept`], [`Request::accept`], [`Thread::join`]. A thread that is
 //! in one of them must hold no lock that another takes without `try_lock`. The other calls neither block nor
 //! let others run. Waiting without any of them does not end in a simulation.
+//!
+//! # Wrong order does not compile
+//!
+//! What this program compiles, line by line, no longer does in another order:
+//!
+//! ```
+//! use fervor_verbs::transport::*;
+//! fn right<T: Transport>(request: T::Request, region: &T::Region, endpoint: &mut T::Endpoint, buffer: ReceiveBuffer) {
+//!     let pieces = [Sge { region, offset: 0, length: 8 }];
+//!     let mut connection = request.accept(&endpoint.attach(), b"welcome").unwrap();
+//!     connection.send(Payload::Gather(&pieces), None, None).unwrap();
+//!     let first = endpoint.message(&buffer).first().copied();
+//!     endpoint.release(buffer);
+//!     assert!(first.is_some());
+//! }
+//! ```
+//! A receive buffer that was given back belongs to the NIC:
+//! ```compile_fail,E0382
+//! use fervor_verbs::transport::*;
+//! fn wrong<E: Endpoint>(endpoint: &mut E, buffer: ReceiveBuffer) {
+//!     endpoint.release(buffer);
+//!     endpoint.message(&buffer);
+//! }
+//! ```
+//! and what was in it cannot be held on to:
+//! ```compile_fail,E0502
+//! use fervor_verbs::transport::*;
+//! fn wrong<E: Endpoint>(endpoint: &mut E, buffer: ReceiveBuffer) -> u8 {
+//!     let message = endpoint.message(&buffer);
+//!     endpoint.release(buffer);
+//!     message[0]
+//! }
+//! ```
+//! A peer is answered once:
+//! ```compile_fail,E0382
+//! use fervor_verbs::transport::*;
+//! fn wrong<T: Transport>(request: T::Request, endpoint: &T::Endpoint) {
+//!     let connection = request.accept(&endpoint.attach(), b"welcome");
+//!     request.reject(b"go away");
+//! }
+//! ```
+//! A connection that is not established has nothing to post to:
+//! ```compile_fail,E0599
+//! use fervor_verbs::transport::*;
+//! fn wrong<T: Transport>(mut request: T::Request) {
+//!     request.send(Payload::Inline(b"too early"), None, None);
+//! }
+//! ```
+//! Exported rows have one writer: they are no region, so no work request of their owner can name them,
+//! ```compile_fail,E0308
+//! use fervor_verbs::transport::*;
+//! fn wrong<T: Transport>(connection: &mut T::Connection, export: &T::Export) {
+//!     let pieces = [Sge { region: export, offset: 0, length: 8 }];
+//!     connection.send(Payload::Gather(&pieces), None, None);
+//! }
+//! ```
+//! and a row that is being read cannot be written meanwhile:
+//! ```compile_fail,E0502
+//! use fervor_verbs::Exclusive;
+//! fn wrong(rows: &mut Exclusive) -> u8 {
+//!     let row = &rows.bytes()[..64];
+//!     rows.bytes_mut()[0] = 1;
+//!     row[0]
+//! }
+//! ```
 
 use std::{fmt, time::Duration};
 

@@ -17,7 +17,7 @@ use crate::{
     address::Address,
     error::Error,
     transport::{
-        Listener, Request,
+        Connection, Listener, Request,
         rdma::{
             connection::RdmaConnection,
             device::{Device, Limits},
@@ -145,14 +145,17 @@ impl Handshake<'_> {
         }
     }
 
+    /// Waits for the next event.
+    fn next(&self) -> Result<Said, Error> {
+        self.channel.wait(self.deadline, Said::of)?.ok_or_else(|| Error::Timeout {
+            what: format!("a handshake at `{}`", self.address),
+            seconds: self.limit.as_secs_f64(),
+        })
+    }
+
     /// Waits for `event`; any other one is the failure that it says.
     fn expect(&self, event: rdma_cm_event_type::Type) -> Result<Said, Error> {
-        let Some(said) = self.channel.wait(self.deadline, Said::of)? else {
-            return Err(Error::Timeout {
-                what: format!("connecting to `{}`", self.address),
-                seconds: self.limit.as_secs_f64(),
-            });
-        };
+        let said = self.next()?;
         if said.event == event { Ok(said) } else { Err(self.failure(&said)) }
     }
 
@@ -430,8 +433,18 @@ impl Request for RdmaRequest {
         };
         let joined = Joined::new(queues, id)?;
         joined.with_cm(|cm| cm.accept(own, &framed))?.map_err(handshake.failed("rdma_accept"))?;
-        handshake.expect(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED)?;
-        joined.finish()
+        let said = handshake.next()?;
+        match said.event {
+            rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED => joined.finish(),
+            // A peer that connects and ends the connection at once may be overtaken by its own farewell. Its messages
+            // may have arrived: it is a connection, and it ends like one.
+            rdma_cm_event_type::RDMA_CM_EVENT_DISCONNECTED => {
+                let mut connection = joined.finish()?;
+                connection.disconnect();
+                Ok(connection)
+            }
+            _ => Err(handshake.failure(&said)),
+        }
     }
 
     fn reject(mut self, private_data: &[u8]) {
