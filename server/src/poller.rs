@@ -20,7 +20,7 @@ use fervor_protocol::{
     },
 };
 use fervor_verbs::transport::{
-    Completion, Connection, ConnectionId, Endpoint, Export, ReceiveBuffer, Transport,
+    Completion, Connection, ConnectionId, Endpoint, Export, ReceiveBuffer, Transport, WorkError,
 };
 use zerocopy::IntoBytes;
 
@@ -199,7 +199,7 @@ impl<T: Transport> Poller<T> {
             Completion::Work { id, .. } => self.worked(connection, id),
             // Clients write nothing here: no memory of a server is remotely writable.
             Completion::WriteImmediate { .. } => self.condemn(connection, "a client sends no immediates"),
-            Completion::Disconnected { .. } => self.gone(connection),
+            Completion::Disconnected { cause, .. } => self.gone(connection, cause),
         }
     }
 
@@ -211,7 +211,7 @@ impl<T: Transport> Poller<T> {
         }
     }
 
-    fn gone(&mut self, connection: ConnectionId) {
+    fn gone(&mut self, connection: ConnectionId, cause: WorkError) {
         self.readers.remove(&connection);
         let Some(mut peer) = self.peers.remove(&connection) else { return };
         peer.completed(FAULT_ID, |entry| self.staging.release(entry));
@@ -220,7 +220,7 @@ impl<T: Transport> Poller<T> {
             self.share.clients.fetch_sub(1, Ordering::Release);
         }
         if !peer.left && !peer.condemned {
-            eprintln!("fervor-server: client {} is gone; the others go on without it", peer.client);
+            eprintln!("fervor-server: client {} is gone ({cause}); the others go on without it", peer.client);
         }
         self.rose = self.shard.clock.leave(peer.client).or(self.rose);
     }

@@ -67,7 +67,6 @@ impl Program {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.child.try_wait().expect("wait for a child") {
-                self.said.extend(self.lines.iter());
                 return status;
             }
             if Instant::now() > deadline {
@@ -83,6 +82,7 @@ impl Program {
         if !status.success() {
             self.fail(&format!("failed ({status})"));
         }
+        self.said.extend(self.lines.iter());
         self.said.join("\n")
     }
 
@@ -90,7 +90,6 @@ impl Program {
     pub fn kill(&mut self) -> Instant {
         let ended = self.child.try_wait().expect("wait for a child");
         if let Some(status) = ended {
-            self.said.extend(self.lines.iter());
             self.fail(&format!("ended before it was killed ({status})"));
         }
         let now = Instant::now();
@@ -99,9 +98,9 @@ impl Program {
         now
     }
 
-    fn fail(&mut self, what: &str) -> ! {
-        self.said.extend(self.lines.try_iter());
-        panic!("{} {what}; it said:\n{}", self.name, self.said.join("\n"));
+    fn fail(&self, what: &str) -> ! {
+        // What it said is printed as it is dropped.
+        panic!("{} {what}", self.name);
     }
 }
 
@@ -110,6 +109,10 @@ impl Drop for Program {
         // Both fail for a program that has ended and been waited for.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if thread::panicking() {
+            self.said.extend(self.lines.iter());
+            eprintln!("{} said:\n{}", self.name, self.said.join("\n"));
+        }
     }
 }
 

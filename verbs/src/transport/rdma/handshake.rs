@@ -33,8 +33,9 @@ use crate::{
 
 /// Connection requests that may wait for [`Listener::accept`].
 const BACKLOG: i32 = 256;
-/// How long an accepted peer may take to say that it is there.
-const ACCEPT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long an accepted peer may take to say that it is there. The kernel's connection manager repeats a lost message of a
+/// handshake after 4.3 s (`CMA_CM_RESPONSE_TIMEOUT`), so this is enough for two lost ones.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(10);
 /// An unanswered request is sent again so often, then the connection breaks. (7 would mean for ever on rxe.)
 const RETRIES: u8 = 6;
 
