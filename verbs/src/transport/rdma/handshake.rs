@@ -36,17 +36,20 @@ const BACKLOG: i32 = 256;
 /// How long an accepted peer may take to say that it is there. The kernel's connection manager repeats a lost message of a
 /// handshake after 4.3 s (`CMA_CM_RESPONSE_TIMEOUT`), so this is enough for two lost ones.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(10);
-/// An unanswered request is sent again so often, then the connection breaks. (7 would mean for ever on rxe.)
-const RETRIES: u8 = 6;
 
 // What the InfiniBand connection manager says with a refusal (`ib_cm.h`): nobody listens on the port; a peer refused.
 const REJECTED_NO_LISTENER: i32 = 8;
 const REJECTED_BY_PEER: i32 = 28;
 
-/// Exponent of the time after which an unanswered request is sent again: `4.096 us * 2^exponent`. With [`RETRIES`] a dead
-/// peer is found out in 0.5 s (1 s on software devices); NICs are allowed to take up to four times their timeout.
-fn ack_timeout(limits: &Limits) -> u8 {
-    if limits.software { 15 } else { 14 }
+/// When an unanswered request is sent again: the time, as the exponent of `4.096 us * 2^exponent`, and how often. Then the
+/// connection breaks. (7 times would mean for ever on rxe.)
+///
+/// A dead peer is to be found out within two seconds, 0.4 s of which may pass until an idle connection asks. A NIC
+/// gives up after 0.5 s by its own clock, and may take up to four times that. rxe gives up after 1.1 s sharp; it gets the
+/// longer time at once because it shares the processors with all that keeps it from answering, and because it breaks
+/// connections when it sends READs again for no need.
+fn patience(limits: &Limits) -> (u8, u8) {
+    if limits.software { (16, 3) } else { (14, 6) }
 }
 
 /// The socket addresses to try for an address, and the one to connect from.
@@ -248,7 +251,7 @@ fn parameters(queues: &Queues, peer_serves: u8, peer_initiates: u8) -> Parameter
     Parameters {
         reads_out: wanted.min(queues.device.limits.reads_out).min(peer_serves),
         reads_in: wanted.min(queues.device.limits.reads_in).min(peer_initiates),
-        retries: RETRIES,
+        retries: patience(&queues.device.limits).1,
     }
 }
 
@@ -258,8 +261,7 @@ struct Joined(Option<Arc<Link>>);
 impl Joined {
     /// Joins at a place that has been reserved.
     fn new(queues: &Arc<Queues>, mut id: CmId) -> Result<Self, Error> {
-        let made =
-            id.set_ack_timeout(ack_timeout(&queues.device.limits)).and_then(|()| Link::new(queues, id));
+        let made = id.set_ack_timeout(patience(&queues.device.limits).0).and_then(|()| Link::new(queues, id));
         let link = made.inspect_err(|_| queues.unreserve())?;
         queues.manager.watch(&link);
         let joined = Self(Some(link));

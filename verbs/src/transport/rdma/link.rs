@@ -37,7 +37,7 @@ use crate::{
 };
 
 /// A connection on which nothing was posted for this long is asked whether its peer is alive.
-const IDLE: Duration = Duration::from_millis(500);
+const IDLE: Duration = Duration::from_millis(300);
 /// `IBV_QP_MIN_RNR_TIMER`: 0.64 ms until a sender whose receiver had no buffer tries again (0 would mean 655 ms).
 const RNR_TIMER: u8 = 12;
 /// Bytes of a gathered payload that are copied at the doorbell rather than fetched by the NIC, if the device can.

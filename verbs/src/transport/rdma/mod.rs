@@ -26,7 +26,7 @@
 //! # What the device does, and not this code
 //! It holds back READs beyond the number agreed on (`max_rd_atomic`); it asks again when the receiver has no buffer (for
 //! ever: a peer that is gone does not answer at all); and it gives up on a peer that does not answer, half a second to a
-//! second after the request. Idle connections are made to ask by the manager: an empty WRITE every half second.
+//! second after the request. Idle connections are made to ask by the manager: an empty WRITE three times a second.
 
 use std::{ffi::CStr, fmt, sync::Arc, time::Duration};
 
