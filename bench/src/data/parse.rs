@@ -43,7 +43,7 @@ pub fn file(path: &Path) -> Result<Ratings, DataError> {
 /// Reads ratings from `input`; errors call it `name`.
 ///
 /// # Errors
-/// As [`file`].
+/// As [`file()`].
 pub fn read(name: &str, input: impl Read) -> Result<Ratings, DataError> {
     let mut input = BufReader::with_capacity(1 << 16, input);
     let start = input.fill_buf().map_err(|reason| DataError::Read { path: name.into(), reason })?;
