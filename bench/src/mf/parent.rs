@@ -4,6 +4,7 @@
 //! left over even if this process is killed.
 
 use std::{
+    fmt,
     io::{BufRead as _, BufReader, Write as _},
     os::unix::process::CommandExt as _,
     process::{Child, ChildStdin, Command, Stdio},
@@ -16,7 +17,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::{
     client,
@@ -219,10 +220,13 @@ impl Monitor {
     fn new(options: &MfOptions, ratings: &Ratings) -> Self {
         // Hidden where stderr is no terminal.
         let bar = ProgressBar::new(u64::from(options.epochs) * ratings.entries.len() as u64);
-        let style = ProgressStyle::with_template(
-            "{prefix} {wide_bar} {percent:>3} %  {per_sec} ratings/s  {msg}  {elapsed}",
-        );
-        bar.set_style(style.expect("the template is sound"));
+        let style =
+            ProgressStyle::with_template("{prefix} {wide_bar} {percent:>3} %  {rate}  {msg}  {elapsed}");
+        let rate = |state: &ProgressState, out: &mut dyn fmt::Write| {
+            // What cannot be written is not shown.
+            let _ = write!(out, "{:.1} M ratings/s", state.per_sec() / 1e6);
+        };
+        bar.set_style(style.expect("the template is sound").with_key("rate", rate));
         bar.set_prefix(options.title());
         Monitor {
             tally: Tally::new(options.all_workers()),

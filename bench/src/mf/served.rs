@@ -1,12 +1,12 @@
 //! The column factors in a table of a parameter server.
 //!
-//! A worker goes through a part in runs of [`RUN`] groups: one `get_many` for the column factors of a run, the
+//! A worker goes through a part in runs of `RUN` groups: one `get_many` for the column factors of a run, the
 //! training on copies of them, and one `inc` of each with what it changed.
 //!
 //! # The start
 //! Worker 0 of the job writes the initial factors with `inc`, and nobody may read before all of them are
 //! there, whatever the model of the table. So each worker ends a clock, and then reads every row of a second
-//! table, [`START`], which has as many rows and is always under BSP: that returns once every shard
+//! table, `START`, which has as many rows and is always under BSP: that returns once every shard
 //! has applied every worker's first clock.
 
 use std::ops::Range;

@@ -6,7 +6,7 @@
 //! without regularisation.
 //!
 //! These loops are the only arithmetic of a run, with and without a parameter server. They are plain
-//! loops over blocks of [`LANES`], which the compiler turns into vector instructions.
+//! loops over blocks of `LANES`, which the compiler turns into vector instructions.
 
 use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
