@@ -99,10 +99,12 @@ impl Link {
     }
 }
 
+/// Number of a batch, and the rows of each table in it.
+type BatchRows = (u64, Vec<(usize, Vec<u64>)>);
+
 /// A message that has not been acknowledged.
 struct Sent {
-    /// Number of the batch, and the rows of each table in it.
-    batch: Option<(u64, Vec<(usize, Vec<u64>)>)>,
+    batch: Option<BatchRows>,
     /// Slots given up in it, by table.
     closing: Vec<(usize, Slot)>,
 }
@@ -400,7 +402,7 @@ impl<T: Transport> Engine<T> {
         shard: usize,
         sequence: u64,
         length: usize,
-        batch: Option<(u64, Vec<(usize, Vec<u64>)>)>,
+        batch: Option<BatchRows>,
     ) -> Result<(), PostError> {
         let before: u64 = self.channels[..shard].iter().map(|c| c.window.credits()).sum();
         let channel = &mut self.channels[shard];
@@ -439,11 +441,12 @@ impl<C: Connection> Channel<C> {
 
     /// Frees the slots that were given up by acknowledged messages up to the last `Closed`.
     fn free_closed(&mut self, around: &Surroundings<'_>) {
-        if self.closing.front().is_none_or(|(at, ..)| *at > self.closed) {
+        let count = self.closing.iter().take_while(|(at, ..)| *at <= self.closed).count();
+        if count == 0 {
             return;
         }
         let tables = around.tables.read().unwrap_or_else(PoisonError::into_inner);
-        while let Some((_, table, slot)) = self.closing.pop_front_if(|(at, ..)| *at <= self.closed) {
+        for (_, table, slot) in self.closing.drain(..count) {
             tables[table].closed(slot);
         }
     }

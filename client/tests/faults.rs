@@ -484,7 +484,7 @@ fn client_killed(seed: u64) -> [i64; 2] {
 fn a_client_killed_at_any_moment_leaves_whole_batches() {
     let found: Vec<_> = (0..60).map(client_killed).collect();
     // The seeds reach the middle.
-    assert!(found.iter().any(|f| *f == [0, 0]) && found.iter().any(|f| *f == [12, 12]), "{found:?}");
+    assert!(found.contains(&[0, 0]) && found.contains(&[12, 12]), "{found:?}");
     assert!(found.iter().filter(|f| f[0] > 0 && f[0] < 12).count() > 5, "{found:?}");
 }
 
@@ -599,6 +599,57 @@ fn joins_late(seed: u64) {
 #[test]
 fn a_client_that_joins_late_is_under_the_guarantee_from_its_first_clock_on() {
     (0..150).for_each(joins_late);
+}
+
+/// More rows change in each round than a connection's send queue takes, and all of them are held: the round is closed when
+/// the last one has been pushed.
+fn great_rounds(seed: u64) {
+    const CLOCKS: i64 = 6;
+    const ROWS: u64 = 700;
+    let sim = Sim::new(seed);
+    let left = Arc::new(AtomicUsize::new(2));
+    let (_, up) = sim_server(&sim, {
+        let left = left.clone();
+        move || left.load(Ordering::SeqCst) == 0
+    });
+    for number in 0..2 {
+        let node = sim.node(&format!("client-{number}"));
+        let (up, sim2, left) = (up.clone(), sim.clone(), left.clone());
+        sim.spawn(&node.clone(), "main", move || {
+            await_server(&sim2, &node, &up);
+            let client = sim_client(&node, 2).unwrap();
+            let table = client.table::<i64>("t", ROWS, 4, Model::Essp { staleness: 0 }).unwrap();
+            let mut worker = client.worker().unwrap();
+            let mut row = [0; 4];
+            for clock in 0..CLOCKS {
+                for number in 0..ROWS {
+                    worker.get(&table, number, &mut row).unwrap();
+                    let expected = 2 * clock..=2 * clock + 1;
+                    assert!(
+                        row == [row[0]; 4] && expected.contains(&row[0]),
+                        "seed {seed}, clock {clock}, row {number}: {row:?}, not {expected:?}"
+                    );
+                }
+                for number in 0..ROWS {
+                    worker.inc(&table, number, &[1; 4]).unwrap();
+                }
+                worker.clock().unwrap();
+            }
+            let hits = worker.stats().hits;
+            assert!(hits > ROWS, "seed {seed}: {hits} hits: the rows are not held");
+            drop(worker);
+            client.close().unwrap();
+            left.fetch_sub(1, Ordering::SeqCst);
+        });
+    }
+    if let Err(report) = sim.try_run() {
+        panic!("great rounds, seed {seed}: {report}");
+    }
+}
+
+#[test]
+fn a_round_greater_than_the_send_queue_is_closed_after_all_of_it() {
+    (0..8).for_each(great_rounds);
 }
 
 /// A worker thread of the transport, joined with its result.

@@ -158,8 +158,8 @@ impl<C: Connection> Peer<C> {
 
     /// A signalled request is done: gives the entries that it and earlier ones read to `release`.
     pub fn completed(&mut self, serial: u64, mut release: impl FnMut(Entry)) {
-        while let Some((_, entry)) = self.inflight.pop_front_if(|(first, _)| *first <= serial) {
-            release(entry);
+        while self.inflight.front().is_some_and(|(first, _)| *first <= serial) {
+            self.inflight.pop_front().into_iter().for_each(|(_, entry)| release(entry));
         }
     }
 

@@ -153,19 +153,19 @@ impl<T: Transport> Poller<T> {
             posted += 1;
         }
         let peer = self.peers.get_mut(&id).expect("it was there");
-        if let Some(sequence) = peer.closed.filter(|_| peer.has_room()) {
-            if peer.receives.take() {
-                peer.closed = None;
-                peer.announce(Immediate::Closed(sequence).encode())?;
-                posted += 1;
-            }
+        if let Some(sequence) = peer.closed.filter(|_| peer.has_room())
+            && peer.receives.take()
+        {
+            peer.closed = None;
+            peer.announce(Immediate::Closed(sequence).encode())?;
+            posted += 1;
         }
-        if let Some(clock) = peer.round.filter(|_| peer.queue.is_empty() && peer.has_room()) {
-            if peer.receives.take() {
-                peer.round = None;
-                peer.announce(Immediate::Round(clock).encode())?;
-                posted += 1;
-            }
+        if let Some(clock) = peer.round.filter(|_| peer.queue.is_empty() && peer.has_room())
+            && peer.receives.take()
+        {
+            peer.round = None;
+            peer.announce(Immediate::Round(clock).encode())?;
+            posted += 1;
         }
         Ok(posted)
     }
