@@ -55,7 +55,10 @@ fn device_lines(text: &mut String, device: &DeviceInfo) -> std::fmt::Result {
                 "  {completion_vectors} completion vectors, {queue_pairs} queue pairs, {pieces} SGEs"
             )?;
             writeln!(text, "  READs in flight: {reads_initiated} out, {reads_served} in")?;
-            writeln!(text, "  largest region {}", report::bytes(*region_bytes))?;
+            // Devices in software say the greatest number there is.
+            if *region_bytes < 1 << 60 {
+                writeln!(text, "  largest region {}", report::bytes(*region_bytes))?;
+            }
         }
         None => writeln!(text, "  its limits are not known: libibverbs does not open it")?,
     }

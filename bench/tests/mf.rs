@@ -166,6 +166,10 @@ fn clients_started_by_hand_work_together_on_a_running_server() {
     // Epoch 0 is exact: both parts together are the whole.
     assert!((parts[0][0] + parts[1][0] - plain[0]).abs() < 1e-6 * plain[0]);
     assert!(parts.iter().all(|part| part.len() == 6 && part[5] < part[0]), "{parts:?}");
+
+    let again = ["--clients=1", "--server", &server.url, "--client-index=0"];
+    let said = fail(&[&TINY[..], &again].concat());
+    assert!(said.contains("has run on these servers before"), "{said}");
 }
 
 #[test]

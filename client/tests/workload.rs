@@ -62,6 +62,9 @@ struct TablePlan {
     slots: usize,
 }
 
+/// The last of the rows that everybody uses.
+const HOT: u64 = 2;
+
 /// What a worker does next.
 #[derive(Debug, Clone)]
 enum Op {
@@ -106,34 +109,41 @@ impl Plan {
         let clients = random.among(1..=4) as usize;
         let owners: Vec<usize> =
             (0..clients).flat_map(|client| vec![client; random.among(1..=3) as usize]).collect();
-        let wide = random.one_in(4);
-        let tables: Vec<_> = (0..random.among(1..=4))
+        // Two kinds: a few rows of many kinds; or eager tables under pressure, where slots change hands all the time while
+        // pushes are on their way.
+        let busy = random.one_in(2);
+        let wide = !busy && random.one_in(3);
+        let tables: Vec<_> = (0..random.among(1..=if busy { 2 } else { 4 }))
             .map(|number| {
                 let wide = wide && number == 0;
                 let element = [ElementType::F32, ElementType::F64, ElementType::I32, ElementType::I64]
                     [random.among(0..=3) as usize];
                 let staleness = random.among(0..=3) as u32;
-                let rows = if wide { random.among(1..=3) } else { random.among(1..=40) };
+                let rows = match (wide, busy) {
+                    (true, _) => random.among(1..=3),
+                    (_, true) => random.among(6..=20),
+                    (_, false) => random.among(1..=40),
+                };
                 // A wide row has more than 64 KiB: its dense updates take several messages.
                 let least = (66 << 10) / element.size() / owners.len() + 1;
                 TablePlan {
                     name: format!("table-{number}"),
-                    model: match random.among(0..=4) {
+                    model: match random.among(0..=9) {
                         0 => Model::Bsp,
-                        1 => Model::Ssp { staleness },
-                        2 => Model::Async,
+                        1..=3 => Model::Ssp { staleness },
+                        4 => Model::Async,
                         _ => Model::Essp { staleness },
                     },
                     element,
                     rows,
                     each: if wide { least } else { random.among(1..=6) as usize },
-                    slots: random.among(4..=rows.max(4) + 2) as usize,
+                    slots: random.among(4..=if busy { 9 } else { rows.max(4) + 2 }) as usize,
                 }
             })
             .collect();
         let most = random.among(2..=clocks);
         let lanes: Vec<_> =
-            owners.iter().map(|&client| Lane::new(client, &tables, most, &mut random)).collect();
+            owners.iter().map(|&client| Lane::new(client, &tables, busy, most, &mut random)).collect();
         let added = tables.iter().map(|table| {
             let row = || owners.iter().map(|_| AtomicI64::new(0)).collect();
             (0..table.rows).map(|_| row()).collect()
@@ -161,10 +171,11 @@ impl Plan {
 }
 
 impl Lane {
-    fn new(client: usize, tables: &[TablePlan], most: u64, random: &mut Random) -> Self {
+    fn new(client: usize, tables: &[TablePlan], busy: bool, most: u64, random: &mut Random) -> Self {
         // Some are done before the others.
-        let clocks: Vec<_> = (0..random.among(1.max(most / 2)..=most)).map(|_| ops(tables, random)).collect();
-        let rest = if random.one_in(2) { ops(tables, random) } else { Vec::new() };
+        let clocks: Vec<_> =
+            (0..random.among(1.max(most / 2)..=most)).map(|_| ops(tables, busy, random)).collect();
+        let rest = if random.one_in(2) { ops(tables, busy, random) } else { Vec::new() };
         let mut total: Vec<_> = tables.iter().map(|table| vec![0; table.rows as usize]).collect();
         let mut stamped: Vec<_> = total.iter().map(|rows: &Vec<i64>| vec![rows.clone()]).collect();
         for ops in clocks.iter().chain([&rest]) {
@@ -191,26 +202,39 @@ impl Lane {
     }
 }
 
-fn ops(tables: &[TablePlan], random: &mut Random) -> Vec<Op> {
-    (0..random.among(0..=9))
-        .map(|_| {
-            let table = random.among(0..=tables.len() as u64 - 1) as usize;
-            let last = tables[table].rows - 1;
-            // Half of the time one of a few rows, which everybody uses.
-            let last = if random.one_in(2) { last.min(2) } else { last };
-            let row = random.among(0..=last);
-            let by = random.among(1..=3) as i64;
-            match random.among(0..=5) {
-                0 => Op::Inc { table, row, by },
-                1 | 2 => Op::IncAt { table, row, by },
-                3 => {
-                    let rows = (0..random.among(1..=6)).map(|_| random.among(0..=tables[table].rows - 1));
-                    Op::GetMany { table, rows: rows.collect() }
-                }
-                _ => Op::Get { table, row },
+fn ops(tables: &[TablePlan], busy: bool, random: &mut Random) -> Vec<Op> {
+    let any = (0..if busy { random.among(0..=30) } else { random.among(0..=9) }).map(|_| {
+        let table = random.among(0..=tables.len() as u64 - 1) as usize;
+        let last = tables[table].rows - 1;
+        // Half of the time one of a few rows, which everybody uses.
+        let last = if random.one_in(2) { last.min(HOT) } else { last };
+        let row = random.among(0..=last);
+        // Rows grow at different speeds: the image of another row would be found out.
+        let by = (random.among(1..=3) + 5 * row) as i64;
+        match random.among(0..=5) {
+            0 => Op::Inc { table, row, by },
+            1 | 2 => Op::IncAt { table, row, by },
+            3 => {
+                let rows = (0..random.among(1..=6)).map(|_| random.among(0..=tables[table].rows - 1));
+                Op::GetMany { table, rows: rows.collect() }
             }
-        })
-        .collect()
+            _ => Op::Get { table, row },
+        }
+    });
+    let any: Vec<_> = any.collect();
+    if !busy {
+        return any;
+    }
+    // At the bounds of the models: first everybody reads what everybody has changed last.
+    let hot = |op: fn(usize, u64) -> Op| {
+        tables
+            .iter()
+            .enumerate()
+            .flat_map(move |(table, plan)| (0..=HOT.min(plan.rows - 1)).map(move |row| op(table, row)))
+    };
+    let first = hot(|table, row| Op::Get { table, row });
+    let last = hot(|table, row| Op::IncAt { table, row, by: 1 + 5 * row as i64 });
+    first.chain(any).chain(last).collect()
 }
 
 /// A table of whichever type.
@@ -285,10 +309,11 @@ impl<T: Transport> Actor<T> {
                 self.worker.inc(table, *row, &delta).unwrap();
             }
             Op::IncAt { row, by, .. } => {
-                // One at a time: a column may come more than once.
+                // In two parts: a column may come more than once.
                 let columns = || (0..width as u32).filter(|column| mine(*column as usize));
+                let parts = [by - 1, 1].map(E::of);
                 let pairs: Vec<_> =
-                    (0..*by).flat_map(|_| columns().map(|column| (column, E::of(1)))).collect();
+                    parts.into_iter().flat_map(|part| columns().map(move |column| (column, part))).collect();
                 self.adding(number, *row, *by);
                 self.worker.inc_at(table, *row, &pairs).unwrap();
             }
@@ -467,8 +492,8 @@ fn seeds(usual: std::ops::Range<u64>) -> std::ops::Range<u64> {
 
 #[test]
 fn random_workloads_in_the_simulator() {
-    for seed in seeds(0..40) {
-        simulated(seed, 12);
+    for seed in seeds(0..60) {
+        simulated(seed, 40);
     }
 }
 

@@ -629,6 +629,24 @@ fn a_slot_is_announced_free_after_its_last_push() {
 }
 
 #[test]
+fn a_row_of_any_table_is_pushed_once_when_asked_for() {
+    for (name, model) in
+        [("once-async", Model::Async), ("once-bsp", Model::Bsp), ("once-essp", Model::Essp { staleness: 0 })]
+    {
+        let mut scene = Scene::new(name, model);
+        let mut raw = scene.raw();
+        let ahead = raw.batch(1, Some(1_000_000), 9, 1.0);
+        let ask = raw.message(Kind::Slots, 1, &record(9, SLOTS, 0, PUSH_ONCE));
+        raw.send(&ahead);
+        raw.send(&ask);
+        let (header, row) = raw.slot(SLOTS);
+        assert_eq!((header.included, row[0]), (1, 1.0), "{model}");
+        scene.undisturbed();
+        scene.end();
+    }
+}
+
+#[test]
 fn there_is_a_place_for_so_many_clients_and_for_another_when_one_leaves() {
     let folder = Folder::new("places");
     let address = folder.address("s.sock");

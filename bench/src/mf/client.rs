@@ -94,8 +94,11 @@ fn train(
     let training = options.training(ratings);
     let per_client = options.workers as usize;
     let first = index as usize * per_client;
-    let client_options =
-        ClientOptions { clients: options.clients, cache_bytes: options.cache, ..ClientOptions::default() };
+    let client_options = ClientOptions {
+        clients: options.clients,
+        cache_bytes: options.cache_bytes(ratings.columns),
+        ..ClientOptions::default()
+    };
     let client = Client::connect_with(&options.server, client_options)?;
     let job = options.job.as_deref().unwrap_or("mf");
     let tables = Tables::open(&client, job, ratings.columns, training.rank, options.model.model())?;

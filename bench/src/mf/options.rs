@@ -69,16 +69,16 @@ pub struct MfOptions {
     /// Be client number I of a job whose other clients are started elsewhere in the same way
     #[arg(long, value_name = "I", requires = "server")]
     pub client_index: Option<u16>,
-    /// Name of the job on the servers: clients of the same name work together [default: one of its own, or
-    /// `mf` with --client-index]
+    /// Name of the job on the servers, used once: its clients work together [default: one of its own, or `mf`
+    /// with --client-index]
     #[arg(long)]
     pub job: Option<String>,
     /// The server that is started if none is named.
     #[command(flatten)]
     pub embedded: EmbeddedOptions,
-    /// Bytes of a client's cache
-    #[arg(long, default_value_t = 256 << 20, value_name = "BYTES")]
-    pub cache: usize,
+    /// Bytes of a client's cache [default: enough for all column factors]
+    #[arg(long, value_name = "BYTES")]
+    pub cache: Option<usize>,
 
     /// Write the results to this file
     #[arg(long, value_name = "FILE")]
@@ -157,6 +157,13 @@ impl MfOptions {
         }
     }
 
+    /// Bytes of a client's cache, of which one table may take half.
+    pub fn cache_bytes(&self, columns: u32) -> usize {
+        // A row has a header of 32 bytes and begins at a cache line.
+        let factor = (32 + 4 * self.rank as usize).next_multiple_of(64);
+        self.cache.unwrap_or((1 << 20) + 2 * columns as usize * factor)
+    }
+
     /// The model, as the reports name it: `none` without a server.
     pub fn model_name(&self) -> String {
         if self.no_server { "none".into() } else { self.model.model.to_string() }
@@ -189,7 +196,9 @@ impl MfOptions {
         put("model", &self.model.model);
         put("clients", &self.clients);
         put("workers", &self.workers);
-        put("cache", &self.cache);
+        if let Some(cache) = self.cache {
+            put("cache", &cache);
+        }
         if let Some(step) = self.step {
             put("step", &step);
         }

@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use fervor_client::{Client, Error, Model, Table, Worker};
 
 use super::{
@@ -73,6 +73,12 @@ impl<'a> Served<'a> {
         }
     }
 
+    /// Whether the first factor has been written: it is zero before.
+    fn is_written(&mut self) -> Result<bool> {
+        let length = self.fetch(0..1)?;
+        Ok(self.fetched[..length].iter().any(|&x| x != 0.0))
+    }
+
     /// Fetches the factors of `columns` into the front of `self.fetched`.
     fn fetch(&mut self, columns: impl Iterator<Item = u32>) -> Result<usize> {
         self.rows.clear();
@@ -104,6 +110,10 @@ fn explain(error: Error) -> anyhow::Error {
 impl Factors for Served<'_> {
     fn start(&mut self) -> Result<()> {
         if let Some(initial) = self.initial {
+            ensure!(
+                !self.is_written()?,
+                "a job of this name has run on these servers before: name another with --job"
+            );
             let mut factor = vec![0.0; self.tables.rank];
             for column in 0..self.tables.columns {
                 initial.fill(Side::Column, column, &mut factor);
@@ -115,6 +125,10 @@ impl Factors for Served<'_> {
         for rows in rows.chunks(RUN) {
             self.worker.get_many(&self.tables.start, rows, &mut self.fetched[..rows.len()])?;
         }
+        ensure!(
+            self.is_written()?,
+            "the client with index 0 did not write the initial factors: it has failed"
+        );
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! The receiving side: an endpoint polls its connections' completions and rings, and owns the receive
 //! buffers.
 //!
-//! A poll asks the [bell](super::bell) which connections have something and visits those, a few messages
+//! A poll asks the [`super::bell`] which connections have something and visits those, a few messages
 //! each, in turn. A message is copied from the ring into a receive buffer, which is private memory and can so
 //! be lent as a slice. Without a free buffer the rest of the ring waits, and the sender with it.
 

@@ -10,7 +10,7 @@
 //! | `HEAD` | consumer, after it has copied the record out (release) | producer, before it overwrites (acquire) |
 //! | `WANTED` | producer: 1 when it found no room; consumer: 0 | consumer: if 1, it rings the producer |
 //!
-//! Two more words are the [gate](super::gate) of the producer's WRITEs, which do not go through the ring.
+//! Two more words are the [`super::gate`] of the producer's WRITEs, which do not go through the ring.
 //!
 //! A record is a header of two words (length and kind, immediate) and the payload, filled up to 16 bytes, so
 //! that a header never wraps; a payload may.
