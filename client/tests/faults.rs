@@ -1,6 +1,8 @@
 //! What callers may do wrong, and what others may: wrong arguments; clients and servers that die at any moment (in the
 //! simulator), come late, go early, or do not call in for long.
 
+// tidy: long, because the cases are many and share one scene
+
 use std::{
     sync::{
         Arc, Mutex,

@@ -3,6 +3,8 @@
 //! Beside it there is an honest client in the same job, which must notice nothing: its updates stay exact, and its clock
 //! goes on as soon as the other one is out of the vector clock.
 
+// tidy: long, because the cases are many and share one scene
+
 use std::{
     thread,
     time::{Duration, Instant},
