@@ -22,13 +22,21 @@
 //!
 //! Slots are given away under the mutex, by second chance ("clock"). A subscribed one is first unsubscribed, and
 //! free only when the shard has said that nothing more is on its way (invariant 6).
+//!
+//! **What the shard is told has the order of what happened here.** A row that one worker has just given up may be
+//! taken again by another at once, in another slot, and a slot that was just taken may be given up at once. So the
+//! wishes are left for the shard while the mutex is still held: a subscription reaches it before the end of that
+//! subscription, and the end of one before the next one of the same row.
 
 use std::sync::{
     Mutex, MutexGuard, PoisonError,
     atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
 };
 
-use fervor_protocol::row::{Header, UNFILLED};
+use fervor_protocol::{
+    row::{Header, UNFILLED},
+    wire::{PUSH_ONCE, SUBSCRIBE, UNSUBSCRIBE},
+};
 use fervor_verbs::Memory;
 use zerocopy::IntoBytes;
 
@@ -80,9 +88,7 @@ pub enum Taken {
     New(Slot),
     /// The row has a slot.
     Present(Slot),
-    /// There is none, and some have to be given up first: these subscribed ones, now `Closing`.
-    Evicted(Vec<(Slot, u64)>),
-    /// There is none: all are on their way out or in use.
+    /// There is none now: all are in use or on their way out, perhaps by this call.
     None,
 }
 
@@ -167,33 +173,35 @@ impl Cache {
         self.words[slot as usize].load(Ordering::Relaxed) == word.0
     }
 
-    /// Takes a slot for `row` in `state` (`Subscribed`, `Asked` or `Writing`), unfilled.
-    pub fn take(&self, row: u64, state: State) -> Taken {
+    /// Takes a slot for `row` in `state` (`Subscribed`, `Asked` or `Writing`), unfilled. `tell` leaves a wish for the
+    /// shard of a row: what becomes of which slot. It is called under the mutex; see the module.
+    pub fn take(&self, row: u64, state: State, mut tell: impl FnMut(Slot, u64, u32)) -> Taken {
         let mut free = self.lock();
         if let Some(slot) = self.index[row as usize].load(Ordering::Acquire).checked_sub(1) {
             return Taken::Present(slot);
         }
-        let slot = match free.slots.pop() {
-            Some(slot) => slot,
-            None => match self.evict(&mut free) {
-                (Some(slot), _) => slot,
-                (None, closing) if closing.is_empty() => return Taken::None,
-                (None, closing) => return Taken::Evicted(closing),
-            },
+        let Some(slot) = free.slots.pop().or_else(|| self.evict(&mut free, &mut tell)) else {
+            return Taken::None;
         };
         self.memory.write(self.offset(slot), UNFILLED.as_bytes());
         self.set(slot, self.word(slot).next(state, row));
         self.index[row as usize].store(slot + 1, Ordering::Release);
+        match state {
+            State::Subscribed => tell(slot, row, SUBSCRIBE),
+            State::Asked => tell(slot, row, PUSH_ONCE),
+            State::Free | State::Local | State::Writing | State::Closing => {}
+        }
         Taken::New(slot)
     }
 
     /// Puts a copy that a worker has READ into the slot of `row`, or a new one: if that is possible at once.
     pub fn install(&self, row: u64, header: &Header, data: &[u8]) {
         // One writer: whoever changes the word to `Writing`.
-        let slot = match self.take(row, State::Writing) {
+        let no_wishes = |_, _, _| unreachable!("only tables that are not pushed are filled by READs");
+        let slot = match self.take(row, State::Writing, no_wishes) {
             Taken::New(slot) => slot,
             Taken::Present(slot) if self.change(slot, row, State::Local, State::Writing) => slot,
-            Taken::Present(_) | Taken::Evicted(_) | Taken::None => return,
+            Taken::Present(_) | Taken::None => return,
         };
         self.memory.write(self.offset(slot), header.as_bytes());
         self.memory.write(self.offset(slot) + size_of::<Header>(), data);
@@ -244,8 +252,8 @@ impl Cache {
 
     /// Second chance: the first slot that was not used since the hand passed. Local ones can be had at once; of
     /// subscribed ones a few are given up, so that some become free before long.
-    fn evict(&self, free: &mut Free) -> (Option<Slot>, Vec<(Slot, u64)>) {
-        let mut closing = Vec::new();
+    fn evict(&self, free: &mut Free, tell: &mut impl FnMut(Slot, u64, u32)) -> Option<Slot> {
+        let mut closing = 0;
         let enough = (self.words.len() / 16).clamp(1, 64);
         for _ in 0..self.words.len() * 2 {
             let slot = free.hand as Slot;
@@ -271,20 +279,30 @@ impl Cache {
             }
             self.index[word.row() as usize].store(0, Ordering::Release);
             if next == State::Free {
-                return (Some(slot), closing);
+                return Some(slot);
             }
-            closing.push((slot, word.row()));
-            if closing.len() == enough {
+            tell(slot, word.row(), UNSUBSCRIBE);
+            closing += 1;
+            if closing == enough {
                 break;
             }
         }
-        (None, closing)
+        None
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::lock;
+
+    struct Enough<'a>(&'a AtomicBool);
+
+    impl Drop for Enough<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
 
     fn cache(slots: usize, rows: u64) -> Cache {
         Cache::new(Memory::new("test", slots * 64).unwrap(), 0, 64, slots, rows)
@@ -293,19 +311,71 @@ mod tests {
     #[test]
     fn a_subscribed_slot_is_not_free_before_it_is_closed() {
         let cache = cache(2, 10);
-        assert_eq!(cache.take(1, State::Subscribed), Taken::New(0));
-        assert_eq!(cache.take(1, State::Subscribed), Taken::Present(0));
-        assert_eq!(cache.take(2, State::Subscribed), Taken::New(1));
+        let wishes = Mutex::new(Vec::new());
+        let take = |row| {
+            let taken =
+                cache.take(row, State::Subscribed, |slot, row, wish| lock(&wishes).push((slot, row, wish)));
+            (taken, lock(&wishes).drain(..).collect::<Vec<_>>())
+        };
+        assert_eq!(take(1), (Taken::New(0), vec![(0, 1, SUBSCRIBE)]));
+        assert_eq!(take(1), (Taken::Present(0), vec![]));
+        assert_eq!(take(2), (Taken::New(1), vec![(1, 2, SUBSCRIBE)]));
         let (slot, word) = cache.find(1).unwrap();
-        let Taken::Evicted(closing) = cache.take(3, State::Subscribed) else { panic!("a slot to give up") };
-        assert_eq!(closing, [(0, 1)]);
+        assert_eq!(take(3), (Taken::None, vec![(0, 1, UNSUBSCRIBE)]), "a slot to give up");
         assert!(!cache.unchanged(slot, word), "a reader of the slot notices");
         assert_eq!((cache.find(1), cache.holds(1)), (None, false));
-        let Taken::Evicted(closing) = cache.take(3, State::Subscribed) else { panic!("the other slot") };
-        assert_eq!(closing, [(1, 2)]);
-        assert_eq!(cache.take(3, State::Subscribed), Taken::None);
+        assert_eq!(take(3), (Taken::None, vec![(1, 2, UNSUBSCRIBE)]), "the other slot");
+        assert_eq!(take(3), (Taken::None, vec![]));
         cache.closed(1);
-        assert_eq!(cache.take(3, State::Subscribed), Taken::New(1));
+        assert_eq!(take(3), (Taken::New(1), vec![(1, 3, SUBSCRIBE)]));
+    }
+
+    /// Workers that take slots from each other, and a shard that closes what they give up: its view of a slot, as the
+    /// wishes tell it one after the other, never contradicts itself.
+    #[test]
+    fn the_shard_is_told_in_the_order_of_what_happened() {
+        const ROWS: u64 = 12;
+        let cache = cache(8, ROWS);
+        let wishes = Mutex::new(Vec::new());
+        let enough = AtomicBool::new(false);
+        let take = |worker: u64| {
+            let mut random = worker;
+            while !enough.load(Ordering::Relaxed) {
+                random =
+                    random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let row = (random >> 33) % ROWS;
+                cache.take(row, State::Subscribed, |slot, row, wish| lock(&wishes).push((slot, row, wish)));
+            }
+        };
+        let mut held: [Option<u64>; 8] = [None; 8];
+        let mut taken = 0;
+        std::thread::scope(|scope| {
+            for worker in [1, 2, 3] {
+                let take = &take;
+                scope.spawn(move || take(worker));
+            }
+            // The others end with the test, however it ends.
+            let _enough = Enough(&enough);
+            while taken < 20_000 {
+                let told = std::mem::take(&mut *lock(&wishes));
+                for (slot, row, wish) in told {
+                    let before = held[slot as usize];
+                    match wish {
+                        SUBSCRIBE => {
+                            assert_eq!(before, None, "slot {slot} is taken for row {row}");
+                            assert!(!held.contains(&Some(row)), "row {row} is subscribed already");
+                            held[slot as usize] = Some(row);
+                            taken += 1;
+                        }
+                        _ => {
+                            assert_eq!((wish, before), (UNSUBSCRIBE, Some(row)), "slot {slot} is given up");
+                            held[slot as usize] = None;
+                            cache.closed(slot);
+                        }
+                    }
+                }
+            }
+        });
     }
 
     #[test]

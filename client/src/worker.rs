@@ -11,7 +11,7 @@ use fervor_protocol::{
     Element, clock,
     pending::Origin,
     row::Header,
-    wire::{PUSH_ONCE, SUBSCRIBE, SlotRecord, UNSUBSCRIBE},
+    wire::{PUSH_ONCE, SlotRecord},
 };
 use fervor_verbs::transport::{PostError, Transport, any::Host};
 use zerocopy::IntoBytes;
@@ -411,7 +411,7 @@ impl<T: Transport> Worker<T> {
             match completed {
                 Ok(()) => {
                     if table.schema().model.eager() {
-                        self.subscribe(table, row, shard);
+                        self.take(table, row, State::Subscribed);
                     }
                     return Ok(true);
                 }
@@ -426,29 +426,24 @@ impl<T: Transport> Worker<T> {
         }
     }
 
-    /// Asks the server to push `row` from now on, if it has a slot for it.
-    fn subscribe<E: Element>(&mut self, table: &TableCore<E>, row: u64, shard: usize) {
-        match table.cache.take(row, State::Subscribed) {
-            Taken::New(slot) => self.wish(table, row, shard, slot, SUBSCRIBE),
-            Taken::Evicted(closing) => self.give_up(table, closing),
-            Taken::Present(_) | Taken::None => {}
-        }
-    }
-
-    fn give_up<E: Element>(&mut self, table: &TableCore<E>, closing: Vec<(Slot, u64)>) {
-        for (slot, row) in closing {
-            let (shard, _) = self.core.router.locate(row);
-            self.wish(table, row, shard, slot, UNSUBSCRIBE);
-        }
-    }
-
-    fn wish<E: Element>(&mut self, table: &TableCore<E>, row: u64, shard: usize, slot: Slot, wish: u32) {
-        let (_, index) = self.core.router.locate(row);
-        let record =
-            SlotRecord { row: index, slot: table.cache.offset(slot) as u64, table: table.id(shard), wish };
-        if self.core.wish(shard, Wish { record, table: table.number(), slot }) >= MANY_WISHES {
+    /// Takes a slot, and leaves the wishes that come of it.
+    fn take<E: Element>(&self, table: &TableCore<E>, row: u64, state: State) -> Taken {
+        let mut most = 0;
+        let taken = table.cache.take(row, state, |slot, row, wish| {
+            most = most.max(self.wish(table, row, slot, wish));
+        });
+        if most >= MANY_WISHES {
             self.core.progress();
         }
+        taken
+    }
+
+    /// Leaves a wish for the shard of `row`. How many there are now.
+    fn wish<E: Element>(&self, table: &TableCore<E>, row: u64, slot: Slot, wish: u32) -> usize {
+        let (shard, index) = self.core.router.locate(row);
+        let record =
+            SlotRecord { row: index, slot: table.cache.offset(slot) as u64, table: table.id(shard), wish };
+        self.core.wish(shard, Wish { record, table: table.number(), slot })
     }
 
     /// A hot row, torn time and again: the server, its one writer, pushes it (invariant 11).
@@ -464,18 +459,15 @@ impl<T: Transport> Worker<T> {
         loop {
             let known = self.core.links[shard].clock.load(Ordering::Acquire);
             // A subscribed slot is filled by the server anyway.
-            let (slot, asked) = match table.cache.take(row, State::Asked) {
-                Taken::New(slot) => (Some(slot), true),
-                Taken::Present(slot) if table.cache.ask_again(slot, row) => (Some(slot), true),
-                Taken::Present(_) => (None, false),
-                Taken::Evicted(closing) => {
-                    self.give_up(table, closing);
-                    (None, false)
+            let slot = match self.take(table, row, State::Asked) {
+                Taken::New(slot) => Some(slot),
+                Taken::Present(slot) if table.cache.ask_again(slot, row) => {
+                    self.wish(table, row, slot, PUSH_ONCE);
+                    Some(slot)
                 }
-                Taken::None => (None, false),
+                Taken::Present(_) | Taken::None => None,
             };
-            if let Some(slot) = slot.filter(|_| asked) {
-                self.wish(table, row, shard, slot, PUSH_ONCE);
+            if let Some(slot) = slot {
                 let mut header = Header::default();
                 self.core.wait(For::Memory, || {
                     header = table.cache.copy(slot, into.as_mut_bytes());
