@@ -530,7 +530,7 @@ pub trait Connection: Send + fmt::Debug + 'static {
     /// [`PostError::Disconnected`]; the requests complete in error.
     fn ring(&mut self) -> Result<(), PostError>;
 
-    /// Requests that may be posted now before the queue is full.
+    /// Requests, of whatever kind and length, that may be posted now before the queue is full.
     fn room(&self) -> usize;
 
     /// Ends the connection; both sides get [`Completion::Disconnected`].

@@ -21,6 +21,7 @@
 //! [`Corrupt`] and ends the connection.
 
 use std::{
+    cell::Cell,
     os::fd::OwnedFd,
     sync::{Arc, atomic::Ordering},
 };
@@ -43,10 +44,10 @@ const SHUT: usize = 256;
 /// Records begin at multiples of this, and headers are this long.
 const ALIGN: u64 = 16;
 
-/// Smallest and (unless two of the longest messages need more) greatest capacity, bytes. Only what was
-/// used once takes memory.
+/// Smallest and (unless two of the longest messages need more) greatest capacity, bytes. What is copied in and out
+/// soon is still in a processor's cache: a larger ring is a slower one.
 const LEAST: u64 = 64 << 10;
-const MOST: u64 = 4 << 20;
+const MOST: u64 = 1 << 20;
 
 /// The peer wrote something that the protocol does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -76,28 +77,41 @@ pub(super) struct Producer {
     capacity: u64,
     tail: u64,
     /// The latest `HEAD` seen.
-    head: u64,
+    head: Cell<u64>,
 }
 
 impl Producer {
     pub(super) fn new(capacity: u64) -> Self {
-        Self { capacity, tail: 0, head: 0 }
+        Self { capacity, tail: 0, head: Cell::new(0) }
+    }
+
+    fn free(&self) -> u64 {
+        // No overflow: `head <= tail <= head + capacity` always.
+        self.capacity - (self.tail - self.head.get())
     }
 
     fn fits(&self, size: u64) -> bool {
-        // No overflow: `head <= tail <= head + capacity` always.
-        size <= self.capacity - (self.tail - self.head)
+        size <= self.free()
     }
 
-    fn refresh(&mut self, head: &impl Word) -> Result<(), Corrupt> {
+    fn refresh(&self, head: &impl Word) -> Result<(), Corrupt> {
         // SYNC POINT: acquires what the consumer released in `Consumer::advance`: it has copied out all
         // before `head`, so those bytes may be overwritten.
         let seen = head.load(Ordering::Acquire);
-        if seen < self.head || seen > self.tail || !seen.is_multiple_of(ALIGN) {
+        if seen < self.head.get() || seen > self.tail || !seen.is_multiple_of(ALIGN) {
             return Err(Corrupt);
         }
-        self.head = seen;
+        self.head.set(seen);
         Ok(())
+    }
+
+    /// How many records of `size` bytes, up to `most`, can be reserved for sure.
+    pub(super) fn room(&self, head: &impl Word, size: u64, most: u64) -> u64 {
+        if self.free() / size < most {
+            // A head that cannot be is found when the next record is reserved.
+            let _ = self.refresh(head);
+        }
+        most.min(self.free() / size)
     }
 
     /// Where to write a record of `size` bytes, or `None` when there is no room; the consumer will then say
@@ -245,6 +259,12 @@ impl Outbox {
     pub(super) fn reserve(&mut self, length: u64) -> Result<bool, Corrupt> {
         let (head, wanted) = (self.file.word(HEAD), self.file.word(WANTED));
         Ok(self.indices.reserve(head, wanted, record_size(length))?.is_some())
+    }
+
+    /// How many messages of `length` bytes, up to `most`, have room now.
+    #[inline]
+    pub(super) fn room(&self, length: u64, most: u64) -> u64 {
+        self.indices.room(self.file.word(HEAD), record_size(length), most)
     }
 
     /// Copies `len` bytes of the payload to place `at` within the payload of the record reserved.

@@ -137,6 +137,7 @@ fn piece(region: &ShmRegion, offset: usize, length: usize) -> [Sge<'_, ShmRegion
 fn reads_writes_and_messages_of_all_sizes() {
     let config = EndpointConfig { receive_size: 1 << 20, receive_buffers: 4, ..EndpointConfig::default() };
     let (mut a, mut b) = pair(&config);
+    let room = a.connection.room();
     for (turn, size) in [0, 1, 7, 64, 4096, 1 << 20].into_iter().cycle().take(60).enumerate() {
         let data: Vec<u8> = (0..size).map(|i| (i * 7 + turn) as u8).collect();
         a.region.memory().write(0, &data);
@@ -160,7 +161,7 @@ fn reads_writes_and_messages_of_all_sizes() {
         assert_eq!(a.work(), (2, Ok(())));
         a.region.memory().read(0, &mut seen);
         assert_eq!(seen, vec![0xaa; size]);
-        assert_eq!(a.connection.room(), config.send_depth);
+        assert_eq!(a.connection.room(), room);
     }
 }
 
@@ -225,6 +226,26 @@ fn the_send_queue_is_as_deep_as_asked_for() {
         a.connection.ring().unwrap();
         assert!(a.silent(), "nothing was signalled");
         assert_eq!(a.connection.room(), 5, "the poll has made room");
+    }
+}
+
+#[test]
+fn what_has_room_is_taken_however_long_the_messages_are() {
+    let config =
+        EndpointConfig { receive_buffers: 64, receive_size: 64 << 10, send_depth: 128, ..Default::default() };
+    let (mut a, mut b) = pair(&config);
+    for round in 0..20 {
+        let room = a.connection.room();
+        assert!((1..128).contains(&room), "{room} in round {round}: the ring holds less than the queue");
+        for _ in 0..room {
+            a.connection.send(Payload::Gather(&piece(&a.region, 0, 64 << 10)), None, None).unwrap();
+        }
+        assert_eq!(a.connection.room(), 0);
+        a.connection.ring().unwrap();
+        for _ in 0..room {
+            assert_eq!(b.message().len(), 64 << 10);
+        }
+        assert!(a.silent(), "nothing was signalled");
     }
 }
 
