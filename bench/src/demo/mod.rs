@@ -16,6 +16,9 @@ use crate::{
 pub mod curves;
 pub mod pictures;
 
+/// The times to this part of the initial loss are compared.
+const TARGET: f64 = 0.04;
+
 /// Options of `fervor-bench demo`.
 #[derive(Debug, Clone, Args)]
 pub struct DemoOptions {
@@ -74,7 +77,11 @@ pub fn run(options: &DemoOptions) -> Result<Vec<Report>> {
         println!("{} ...", run.title());
         reports.extend(mf::run(&run)?);
     }
-    println!("\n{}\n{}\n{}", reports[0].machine, comparison(&reports), differentials(&reports));
+    for report in &mut reports {
+        report.aim(TARGET * report.epochs[0].loss);
+    }
+    println!("\n{}\n{}", reports[0].machine, comparison(&reports));
+    println!("(target: {} % of the initial loss)\n\n{}", 100.0 * TARGET, differentials(&reports));
     let file = |name: &str| options.out.join(name);
     curves::write(&file("convergence.svg"), &reports)?;
     let eager = reports.iter().find(|report| report.model == "essp").context("there is no run under essp")?;

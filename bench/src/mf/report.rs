@@ -116,9 +116,8 @@ impl Report {
         let clocks: u64 = tally.reports.iter().map(|report| report.clocks).sum();
         let share = |part: f64| if total > 0.0 { (part / total).min(1.0) } else { 0.0 };
         let (waiting, communication) = (share(accesses.waiting), share(accesses.communicating));
-        let reached = |target| tally.epochs.iter().find(|epoch| epoch.loss <= target);
         let training = options.training(ratings);
-        Report {
+        let mut report = Report {
             application: "mf".into(),
             model: options.model_name(),
             staleness: options.staleness(),
@@ -136,8 +135,8 @@ impl Report {
             step: training.step,
             decay: training.decay,
             seed: options.seed,
-            target_loss,
-            seconds_to_target: target_loss.and_then(reached).map(|epoch| epoch.seconds),
+            target_loss: None,
+            seconds_to_target: None,
             seconds: tally.reports.iter().map(|report| report.seconds).fold(0.0, f64::max),
             clocks_per_second: if total > 0.0 { clocks as f64 / total } else { 0.0 },
             time: Time { compute: (1.0 - waiting - communication).max(0.0), waiting, communication },
@@ -147,7 +146,16 @@ impl Report {
             machine: Machine::this(),
             factors: tally.reports.iter().find_map(|report| report.factors.clone()),
             epochs: tally.epochs,
-        }
+        };
+        target_loss.into_iter().for_each(|target| report.aim(target));
+        report
+    }
+
+    /// Sets the target loss: when was it reached?
+    pub fn aim(&mut self, target: f64) {
+        self.target_loss = Some(target);
+        self.seconds_to_target =
+            self.epochs.iter().find(|epoch| epoch.loss <= target).map(|epoch| epoch.seconds);
     }
 
     /// The model with its staleness.
