@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`check`] | the guarantee of the consistency models, at scale |
 //! | [`data`] | ratings: read, recognised, generated |
+//! | [`job`] | processes and threads of a training job |
 //! | [`mf`] | matrix factorisation, with the parameter server and without |
 //! | [`demo`] | the digits under all models, with curves and pictures |
 //! | [`devices`] | the RDMA devices of this machine |
@@ -22,6 +23,7 @@ pub mod check;
 pub mod data;
 pub mod demo;
 pub mod devices;
+pub mod job;
 pub mod latency;
 pub mod machine;
 pub mod mf;
