@@ -9,6 +9,7 @@
 //! | [`check`] | the guarantee of the consistency models, at scale |
 //! | [`data`] | ratings: read, recognised, generated |
 //! | [`job`] | processes and threads of a training job |
+//! | [`lda`] | topics of documents, with the parameter server and without |
 //! | [`mf`] | matrix factorisation, with the parameter server and without |
 //! | [`demo`] | the digits under all models, with curves and pictures |
 //! | [`devices`] | the RDMA devices of this machine |
@@ -25,6 +26,7 @@ pub mod demo;
 pub mod devices;
 pub mod job;
 pub mod latency;
+pub mod lda;
 pub mod machine;
 pub mod mf;
 pub mod model;

@@ -6,7 +6,7 @@
 //!    └──────spawns──▶ client 1 ── worker threads …
 //! ```
 //!
-//! An application ([`mf`](crate::mf)) brings its data, its tables and what a worker does; the rest is here.
+//! An application ([`mf`](crate::mf), [`lda`](crate::lda)) brings its data, its tables and what a worker does; the rest is here.
 //!
 //! | module | what it is |
 //! |---|---|
