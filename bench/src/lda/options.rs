@@ -42,7 +42,7 @@ pub struct LdaOptions {
     #[arg(long, default_value_t = 0.1)]
     pub beta: f64,
     /// Clocks that each worker ends in one pass over its tokens
-    #[arg(long, default_value_t = 4, value_parser = value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, default_value_t = 10, value_parser = value_parser!(u32).range(1..=1_000_000))]
     pub clocks_per_epoch: u32,
     /// Passes over the tokens; fewer if a target is reached before
     #[arg(long, default_value_t = 50, value_parser = value_parser!(u32).range(1..=1_000_000))]

@@ -138,13 +138,46 @@ fn triple(lines: &Lines<'_>) -> Result<[u64; 3], DataError> {
     ])
 }
 
+/// The documents of `text`, over this vocabulary.
+#[cfg(test)]
+pub fn read_from(text: &str, vocabulary: &[&str]) -> Result<Corpus, DataError> {
+    let vocabulary = vocabulary.iter().map(|&word| word.to_owned()).collect();
+    parse(&mut Lines::new("docword.txt", text.as_bytes())?, vocabulary, Path::new("vocab.txt"))
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
 
     use flate2::{Compression, write::GzEncoder};
+    use proptest::{collection::vec, prelude::*};
 
     use super::*;
+
+    proptest! {
+        /// Whatever the counts, and in whatever order they come, the tokens are those that were written.
+        #[test]
+        fn what_was_written_is_read(mut counts in vec((1u32..20, 1u32..30, 1u32..5), 1..80)) {
+            let lines: String = counts.iter().map(|(d, w, n)| format!("{d} {w} {n}\n")).collect();
+            let corpus = parsed(format!("20\n30\n{}\n{lines}", counts.len()).as_bytes(), 30).unwrap();
+            counts.sort_by_key(|&(document, ..)| document);
+            let written: Vec<u32> =
+                counts.iter().flat_map(|&(_, word, times)| (0..times).map(move |_| word - 1)).collect();
+            prop_assert_eq!(&corpus.tokens, &written);
+            counts.dedup_by_key(|&mut (document, ..)| document);
+            prop_assert_eq!(corpus.documents(), counts.len());
+        }
+
+        /// Nonsense is refused, and never more than refused.
+        #[test]
+        fn any_change_of_a_byte_is_read_or_refused(place in 0usize..28, byte: u8) {
+            let mut text = b"3\n4\n4\n3 4 1\n1 2 2\n3 1 1\n1 1 1\n".to_vec();
+            text[place] = byte;
+            if let Ok(corpus) = parsed(&text, 4) {
+                prop_assert!((0..corpus.documents()).all(|d| corpus.document(d).iter().all(|&w| w < 4)));
+            }
+        }
+    }
 
     fn parsed(text: &[u8], words: usize) -> Result<Corpus, DataError> {
         let vocabulary = (0..words).map(|i| format!("w{i}")).collect();
