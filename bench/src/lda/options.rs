@@ -26,7 +26,7 @@ pub struct LdaOptions {
     #[arg(long, value_name = "FILE", group = "input")]
     pub docword: Option<PathBuf>,
     /// Its vocabulary [default: vocab.NAME.txt beside it]
-    #[arg(long, value_name = "FILE", requires = "docword")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["corpus", "generate"])]
     pub vocabulary: Option<PathBuf>,
     /// Documents made up around planted topics
     #[arg(long, value_name = "DOCSxWORDS:TOKENS", group = "input")]
