@@ -6,10 +6,7 @@ use anyhow::{Result, bail};
 use clap::{Args, value_parser};
 use fervor_client::ClientOptions;
 
-use crate::{
-    model::{ModelName, ModelOptions},
-    server::EmbeddedOptions,
-};
+use crate::{model::ModelOptions, server::EmbeddedOptions};
 
 /// Processes, threads and servers of a job.
 #[derive(Debug, Clone, Args)]
@@ -90,7 +87,7 @@ impl JobOptions {
 
     /// The staleness, where the model has one.
     pub fn staleness(&self) -> Option<u32> {
-        (!self.no_server && self.model.model != ModelName::Async).then(|| self.model.staleness())
+        self.model.bounded_by().filter(|_| !self.no_server)
     }
 
     /// What the job is, in a few words.
@@ -108,6 +105,7 @@ impl JobOptions {
         arguments.put("workers", &self.workers);
         arguments.put_some("cache", self.cache.as_ref());
         arguments.put_some("staleness", self.model.staleness.as_ref());
+        arguments.put_some("v0", self.model.v0.as_ref());
         arguments.flag("tell-parent", true);
     }
 }

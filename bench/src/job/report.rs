@@ -69,10 +69,11 @@ impl Costs {
     }
 }
 
-/// A model with its staleness, for people.
-pub fn title(model: &str, staleness: Option<u32>) -> String {
+/// A model with its staleness or bound, for people.
+pub fn title(model: &str, staleness: Option<u32>, v0: Option<f32>) -> String {
     match (model, staleness) {
         ("none", _) => "plain threads".into(),
+        ("vap", _) => format!("vap({})", v0.unwrap_or_default()),
         ("bsp", _) | (_, None) => model.into(),
         (model, Some(staleness)) => format!("{model}({staleness})"),
     }

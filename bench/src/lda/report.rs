@@ -31,10 +31,12 @@ pub struct Epoch {
 pub struct Report {
     /// `lda`.
     pub application: String,
-    /// `bsp`, `ssp`, `essp`, `async`; `none` without a parameter server.
+    /// `bsp`, `ssp`, `essp`, `async`, `vap`; `none` without a parameter server.
     pub model: String,
     /// Greatest lag of a read in clocks, where the model has one.
     pub staleness: Option<u32>,
+    /// The bound in the first clock, under `vap`.
+    pub v0: Option<f32>,
     /// Client processes.
     pub clients: u16,
     /// Worker threads of each.
@@ -111,6 +113,7 @@ impl Report {
             application: "lda".into(),
             model: options.job.model_name(),
             staleness: options.job.staleness(),
+            v0: options.job.model.v0,
             clients: options.job.clients,
             workers: options.job.workers,
             client_index,
@@ -143,7 +146,7 @@ impl Report {
 
     /// The model with its staleness.
     pub fn title(&self) -> String {
-        title(&self.model, self.staleness)
+        title(&self.model, self.staleness, self.v0)
     }
 }
 

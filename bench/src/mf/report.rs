@@ -38,6 +38,9 @@ pub struct Report {
     pub staleness: Option<u32>,
     /// Client processes.
     pub clients: u16,
+    /// The bound in the first clock, under `vap`.
+    #[serde(default)]
+    pub v0: Option<f32>,
     /// Worker threads of each.
     pub workers: u16,
     /// If this is the part of a single client of the job: which.
@@ -107,6 +110,7 @@ impl Report {
             application: "mf".into(),
             model: options.job.model_name(),
             staleness: options.job.staleness(),
+            v0: options.job.model.v0,
             clients: options.job.clients,
             workers: options.job.workers,
             client_index,
@@ -147,7 +151,7 @@ impl Report {
 
     /// The model with its staleness.
     pub fn title(&self) -> String {
-        title(&self.model, self.staleness)
+        title(&self.model, self.staleness, self.v0)
     }
 
     /// The last epoch that all workers finished.
