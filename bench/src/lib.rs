@@ -8,6 +8,8 @@
 //! |---|---|
 //! | [`check`] | the guarantee of the consistency models, at scale |
 //! | [`data`] | ratings: read, recognised, generated |
+//! | [`job`] | processes and threads of a training job |
+//! | [`lda`] | topics of documents, with the parameter server and without |
 //! | [`mf`] | matrix factorisation, with the parameter server and without |
 //! | [`demo`] | the digits under all models, with curves and pictures |
 //! | [`devices`] | the RDMA devices of this machine |
@@ -22,7 +24,9 @@ pub mod check;
 pub mod data;
 pub mod demo;
 pub mod devices;
+pub mod job;
 pub mod latency;
+pub mod lda;
 pub mod machine;
 pub mod mf;
 pub mod model;

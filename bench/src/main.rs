@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use fervor_bench::{check, demo, devices, latency, mf, report, server};
+use fervor_bench::{check, demo, devices, latency, lda, mf, report, server};
 
 /// Applications and measurements of the Fervor parameter server.
 #[derive(Debug, Parser)]
@@ -20,6 +20,8 @@ struct Cli {
 enum Command {
     /// Matrix factorisation by stochastic gradient descent
     Mf(Box<mf::MfOptions>),
+    /// Topics of documents: latent Dirichlet allocation by collapsed Gibbs sampling
+    Lda(Box<lda::LdaOptions>),
     /// How long a cache hit, a cache miss, and an update take
     Latency(latency::LatencyOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Mf(options) => run_mf(&options),
+        Command::Lda(options) => run_lda(&options),
         Command::Demo(options) => demo::run(&options).map(drop),
         Command::Latency(options) => latency::run(&options),
         Command::Devices => devices::run().map(|text| print!("{text}")),
@@ -70,4 +73,10 @@ fn run_mf(options: &mf::MfOptions) -> Result<()> {
         report::write_json(path, &factors)?;
     }
     Ok(())
+}
+
+fn run_lda(options: &lda::LdaOptions) -> Result<()> {
+    let Some(results) = lda::run(options)? else { return Ok(()) };
+    print!("{results}");
+    options.json.as_ref().map_or(Ok(()), |path| report::write_json(path, &results))
 }

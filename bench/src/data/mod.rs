@@ -7,6 +7,7 @@ use std::{fmt, path::PathBuf};
 
 pub mod digits;
 pub mod generate;
+pub mod lines;
 pub mod parse;
 
 pub use generate::Planted;

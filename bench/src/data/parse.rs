@@ -12,23 +12,13 @@
 //! MatrixMarket's indices are positions. The ids of the two others are names: they are numbered in the order
 //! of their first appearance.
 
-use std::{
-    collections::HashMap,
-    fs::File,
-    io::{BufRead, BufReader, Read},
-    path::Path,
-};
+use std::{collections::HashMap, fs::File, io::Read, path::Path};
 
-use flate2::bufread::MultiGzDecoder;
-
-use super::{DataError, Rating, Ratings};
+use super::{DataError, Rating, Ratings, lines::Lines};
 
 const RECOGNISED: &str = "recognised are MovieLens CSV with the header `userId,movieId,rating,timestamp`, \
     MatrixMarket (`%%MatrixMarket matrix coordinate real general`), and lines of `row column value [timestamp]` \
     separated by spaces, a tab, a comma or `::`; each plain or as gzip";
-
-/// Longest part of a line that an error shows, in characters.
-const SHOWN: usize = 80;
 
 /// Reads the file at `path`.
 ///
@@ -45,90 +35,10 @@ pub fn file(path: &Path) -> Result<Ratings, DataError> {
 /// # Errors
 /// As [`file()`].
 pub fn read(name: &str, input: impl Read) -> Result<Ratings, DataError> {
-    let mut input = BufReader::with_capacity(1 << 16, input);
-    let start = input.fill_buf().map_err(|reason| DataError::Read { path: name.into(), reason })?;
-    if start.starts_with(&[0x1f, 0x8b]) {
-        let input = BufReader::with_capacity(1 << 16, MultiGzDecoder::new(input));
-        ratings(Lines::new(name, input, "gzip"))
-    } else {
-        ratings(Lines::new(name, input, "plain"))
-    }
+    ratings(Lines::new(name, input)?)
 }
 
-/// The lines of a file, with what an error message needs.
-struct Lines<'a, R> {
-    name: &'a str,
-    packing: &'static str,
-    input: R,
-    number: u64,
-    bytes: Vec<u8>,
-}
-
-impl<'a, R: BufRead> Lines<'a, R> {
-    fn new(name: &'a str, input: R, packing: &'static str) -> Self {
-        Lines { name, packing, input, number: 0, bytes: Vec::new() }
-    }
-
-    /// Goes to the next line; false at the end of the file.
-    fn advance(&mut self) -> Result<bool, DataError> {
-        self.bytes.clear();
-        let read = self.input.read_until(b'\n', &mut self.bytes);
-        if read.map_err(|reason| DataError::Read { path: self.name.into(), reason })? == 0 {
-            return Ok(false);
-        }
-        self.number += 1;
-        while matches!(self.bytes.last(), Some(b'\n' | b'\r')) {
-            self.bytes.pop();
-        }
-        if self.number == 1 && self.bytes.starts_with("\u{feff}".as_bytes()) {
-            self.bytes.drain(..3);
-        }
-        Ok(true)
-    }
-
-    /// Goes to the next line that has more in it than blanks or a comment.
-    fn advance_to_data(&mut self) -> Result<bool, DataError> {
-        while self.advance()? {
-            if !matches!(self.bytes.trim_ascii_start().first(), None | Some(b'#' | b'%')) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// The line, without its end and surrounding blanks.
-    fn text(&self) -> Result<&str, DataError> {
-        let text = std::str::from_utf8(&self.bytes).map_err(|_| self.error("it is not UTF-8 text"))?;
-        Ok(text.trim())
-    }
-
-    fn error(&self, reason: impl Into<String>) -> DataError {
-        let text = String::from_utf8_lossy(&self.bytes);
-        let mut content: String = text
-            .chars()
-            .map(|c| {
-                if c == '\t' {
-                    ' '
-                } else if c.is_control() {
-                    '\u{fffd}'
-                } else {
-                    c
-                }
-            })
-            .take(SHOWN)
-            .collect();
-        if text.chars().nth(SHOWN).is_some() {
-            content.push('…');
-        }
-        DataError::Line { path: self.name.into(), line: self.number, content, reason: reason.into() }
-    }
-
-    fn whole(&self, reason: impl Into<String>) -> DataError {
-        DataError::Content { path: self.name.into(), reason: reason.into() }
-    }
-}
-
-fn ratings<R: BufRead>(mut lines: Lines<'_, R>) -> Result<Ratings, DataError> {
+fn ratings(mut lines: Lines<'_>) -> Result<Ratings, DataError> {
     if !lines.advance()? {
         return Err(lines.whole(format!("the file is empty; {RECOGNISED}")));
     }
@@ -186,7 +96,7 @@ impl Separator {
 }
 
 /// The separator and number of fields of the current line, if it is a triple.
-fn recognise_triple<R: BufRead>(lines: &Lines<'_, R>) -> Result<(Separator, usize), DataError> {
+fn recognise_triple(lines: &Lines<'_>) -> Result<(Separator, usize), DataError> {
     let unknown = || lines.error(format!("the format is not recognised; {RECOGNISED}"));
     let text = std::str::from_utf8(&lines.bytes).map_err(|_| unknown())?.trim();
     let separator = ["::", ","].into_iter().find(|separator| text.contains(separator));
@@ -209,8 +119,8 @@ impl Ids {
 }
 
 /// Reads triples from the current line to the end.
-fn triples<R: BufRead>(
-    mut lines: Lines<'_, R>,
+fn triples(
+    mut lines: Lines<'_>,
     format: &str,
     separator: Separator,
     expected: usize,
@@ -236,15 +146,15 @@ fn triples<R: BufRead>(
             break;
         }
     }
-    let source = format!("{} ({format}, {})", lines.name, lines.packing);
+    let source = format!("{} ({format}, {})", lines.name(), lines.packing);
     Ok(Ratings { source, rows: rows.0.len() as u32, columns: columns.0.len() as u32, entries })
 }
 
-fn id<R: BufRead>(lines: &Lines<'_, R>, what: &str, field: &str) -> Result<u64, DataError> {
+fn id(lines: &Lines<'_>, what: &str, field: &str) -> Result<u64, DataError> {
     field.parse().map_err(|_| lines.error(format!("the {what} id `{field}` is not a whole number")))
 }
 
-fn value<R: BufRead>(lines: &Lines<'_, R>, field: &str) -> Result<f32, DataError> {
+fn value(lines: &Lines<'_>, field: &str) -> Result<f32, DataError> {
     match field.parse::<f32>() {
         Ok(value) if value.is_finite() => Ok(value),
         Ok(_) => Err(lines.error(format!("the value `{field}` is not finite"))),
@@ -253,7 +163,7 @@ fn value<R: BufRead>(lines: &Lines<'_, R>, field: &str) -> Result<f32, DataError
 }
 
 /// Reads a MatrixMarket file whose first line, in lower case, is `banner`.
-fn matrix_market<R: BufRead>(mut lines: Lines<'_, R>, banner: &str) -> Result<Ratings, DataError> {
+fn matrix_market(mut lines: Lines<'_>, banner: &str) -> Result<Ratings, DataError> {
     let words: Vec<&str> = banner.split_ascii_whitespace().collect();
     let symmetric = match words[..] {
         ["%%matrixmarket", "matrix", "coordinate", "real" | "integer" | "double", symmetry] => match symmetry
@@ -309,11 +219,11 @@ fn matrix_market<R: BufRead>(mut lines: Lines<'_, R>, banner: &str) -> Result<Ra
     if entries.is_empty() {
         return Err(lines.whole("the matrix has no entries"));
     }
-    let source = format!("{} (MatrixMarket, {})", lines.name, lines.packing);
+    let source = format!("{} (MatrixMarket, {})", lines.name(), lines.packing);
     Ok(Ratings { source, rows, columns, entries })
 }
 
-fn index<R: BufRead>(lines: &Lines<'_, R>, what: &str, field: &str, size: u32) -> Result<u32, DataError> {
+fn index(lines: &Lines<'_>, what: &str, field: &str, size: u32) -> Result<u32, DataError> {
     match field.parse::<u32>() {
         Ok(index) if (1..=size).contains(&index) => Ok(index - 1),
         _ => Err(lines.error(format!("the {what} `{field}` is not a number from 1 to {size}"))),

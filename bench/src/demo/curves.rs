@@ -13,7 +13,7 @@ use plotters::{
     style::{Color as _, IntoFont as _, ShapeStyle},
 };
 
-use crate::mf::{Report, messages::Epoch};
+use crate::mf::{Report, report::Epoch};
 
 /// Okabe and Ito's colours, which are told apart with any kind of sight.
 const COLOURS: [RGBColor; 6] = [

@@ -4,26 +4,20 @@
 //! workers; the column factors (`R`) are a table that all workers read and update. A pass over the ratings is
 //! an epoch, and a worker ends a clock several times in it.
 //!
-//! ```text
-//!  parent ──spawns──▶ server (embedded)                      none with --server or --no-server
-//!    │ └────spawns──▶ client 0 ── worker threads 0, 1, …     stdin: `stop`; stdout: messages
-//!    └──────spawns──▶ client 1 ── worker threads …
-//! ```
+//! How the processes of a job hang together: [`job`](crate::job).
 //!
 //! | module | what it is |
 //! |---|---|
 //! | [`options`] | the command line |
 //! | [`plan`] | which worker trains on which ratings, in which clock, in which order |
 //! | [`sgd`] | the arithmetic |
-//! | [`trainer`] | what each worker does; timing |
+//! | [`trainer`] | what each worker does |
 //! | [`served`], [`plain`] | column factors in a table, or behind locks of this process |
-//! | [`client`] | a client process |
-//! | [`parent`] | the process that starts the others, and adds up what they say |
-//! | [`messages`] | what they say |
+//! | [`client`] | a client |
+//! | [`parent`] | a whole job |
 //! | [`report`] | what the user gets |
 
 pub mod client;
-pub mod messages;
 pub mod options;
 pub mod parent;
 pub mod plain;
@@ -36,3 +30,12 @@ pub mod trainer;
 pub use options::MfOptions;
 pub use parent::run;
 pub use report::Report;
+
+use crate::job::messages;
+
+/// What a worker or client says; worker 0 may give back the column factors.
+pub type Message = messages::Message<Vec<f32>>;
+/// What they say, added up.
+pub type Tally = messages::Tally<Vec<f32>>;
+/// What a worker says of itself at its end.
+pub type WorkerReport = messages::WorkerReport<Vec<f32>>;

@@ -2,14 +2,13 @@
 
 use std::{ffi::OsString, path::PathBuf};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use clap::{ArgGroup, Args, value_parser};
 
 use super::{sgd::Initial, trainer::Training};
 use crate::{
     data::{Planted, Ratings, Source},
-    model::ModelOptions,
-    server::EmbeddedOptions,
+    job::{JobOptions, options::Arguments},
 };
 
 /// Options of `fervor-bench mf`.
@@ -51,34 +50,9 @@ pub struct MfOptions {
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 
-    /// The consistency model.
+    /// Who works where.
     #[command(flatten)]
-    pub model: ModelOptions,
-    /// Client processes
-    #[arg(long, default_value_t = 2, value_parser = value_parser!(u16).range(1..=4096))]
-    pub clients: u16,
-    /// Worker threads in each client
-    #[arg(long, default_value_t = 1, value_parser = value_parser!(u16).range(1..=4096))]
-    pub workers: u16,
-    /// Use this running server instead of starting one; may be repeated
-    #[arg(long, value_name = "URL")]
-    pub server: Vec<String>,
-    /// Train with as many plain threads of one process, without any parameter server
-    #[arg(long, conflicts_with_all = ["server", "client_index"])]
-    pub no_server: bool,
-    /// Be client number I of a job whose other clients are started elsewhere in the same way
-    #[arg(long, value_name = "I", requires = "server")]
-    pub client_index: Option<u16>,
-    /// Name of the job on the servers, used once: its clients work together [default: one of its own, or `mf`
-    /// with --client-index]
-    #[arg(long)]
-    pub job: Option<String>,
-    /// The server that is started if none is named.
-    #[command(flatten)]
-    pub embedded: EmbeddedOptions,
-    /// Bytes of a client's cache [default: enough for all column factors]
-    #[arg(long, value_name = "BYTES")]
-    pub cache: Option<usize>,
+    pub job: JobOptions,
 
     /// Write the results to this file
     #[arg(long, value_name = "FILE")]
@@ -86,9 +60,6 @@ pub struct MfOptions {
     /// Write the learned column factors to this file, as a JSON array of an array for each column
     #[arg(long, value_name = "FILE", conflicts_with = "client_index")]
     pub factors: Option<PathBuf>,
-    /// Say what is told to the parent process
-    #[arg(long, hide = true, requires = "client_index")]
-    pub tell_parent: bool,
     /// Tell the parent process the column factors too
     #[arg(long, hide = true, requires = "tell_parent")]
     pub tell_factors: bool,
@@ -100,20 +71,13 @@ impl MfOptions {
     /// # Errors
     /// Values that make no sense, alone or together.
     pub fn validate(&self) -> Result<()> {
-        self.model.validate()?;
+        self.job.validate()?;
         if let Some(step) = self.step {
             ensure!(step.is_finite() && step > 0.0, "--step {step}: a step is a number above 0");
         }
         ensure!(self.decay > 0.0 && self.decay <= 1.0, "--decay {}: it is above 0 and at most 1", self.decay);
         if let Some(part) = self.target_fraction {
             ensure!(part > 0.0 && part < 1.0, "--target-fraction {part}: it is between 0 and 1, as in 0.02");
-        }
-        if let Some(index) = self.client_index.filter(|&index| index >= self.clients) {
-            bail!(
-                "--client-index {index}: of {} clients, the last has index {}",
-                self.clients,
-                self.clients - 1
-            );
         }
         Ok(())
     }
@@ -139,11 +103,6 @@ impl MfOptions {
         self.source().load(self.seed).context("cannot read the ratings")
     }
 
-    /// Workers of the whole job.
-    pub fn all_workers(&self) -> usize {
-        self.clients as usize * self.workers as usize
-    }
-
     /// How to train on `ratings`.
     pub fn training(&self, ratings: &Ratings) -> Training {
         let rank = self.rank as usize;
@@ -157,70 +116,33 @@ impl MfOptions {
         }
     }
 
-    /// Bytes of a client's cache, of which one table may take half.
-    pub fn cache_bytes(&self, columns: u32) -> usize {
-        // A row has a header of 32 bytes and begins at a cache line.
-        let factor = (32 + 4 * self.rank as usize).next_multiple_of(64);
-        self.cache.unwrap_or((1 << 20) + 2 * columns as usize * factor)
-    }
-
-    /// The model, as the reports name it: `none` without a server.
-    pub fn model_name(&self) -> String {
-        if self.no_server { "none".into() } else { self.model.model.to_string() }
-    }
-
-    /// The staleness, where the model has one.
-    pub fn staleness(&self) -> Option<u32> {
-        self.model.bounded_by().filter(|_| !self.no_server)
-    }
-
     /// What the job is, in a few words.
     pub fn title(&self) -> String {
-        if self.no_server { "plain threads".into() } else { self.model.to_string() }
+        self.job.title()
+    }
+
+    /// The loss that ends the job, given that before the first epoch.
+    pub fn target(&self, first: f64) -> Option<f64> {
+        self.target_loss.or(self.target_fraction.map(|fraction| fraction * first))
     }
 
     /// The command line of client number `index` of the job called `job`, for its servers at `urls`.
     pub fn client_arguments(&self, index: u16, job: &str, urls: &[String]) -> Vec<OsString> {
-        let mut arguments: Vec<OsString> = Vec::new();
-        let mut put = |name: &str, value: &dyn ToString| {
-            arguments.push(format!("--{name}={}", value.to_string()).into());
-        };
-        put("client-index", &index);
-        put("job", &job);
-        urls.iter().for_each(|url| put("server", url));
-        put("rank", &self.rank);
-        put("clocks-per-epoch", &self.clocks_per_epoch);
-        put("epochs", &self.epochs);
-        put("decay", &self.decay);
-        put("seed", &self.seed);
-        put("model", &self.model.model);
-        put("clients", &self.clients);
-        put("workers", &self.workers);
-        if let Some(cache) = self.cache {
-            put("cache", &cache);
-        }
-        if let Some(step) = self.step {
-            put("step", &step);
-        }
-        if let Some(staleness) = self.model.staleness {
-            put("staleness", &staleness);
-        }
-        if let Some(v0) = self.model.v0 {
-            put("v0", &v0);
-        }
+        let mut arguments = Arguments::default();
+        self.job.put(index, job, urls, &mut arguments);
+        arguments.put("rank", &self.rank);
+        arguments.put("clocks-per-epoch", &self.clocks_per_epoch);
+        arguments.put("epochs", &self.epochs);
+        arguments.put("decay", &self.decay);
+        arguments.put("seed", &self.seed);
+        arguments.put_some("step", self.step.as_ref());
         if let Some(planted) = self.generate {
-            put("generate", &format!("{}x{}:{}", planted.rows, planted.columns, planted.ratings));
+            arguments.put("generate", &format!("{}x{}:{}", planted.rows, planted.columns, planted.ratings));
         }
-        if let Some(path) = &self.data {
-            // A path need not be text.
-            let mut argument = OsString::from("--data=");
-            argument.push(path);
-            arguments.push(argument);
-        }
-        let flags =
-            [("--digits", self.digits), ("--tell-parent", true), ("--tell-factors", self.factors.is_some())];
-        arguments.extend(flags.into_iter().filter(|(_, set)| *set).map(|(flag, _)| flag.into()));
-        arguments
+        arguments.put_path("data", self.data.as_ref());
+        arguments.flag("digits", self.digits);
+        arguments.flag("tell-factors", self.factors.is_some());
+        arguments.0
     }
 }
 

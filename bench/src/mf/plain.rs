@@ -5,24 +5,35 @@
 //! what was tried (copies in and out under the lock, copies in and out of relaxed atomics): it needs no copy, and
 //! with many more columns than threads two threads seldom meet. Threads wait for each other nowhere else.
 
-use std::sync::{Barrier, Mutex, MutexGuard, PoisonError, mpsc::Sender};
+use std::sync::{Barrier, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
 
 use super::{
-    messages::Message,
-    plan::{Part, Share},
-    sgd::{self, Side},
-    trainer::{self, Accesses, Factors, Shared, Training, WorkerReport},
+    plan::Part,
+    sgd::{self, Initial, Side},
+    trainer::Factors,
 };
+use crate::job::Accesses;
 
 /// The column factors, shared by the threads.
-struct Columns {
+#[derive(Debug)]
+pub struct Columns {
     factors: Vec<Mutex<Vec<f32>>>,
     start: Barrier,
 }
 
 impl Columns {
+    /// The initial factors of `columns` columns, for `threads` threads that start together.
+    pub fn new(columns: u32, rank: usize, initial: Initial, threads: usize) -> Self {
+        let column = |index| {
+            let mut factor = vec![0.0; rank];
+            initial.fill(Side::Column, index, &mut factor);
+            Mutex::new(factor)
+        };
+        Columns { factors: (0..columns).map(column).collect(), start: Barrier::new(threads) }
+    }
+
     fn lock(&self, column: usize) -> MutexGuard<'_, Vec<f32>> {
         // A thread that panicked takes the job down; numbers have no state that it could have left halfway.
         self.factors[column].lock().unwrap_or_else(PoisonError::into_inner)
@@ -60,33 +71,4 @@ impl Factors for &Columns {
     fn accesses(&self) -> Accesses {
         Accesses::default()
     }
-}
-
-/// Trains with a thread for each of the `shares`.
-///
-/// # Errors
-/// That the loss is no number any more.
-pub fn run(
-    columns: u32,
-    shares: &[Share],
-    training: &Training,
-    shared: &Shared,
-    messages: &Sender<Message>,
-) -> Result<Vec<WorkerReport>> {
-    let column = |index| {
-        let mut factor = vec![0.0; training.rank];
-        training.initial.fill(Side::Column, index, &mut factor);
-        Mutex::new(factor)
-    };
-    let columns = Columns { factors: (0..columns).map(column).collect(), start: Barrier::new(shares.len()) };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = shares
-            .iter()
-            .map(|share| {
-                let columns = &columns;
-                scope.spawn(move || trainer::run(&mut { columns }, share, training, shared, messages))
-            })
-            .collect();
-        threads.into_iter().map(|t| t.join().unwrap_or_else(|e| std::panic::resume_unwind(e))).collect()
-    })
 }

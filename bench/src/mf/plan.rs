@@ -6,10 +6,15 @@
 //!  ratings of a part ──ordered by column──▶ groups: one fetch and one update of a column factor each
 //! ```
 
+use std::ops::Range;
+
 use rand::{SeedableRng as _, seq::SliceRandom as _};
 use rand_chacha::ChaCha8Rng;
 
-use crate::data::{Rating, Ratings};
+use crate::{
+    data::{Rating, Ratings},
+    job,
+};
 
 /// A rating within a group: its column is the group's.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -75,28 +80,13 @@ pub struct Share {
     pub whole: Part,
 }
 
-/// Cuts the rows into `workers` contiguous ranges with about equal numbers of ratings each: the first row
-/// of each, and after them the number of rows.
-fn ranges(ratings: &Ratings, workers: usize) -> Vec<u32> {
-    let mut counts = vec![0u64; ratings.rows as usize];
+/// Cuts the rows into `workers` contiguous ranges with about equal numbers of ratings each.
+fn ranges(ratings: &Ratings, workers: usize) -> Vec<Range<u32>> {
+    let mut counts = vec![0; ratings.rows as usize];
     for entry in &ratings.entries {
         counts[entry.row as usize] += 1;
     }
-    let total = ratings.entries.len() as u64;
-    let mut firsts = Vec::with_capacity(workers + 1);
-    let mut before = 0;
-    for (row, count) in (0..).zip(counts) {
-        // A row opens the next range when its middle lies beyond the range's share.
-        while firsts.len() < workers
-            && (2 * before + count) * workers as u64 >= 2 * total * firsts.len() as u64
-        {
-            firsts.push(row);
-        }
-        before += count;
-    }
-    firsts.resize(workers + 1, ratings.rows);
-    firsts[0] = 0;
-    firsts
+    job::ranges(&counts, workers).into_iter().map(|rows| rows.start as u32..rows.end as u32).collect()
 }
 
 /// The share of `worker`, of `workers`, when a pass takes `clocks` clocks.
@@ -104,8 +94,7 @@ fn ranges(ratings: &Ratings, workers: usize) -> Vec<u32> {
 /// # Panics
 /// If `worker` is not below `workers`, or `clocks` is 0.
 pub fn share(ratings: &Ratings, worker: usize, workers: usize, clocks: usize, seed: u64) -> Share {
-    let ranges = ranges(ratings, workers);
-    let (first_row, end) = (ranges[worker], ranges[worker + 1]);
+    let Range { start: first_row, end } = ranges(ratings, workers)[worker].clone();
     let mut own: Vec<Rating> =
         ratings.entries.iter().filter(|e| (first_row..end).contains(&e.row)).copied().collect();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);

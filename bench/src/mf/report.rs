@@ -4,15 +4,28 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    messages::{Bytes, Epoch, Tally},
-    options::MfOptions,
-};
+use super::{Tally, options::MfOptions};
 use crate::{
     data::Ratings,
+    job::{
+        self,
+        messages::Bytes,
+        report::{Cache, Costs, Time, differential_table, mean_differential, title},
+    },
     machine::Machine,
     report::{self, TextTable},
 };
+
+/// An epoch that every worker has finished.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Epoch {
+    /// Its number; 0 is before the first.
+    pub epoch: usize,
+    /// Seconds from the start until the slowest worker had finished it.
+    pub seconds: f64,
+    /// The sum of squared errors over all ratings.
+    pub loss: f64,
+}
 
 /// The results of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -83,50 +96,23 @@ pub struct Data {
     pub ratings: u64,
 }
 
-/// Parts of the workers' time.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Time {
-    /// Everything else: arithmetic, and reads that hit the cache.
-    pub compute: f64,
-    /// Waiting for the shard clock.
-    pub waiting: f64,
-    /// Reading from servers and sending to them.
-    pub communication: f64,
-}
-
-/// How reads were answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Cache {
-    /// By the client's cache.
-    pub hits: u64,
-    /// Not by the cache.
-    pub misses: u64,
-    /// READs of server memory.
-    pub reads: u64,
-}
-
 impl Report {
     /// The report of a job, or of its client number `client_index`.
-    pub fn new(
-        options: &MfOptions,
-        ratings: &Ratings,
-        tally: Tally,
-        target_loss: Option<f64>,
-        client_index: Option<u16>,
-    ) -> Self {
-        let accesses = tally.accesses();
-        let total: f64 = tally.reports.iter().map(|report| report.seconds).sum();
-        let clocks: u64 = tally.reports.iter().map(|report| report.clocks).sum();
-        let share = |part: f64| if total > 0.0 { (part / total).min(1.0) } else { 0.0 };
-        let (waiting, communication) = (share(accesses.waiting), share(accesses.communicating));
+    pub fn new(options: &MfOptions, ratings: &Ratings, tally: Tally, client_index: Option<u16>) -> Self {
+        let costs = Costs::new(&tally);
         let training = options.training(ratings);
+        let epoch = |epoch: job::messages::Epoch| Epoch {
+            epoch: epoch.epoch,
+            seconds: epoch.seconds,
+            loss: epoch.objective,
+        };
         let mut report = Report {
             application: "mf".into(),
-            model: options.model_name(),
-            staleness: options.staleness(),
-            v0: options.model.v0,
-            clients: options.clients,
-            workers: options.workers,
+            model: options.job.model_name(),
+            staleness: options.job.staleness(),
+            v0: options.job.model.v0,
+            clients: options.job.clients,
+            workers: options.job.workers,
             client_index,
             data: Data {
                 source: ratings.source.clone(),
@@ -141,17 +127,18 @@ impl Report {
             seed: options.seed,
             target_loss: None,
             seconds_to_target: None,
-            seconds: tally.reports.iter().map(|report| report.seconds).fold(0.0, f64::max),
-            clocks_per_second: if total > 0.0 { clocks as f64 / total } else { 0.0 },
-            time: Time { compute: (1.0 - waiting - communication).max(0.0), waiting, communication },
-            clock_differential: accesses.clock_differential,
-            cache: Cache { hits: accesses.hits, misses: accesses.misses, reads: accesses.reads },
+            seconds: costs.seconds,
+            clocks_per_second: costs.clocks_per_second,
+            time: costs.time,
+            clock_differential: costs.clock_differential,
+            cache: costs.cache,
             bytes: tally.bytes,
             machine: Machine::this(),
-            factors: tally.reports.iter().find_map(|report| report.factors.clone()),
-            epochs: tally.epochs,
+            factors: tally.reports.into_iter().find_map(|report| report.result),
+            epochs: tally.epochs.into_iter().map(epoch).collect(),
         };
-        target_loss.into_iter().for_each(|target| report.aim(target));
+        let target = report.epochs.first().and_then(|first| options.target(first.loss));
+        target.into_iter().for_each(|target| report.aim(target));
         report
     }
 
@@ -164,12 +151,7 @@ impl Report {
 
     /// The model with its staleness.
     pub fn title(&self) -> String {
-        match (self.model.as_str(), self.staleness) {
-            ("none", _) => "plain threads".into(),
-            ("vap", _) => format!("vap({})", self.v0.unwrap_or_default()),
-            ("bsp", _) | (_, None) => self.model.clone(),
-            (model, Some(staleness)) => format!("{model}({staleness})"),
-        }
+        title(&self.model, self.staleness, self.v0)
     }
 
     /// The last epoch that all workers finished.
@@ -179,9 +161,7 @@ impl Report {
 
     /// The mean of the clock differential; none without reads.
     pub fn mean_differential(&self) -> Option<f64> {
-        let count: u64 = self.clock_differential.values().sum();
-        let sum: f64 = self.clock_differential.iter().map(|(&d, &count)| d as f64 * count as f64).sum();
-        (count > 0).then(|| sum / count as f64)
+        mean_differential(&self.clock_differential)
     }
 
     /// The column factors, one array for each column, if they were kept.
@@ -230,24 +210,7 @@ pub fn comparison(reports: &[Report]) -> TextTable {
 
 /// How old the data was that the reads of several runs returned: the share of each clock differential.
 pub fn differentials(reports: &[Report]) -> TextTable {
-    // Beyond this lie the tails of runs without a bound.
-    const SHOWN: i64 = 6;
-    let head = (1..SHOWN).map(|lag| format!("-{lag}")).chain([format!("-{SHOWN} and less")]);
-    let mut table = TextTable::new(["clock differential".to_owned()].into_iter().chain(head));
-    for report in reports.iter().filter(|report| !report.clock_differential.is_empty()) {
-        let total: u64 = report.clock_differential.values().sum();
-        let share = |holds: &dyn Fn(i64) -> bool| {
-            let count: u64 =
-                report.clock_differential.iter().filter(|(d, _)| holds(**d)).map(|(_, n)| n).sum();
-            if count == 0 { "-".to_owned() } else { report::percent(count as f64 / total as f64) }
-        };
-        // A read under Async may even return data of the reader's own clock or a later one.
-        let fresh = share(&|d| d >= -1);
-        let middle = (2..SHOWN).map(|lag| share(&|d| d == -lag));
-        let old = share(&|d| d <= -SHOWN);
-        table.row([report.title(), fresh].into_iter().chain(middle).chain([old]));
-    }
-    table
+    differential_table(reports.iter().map(|report| (report.title(), &report.clock_differential)))
 }
 
 impl fmt::Display for Report {
@@ -283,8 +246,7 @@ impl fmt::Display for Report {
         writeln!(f, "{}", comparison(std::slice::from_ref(self)))?;
         if !self.clock_differential.is_empty() {
             writeln!(f, "{}", differentials(std::slice::from_ref(self)))?;
-            let Cache { hits, misses, reads } = self.cache;
-            writeln!(f, "cache: {hits} hits, {misses} misses, {reads} READs")?;
+            writeln!(f, "{}", self.cache)?;
         }
         Ok(())
     }

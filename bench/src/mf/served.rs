@@ -17,8 +17,9 @@ use fervor_client::{Client, Error, Model, Table, Worker};
 use super::{
     plan::{Group, Part},
     sgd::{self, Initial, Side},
-    trainer::{Accesses, Factors},
+    trainer::Factors,
 };
+use crate::job::Accesses;
 
 /// Groups whose factors are fetched together.
 const RUN: usize = 64;
@@ -180,14 +181,6 @@ impl Factors for Served<'_> {
     }
 
     fn accesses(&self) -> Accesses {
-        let stats = self.worker.stats();
-        Accesses {
-            waiting: stats.waiting.as_secs_f64(),
-            communicating: stats.communicating.as_secs_f64(),
-            hits: stats.hits,
-            misses: stats.misses,
-            reads: stats.reads,
-            clock_differential: stats.clock_differential.clone(),
-        }
+        self.worker.stats().into()
     }
 }

@@ -12,16 +12,16 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::trainer::{Accesses, WorkerReport};
+use super::accesses::Accesses;
 
-/// A line from a client process (or from the threads of this one).
+/// A line from a client process (or from the threads of this one). `R` is what a worker may give back at its end.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Message {
-    /// So many more ratings have been trained on.
+pub enum Message<R> {
+    /// So many more ratings or tokens have been trained on.
     Progress {
         /// Number since the last report.
-        ratings: u64,
+        count: u64,
     },
     /// A worker has finished an epoch.
     Epoch {
@@ -31,11 +31,11 @@ pub enum Message {
         epoch: usize,
         /// Seconds that it has trained.
         seconds: f64,
-        /// The sum of squared errors over its ratings.
-        loss: f64,
+        /// Its part of the objective: of the loss, of the log-likelihood.
+        objective: f64,
     },
     /// A worker is done.
-    Worker(WorkerReport),
+    Worker(WorkerReport<R>),
     /// A client is done, after all of its workers.
     Client {
         /// What it moved.
@@ -46,6 +46,21 @@ pub enum Message {
         /// Why.
         reason: String,
     },
+}
+
+/// What a worker says of itself at its end.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WorkerReport<R> {
+    /// The worker's number within the job.
+    pub worker: usize,
+    /// Seconds it trained.
+    pub seconds: f64,
+    /// Clocks it ended while it trained.
+    pub clocks: u64,
+    /// What its accesses have cost.
+    pub accesses: Accesses,
+    /// What it was asked to give back.
+    pub result: Option<R>,
 }
 
 /// Bytes that a client moved.
@@ -66,36 +81,45 @@ pub struct Epoch {
     pub epoch: usize,
     /// Seconds from the start until the slowest worker had finished it.
     pub seconds: f64,
-    /// The sum of squared errors over all ratings.
-    pub loss: f64,
+    /// The objective: the sum of what the workers said.
+    pub objective: f64,
 }
 
 /// What the messages of a job add up to.
-#[derive(Debug, Default)]
-pub struct Tally {
+#[derive(Debug)]
+pub struct Tally<R> {
     workers: usize,
     open: BTreeMap<usize, (usize, Epoch)>,
     /// The finished epochs, in order.
     pub epochs: Vec<Epoch>,
     /// The reports of workers that are done.
-    pub reports: Vec<WorkerReport>,
+    pub reports: Vec<WorkerReport<R>>,
     /// What the clients that are done moved.
     pub bytes: Bytes,
-    /// Ratings trained on.
-    pub ratings: u64,
+    /// Ratings or tokens trained on.
+    pub count: u64,
 }
 
-impl Tally {
+impl<R> Tally<R> {
     /// For a job with this many workers.
     pub fn new(workers: usize) -> Self {
-        Tally { workers, ..Self::default() }
+        Tally {
+            workers,
+            open: BTreeMap::new(),
+            epochs: Vec::new(),
+            reports: Vec::new(),
+            bytes: Bytes::default(),
+            count: 0,
+        }
     }
 
     /// Takes note of a message; gives back the epoch that it finished.
-    pub fn add(&mut self, message: Message) -> Option<&Epoch> {
+    pub fn add(&mut self, message: Message<R>) -> Option<&Epoch> {
         match message {
-            Message::Progress { ratings } => self.ratings += ratings,
-            Message::Epoch { epoch, seconds, loss, .. } => return self.add_epoch(epoch, seconds, loss),
+            Message::Progress { count } => self.count += count,
+            Message::Epoch { epoch, seconds, objective, .. } => {
+                return self.add_epoch(epoch, seconds, objective);
+            }
             Message::Worker(report) => self.reports.push(report),
             Message::Client { bytes } => {
                 self.bytes.read += bytes.read;
@@ -107,11 +131,12 @@ impl Tally {
         None
     }
 
-    fn add_epoch(&mut self, epoch: usize, seconds: f64, loss: f64) -> Option<&Epoch> {
-        let (reported, sum) = self.open.entry(epoch).or_insert((0, Epoch { epoch, seconds: 0.0, loss: 0.0 }));
+    fn add_epoch(&mut self, epoch: usize, seconds: f64, objective: f64) -> Option<&Epoch> {
+        let (reported, sum) =
+            self.open.entry(epoch).or_insert((0, Epoch { epoch, seconds: 0.0, objective: 0.0 }));
         *reported += 1;
         sum.seconds = sum.seconds.max(seconds);
-        sum.loss += loss;
+        sum.objective += objective;
         if *reported < self.workers {
             return None;
         }
@@ -133,8 +158,8 @@ impl Tally {
 mod tests {
     use super::*;
 
-    fn epoch(worker: usize, epoch: usize, seconds: f64, loss: f64) -> Message {
-        Message::Epoch { worker, epoch, seconds, loss }
+    fn epoch(worker: usize, epoch: usize, seconds: f64, objective: f64) -> Message<Vec<f32>> {
+        Message::Epoch { worker, epoch, seconds, objective }
     }
 
     #[test]
@@ -143,8 +168,11 @@ mod tests {
         assert_eq!(tally.add(epoch(0, 0, 0.0, 1.0)), None);
         assert_eq!(tally.add(epoch(0, 1, 2.0, 3.0)), None);
         assert_eq!(tally.add(epoch(0, 2, 9.0, 1.0)), None);
-        assert_eq!(tally.add(epoch(1, 0, 0.0, 5.0)).unwrap().loss, 6.0);
-        assert_eq!(*tally.add(epoch(1, 1, 1.5, 4.0)).unwrap(), Epoch { epoch: 1, seconds: 2.0, loss: 7.0 });
+        assert_eq!(tally.add(epoch(1, 0, 0.0, 5.0)).unwrap().objective, 6.0);
+        assert_eq!(
+            *tally.add(epoch(1, 1, 1.5, 4.0)).unwrap(),
+            Epoch { epoch: 1, seconds: 2.0, objective: 7.0 }
+        );
         // Worker 0's epoch 2 stays out: worker 1 stopped before it.
         assert_eq!(tally.epochs.iter().map(|e| e.epoch).collect::<Vec<_>>(), [0, 1]);
     }
@@ -164,13 +192,13 @@ mod tests {
                 seconds: 1.0,
                 clocks: 5,
                 accesses,
-                factors: None,
+                result: None::<Vec<f32>>,
             }));
             tally.add(Message::Client { bytes: Bytes { read: 1, pushed: 2, sent: 3 } });
-            tally.add(Message::Progress { ratings: 7 });
+            tally.add(Message::Progress { count: 7 });
         }
         assert_eq!(tally.bytes, Bytes { read: 2, pushed: 4, sent: 6 });
-        assert_eq!(tally.ratings, 14);
+        assert_eq!(tally.count, 14);
         let sum = tally.accesses();
         assert_eq!((sum.waiting, sum.hits), (0.75, 20));
         assert_eq!(sum.clock_differential, BTreeMap::from([(-1, 6), (0, 1), (1, 1)]));
@@ -180,9 +208,9 @@ mod tests {
     fn messages_survive_a_line_of_json() {
         let accesses = Accesses { clock_differential: BTreeMap::from([(-4, 2)]), ..Accesses::default() };
         let report =
-            WorkerReport { worker: 3, seconds: 0.1, clocks: 9, accesses, factors: Some(vec![0.1, -2.5e-7]) };
+            WorkerReport { worker: 3, seconds: 0.1, clocks: 9, accesses, result: Some(vec![0.1, -2.5e-7]) };
         for message in [
-            Message::Progress { ratings: 5 },
+            Message::Progress { count: 5 },
             epoch(1, 2, 0.123456789, 1234567.875),
             Message::Worker(report),
             Message::Client { bytes: Bytes { read: u64::MAX, pushed: 0, sent: 1 } },
@@ -190,7 +218,7 @@ mod tests {
         ] {
             let line = serde_json::to_string(&message).unwrap();
             assert!(!line.contains('\n'), "{line}");
-            assert_eq!(serde_json::from_str::<Message>(&line).unwrap(), message, "{line}");
+            assert_eq!(serde_json::from_str::<Message<Vec<f32>>>(&line).unwrap(), message, "{line}");
         }
     }
 }

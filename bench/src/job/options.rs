@@ -1,0 +1,141 @@
+//! The part of a job's command line that says who works where.
+
+use std::ffi::OsString;
+
+use anyhow::{Result, bail};
+use clap::{Args, value_parser};
+use fervor_client::ClientOptions;
+
+use crate::{model::ModelOptions, server::EmbeddedOptions};
+
+/// Processes, threads and servers of a job.
+#[derive(Debug, Clone, Args)]
+pub struct JobOptions {
+    /// The consistency model.
+    #[command(flatten)]
+    pub model: ModelOptions,
+    /// Client processes
+    #[arg(long, default_value_t = 2, value_parser = value_parser!(u16).range(1..=4096))]
+    pub clients: u16,
+    /// Worker threads in each client
+    #[arg(long, default_value_t = 1, value_parser = value_parser!(u16).range(1..=4096))]
+    pub workers: u16,
+    /// Use this running server instead of starting one; may be repeated
+    #[arg(long, value_name = "URL")]
+    pub server: Vec<String>,
+    /// Train with as many plain threads of one process, without any parameter server
+    #[arg(long, conflicts_with_all = ["server", "client_index"])]
+    pub no_server: bool,
+    /// Be client number I of a job whose other clients are started elsewhere in the same way
+    #[arg(long, value_name = "I", requires = "server")]
+    pub client_index: Option<u16>,
+    /// Name of the job on the servers, used once: its clients work together [default: one of its own, or the
+    /// name of this command with --client-index]
+    #[arg(long)]
+    pub job: Option<String>,
+    /// The server that is started if none is named.
+    #[command(flatten)]
+    pub embedded: EmbeddedOptions,
+    /// Bytes of a client's cache [default: enough for all that the workers share]
+    #[arg(long, value_name = "BYTES")]
+    pub cache: Option<usize>,
+    /// Say what is told to the parent process
+    #[arg(long, hide = true, requires = "client_index")]
+    pub tell_parent: bool,
+}
+
+impl JobOptions {
+    /// Checks what the parser cannot.
+    ///
+    /// # Errors
+    /// Values that make no sense together.
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        if let Some(index) = self.client_index.filter(|&index| index >= self.clients) {
+            bail!(
+                "--client-index {index}: of {} clients, the last has index {}",
+                self.clients,
+                self.clients - 1
+            );
+        }
+        Ok(())
+    }
+
+    /// Workers of the whole job.
+    pub fn all_workers(&self) -> usize {
+        self.clients as usize * self.workers as usize
+    }
+
+    /// The numbers, within the job, of the workers of client `index`.
+    pub fn workers_of(&self, index: u16) -> std::ops::Range<usize> {
+        let first = index as usize * self.workers as usize;
+        first..first + self.workers as usize
+    }
+
+    /// How a client connects whose largest table has so many rows of so many elements of 4 bytes.
+    pub fn client_options(&self, rows: u64, width: usize) -> ClientOptions {
+        // A row has a header of 32 bytes and begins at a cache line. One table may take half of the cache.
+        let row = (32 + 4 * width).next_multiple_of(64);
+        let cache_bytes = self.cache.unwrap_or((1 << 20) + 2 * rows as usize * row);
+        ClientOptions { clients: self.clients, cache_bytes, ..ClientOptions::default() }
+    }
+
+    /// The model, as the reports name it: `none` without a server.
+    pub fn model_name(&self) -> String {
+        if self.no_server { "none".into() } else { self.model.model.to_string() }
+    }
+
+    /// The staleness, where the model has one.
+    pub fn staleness(&self) -> Option<u32> {
+        self.model.bounded_by().filter(|_| !self.no_server)
+    }
+
+    /// What the job is, in a few words.
+    pub fn title(&self) -> String {
+        if self.no_server { "plain threads".into() } else { self.model.to_string() }
+    }
+
+    /// Puts the arguments of client number `index` of the job called `job`, for its servers at `urls`.
+    pub fn put(&self, index: u16, job: &str, urls: &[String], arguments: &mut Arguments) {
+        arguments.put("client-index", &index);
+        arguments.put("job", &job);
+        urls.iter().for_each(|url| arguments.put("server", url));
+        arguments.put("model", &self.model.model);
+        arguments.put("clients", &self.clients);
+        arguments.put("workers", &self.workers);
+        arguments.put_some("cache", self.cache.as_ref());
+        arguments.put_some("staleness", self.model.staleness.as_ref());
+        arguments.put_some("v0", self.model.v0.as_ref());
+        arguments.flag("tell-parent", true);
+    }
+}
+
+/// Arguments of a client process, as they are put together.
+#[derive(Debug, Default)]
+pub struct Arguments(pub Vec<OsString>);
+
+impl Arguments {
+    /// Puts `--name=value`.
+    pub fn put(&mut self, name: &str, value: &dyn ToString) {
+        self.0.push(format!("--{name}={}", value.to_string()).into());
+    }
+
+    /// The same, if there is a value.
+    pub fn put_some<T: ToString>(&mut self, name: &str, value: Option<&T>) {
+        value.into_iter().for_each(|value| self.put(name, value));
+    }
+
+    /// Puts `--name=path`; a path need not be text.
+    pub fn put_path(&mut self, name: &str, path: Option<&std::path::PathBuf>) {
+        if let Some(path) = path {
+            let mut argument = OsString::from(format!("--{name}="));
+            argument.push(path);
+            self.0.push(argument);
+        }
+    }
+
+    /// Puts `--name` if it is set.
+    pub fn flag(&mut self, name: &str, set: bool) {
+        self.0.extend(set.then(|| OsString::from(format!("--{name}"))));
+    }
+}

@@ -1,0 +1,300 @@
+//! The counts in tables of a parameter server.
+//!
+//! | table | rows | columns | model |
+//! |---|---|---|---|
+//! | `words` | one for each word | topics | that of the job |
+//! | `totals` | 1 | topics | that of the job |
+//! | `meet` | [`SHARDS`] | workers | BSP |
+//!
+//! A worker goes through a part in runs of groups: one `get_many` for the rows of a run, and of each row only the changed
+//! counts go back (`inc_at`; a row of which more than half has changed is shorter as a whole). The totals are
+//! read at the beginning of a part and their changes sent at its end.
+//!
+//! **No count that is read is ever below 0**, under any model: a row is the sum of what the workers have added, of each
+//! worker all changes up to some moment, and none of them ever takes away more than it has added before.
+//!
+//! # Start and end
+//! Nobody may read before all have added the topics that their tokens begin with; and what is read at the end is to be
+//! exact, under any model. Both are done with the third table. A worker that has ended a clock and then gets a row of it
+//! has waited until every worker has ended that clock, as far as the shard of that row goes: so it gets a row of each
+//! shard. In the column of each worker is 1 from the start, and from its end 2 more than its last clock `c`, so that
+//! others know whether it has finished. At clock `c + s + 1` of the greatest such `c`, a read under
+//! staleness `s` sees everything; each worker goes on ending clocks until then. Under VAP no clock says what is seen: there the
+//! tables have one row more, which nobody reads, and each worker adds more to it than any bound. Such an update is let
+//! through when nothing else of the worker is in transit: when all see all that it has done.
+
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+use fervor_client::{Client, Error, Model, Table, Worker};
+use fervor_verbs::transport::Transport;
+
+use super::{
+    counts::Counts,
+    sampler::{Prior, Sampler},
+};
+use crate::job::Accesses;
+
+/// Most shards of a job: consecutive rows of a table are in different shards.
+const SHARDS: u64 = 256;
+/// Counts that are fetched together: so many rows as have about this many.
+const RUN: usize = 1 << 14;
+
+/// The tables of a job.
+#[derive(Debug, Clone)]
+pub struct Tables {
+    words: Table<i32>,
+    totals: Table<i32>,
+    meet: Table<i64>,
+    staleness: u64,
+    /// Words in the vocabulary; under VAP, the number of the row that nobody reads.
+    vocabulary: u64,
+    /// Whether reads are bounded by values.
+    by_value: bool,
+    /// Rows that are fetched together.
+    run: usize,
+}
+
+impl Tables {
+    /// Creates or joins the tables of the job called `job`, which has so many workers.
+    ///
+    /// # Errors
+    /// What the client says, for example that a table does not fit the servers' memory.
+    pub fn open<T: Transport>(
+        client: &Client<T>,
+        job: &str,
+        prior: &Prior,
+        workers: usize,
+        model: Model,
+    ) -> Result<Self> {
+        let by_value = matches!(model, Model::Vap { .. });
+        let open = |name: &str, rows| {
+            client.table(&format!("{job}/{name}"), rows + u64::from(by_value), prior.topics, model)
+        };
+        Ok(Tables {
+            totals: open("totals", 1)?,
+            words: open("words", prior.words as u64)?,
+            vocabulary: prior.words as u64,
+            by_value,
+            meet: client.table(&format!("{job}/meet"), SHARDS, workers, Model::Bsp)?,
+            staleness: match model {
+                Model::Ssp { staleness } | Model::Essp { staleness } => staleness.into(),
+                _ => 0,
+            },
+            run: (RUN / prior.topics).clamp(1, 64),
+        })
+    }
+
+    /// Adds the topics that the tokens of `sampler` have, and waits until all workers have done that.
+    ///
+    /// # Errors
+    /// What the client says; another worker has failed; a job of this name has run before.
+    pub fn start<T: Transport>(&self, worker: &mut Worker<T>, sampler: &mut Sampler) -> Result<()> {
+        let own = sampler.share().worker;
+        let mut seen = vec![0; self.meet.width()];
+        worker.get(&self.meet, 0, &mut seen)?;
+        ensure!(
+            seen[own] == 0,
+            "a job of this name has run on these servers before: name another with --job"
+        );
+        sampler.initial(|word, counts| add(worker, &self.words, word.into(), counts))?;
+        add(worker, &self.totals, 0, sampler.totals())?;
+        let last = self.sign(worker, own, 1)?;
+        ensure!(last.is_some(), "a worker has not started: its client has failed");
+        Ok(())
+    }
+
+    /// Adds `sign` to the column of worker `own`, ends the clock, and waits until everyone has ended it. The least
+    /// and the greatest number that is in all columns then, if none is 0.
+    fn sign<T: Transport>(
+        &self,
+        worker: &mut Worker<T>,
+        own: usize,
+        sign: i64,
+    ) -> Result<Option<(i64, i64)>, Error> {
+        if sign != 0 {
+            for row in 0..SHARDS {
+                worker.inc_at(&self.meet, row, &[(own as u32, sign)])?;
+            }
+        }
+        worker.clock()?;
+        let mut signs = vec![0; self.meet.width()];
+        let (mut least, mut greatest) = (i64::MAX, 0);
+        for row in 0..SHARDS {
+            worker.get(&self.meet, row, &mut signs)?;
+            least = signs.iter().fold(least, |least, &sign| least.min(sign));
+            greatest = signs.iter().fold(greatest, |greatest, &sign| greatest.max(sign));
+        }
+        Ok((least > 0).then_some((least, greatest)))
+    }
+
+    /// Waits until all workers are here.
+    ///
+    /// # Errors
+    /// What the client says.
+    pub fn meet<T: Transport>(&self, worker: &mut Worker<T>) -> Result<(), Error> {
+        self.sign(worker, 0, 0).map(drop)
+    }
+
+    /// Waits until all workers have called this. What is read then is exact.
+    ///
+    /// # Errors
+    /// What the client says; another worker has failed.
+    pub fn settle<T: Transport>(&self, worker: &mut Worker<T>, own: usize) -> Result<()> {
+        if self.by_value {
+            worker.inc_at(&self.words, self.vocabulary, &[(0, i32::MAX)])?;
+            worker.inc_at(&self.totals, 1, &[(0, i32::MAX)])?;
+        }
+        let mut sign = worker.now() as i64 + 1;
+        let greatest = loop {
+            match self.sign(worker, own, sign)? {
+                None => anyhow::bail!("a worker has not started: its client has failed"),
+                Some((1, _)) => sign = 0,
+                Some((_, greatest)) => break greatest as u64,
+            }
+        };
+        // Of the last clock `c` there is `c + 2`.
+        while worker.now() < greatest - 2 + self.staleness + 1 {
+            worker.clock()?;
+        }
+        Ok(())
+    }
+
+    /// Draws new topics for all tokens of a part: what a worker does between two clocks.
+    ///
+    /// # Errors
+    /// What the client says.
+    pub fn sample<T: Transport>(
+        &self,
+        worker: &mut Worker<T>,
+        sampler: &mut Sampler,
+        part: usize,
+    ) -> Result<(), Error> {
+        let width = self.words.width();
+        let mut fetched = vec![0; self.run * width];
+        worker.get(&self.totals, 0, &mut fetched[..width])?;
+        sampler.begin(&fetched[..width]);
+        let mut words = Vec::with_capacity(self.run);
+        let mut first = sampler.part(part).tokens.start;
+        let mut done = 0;
+        loop {
+            let groups = &sampler.part(part).groups[done..];
+            let groups = &groups[..self.run.min(groups.len())];
+            if groups.is_empty() {
+                break;
+            }
+            words.clear();
+            words.extend(groups.iter().map(|group| u64::from(group.word)));
+            let ends = groups.iter().map(|group| group.tokens as usize).collect::<Vec<_>>();
+            worker.get_many(&self.words, &words, &mut fetched[..words.len() * width])?;
+            for ((&word, tokens), row) in words.iter().zip(ends).zip(fetched.chunks_exact_mut(width)) {
+                let changes = sampler.word(row, first..first + tokens);
+                first += tokens;
+                add(worker, &self.words, word, changes)?;
+            }
+            done += words.len();
+        }
+        add(worker, &self.totals, 0, sampler.totals())
+    }
+
+    /// Calls `with` for each of `words` and its row.
+    ///
+    /// # Errors
+    /// What the client says.
+    pub fn rows<T: Transport>(
+        &self,
+        worker: &mut Worker<T>,
+        words: Range<u32>,
+        with: &mut dyn FnMut(u32, &[i32]),
+    ) -> Result<(), Error> {
+        let width = self.words.width();
+        let mut fetched = vec![0; self.run * width];
+        for first in words.clone().step_by(self.run) {
+            let rows: Vec<u64> = (first..words.end.min(first + self.run as u32)).map(u64::from).collect();
+            worker.get_many(&self.words, &rows, &mut fetched[..rows.len() * width])?;
+            for (&word, row) in rows.iter().zip(fetched.chunks_exact(width)) {
+                with(word as u32, row);
+            }
+        }
+        Ok(())
+    }
+
+    /// The topic totals.
+    ///
+    /// # Errors
+    /// What the client says.
+    pub fn totals<T: Transport>(&self, worker: &mut Worker<T>) -> Result<Vec<i32>, Error> {
+        let mut totals = vec![0; self.totals.width()];
+        worker.get(&self.totals, 0, &mut totals)?;
+        Ok(totals)
+    }
+}
+
+/// Adds the `changes` of a row in their shorter form.
+fn add<T: Transport>(
+    worker: &mut Worker<T>,
+    table: &Table<i32>,
+    row: u64,
+    changes: &[(u32, i32)],
+) -> Result<(), Error> {
+    match changes.len() {
+        0 => Ok(()),
+        // A pair is two numbers.
+        few if 2 * few < table.width() => worker.inc_at(table, row, changes),
+        _ => {
+            let mut whole = vec![0; table.width()];
+            changes.iter().for_each(|&(topic, change)| whole[topic as usize] = change);
+            worker.inc(table, row, &whole)
+        }
+    }
+}
+
+/// The counts as seen by one worker of the parameter server.
+#[derive(Debug)]
+pub struct Served<'a, T: Transport> {
+    tables: &'a Tables,
+    worker: Worker<T>,
+    /// Its number within the job.
+    number: usize,
+}
+
+impl<'a, T: Transport> Served<'a, T> {
+    /// The counts for `worker`, who has this number within the job.
+    pub fn new(tables: &'a Tables, worker: Worker<T>, number: usize) -> Self {
+        Served { tables, worker, number }
+    }
+}
+
+impl<T: Transport> Counts for Served<'_, T> {
+    fn start(&mut self, sampler: &mut Sampler) -> Result<()> {
+        self.tables.start(&mut self.worker, sampler)
+    }
+
+    fn meet(&mut self) -> Result<()> {
+        Ok(self.tables.meet(&mut self.worker)?)
+    }
+
+    fn sample(&mut self, sampler: &mut Sampler, part: usize) -> Result<()> {
+        Ok(self.tables.sample(&mut self.worker, sampler, part)?)
+    }
+
+    fn clock(&mut self) -> Result<()> {
+        Ok(self.worker.clock()?)
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        self.tables.settle(&mut self.worker, self.number)
+    }
+
+    fn rows(&mut self, words: Range<u32>, with: &mut dyn FnMut(u32, &[i32])) -> Result<()> {
+        Ok(self.tables.rows(&mut self.worker, words, with)?)
+    }
+
+    fn totals(&mut self) -> Result<Vec<i32>> {
+        Ok(self.tables.totals(&mut self.worker)?)
+    }
+
+    fn accesses(&self) -> Accesses {
+        self.worker.stats().into()
+    }
+}
