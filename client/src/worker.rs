@@ -50,6 +50,8 @@ pub struct WorkerStats {
     pub waiting: Duration,
     /// Time spent in READs, and in handing over updates at the end of clocks.
     pub communicating: Duration,
+    /// `get`s whose copy was older than the table's model allows. Always counted, and always 0: anything else is a bug.
+    pub violations: u64,
     /// How many `get`s had which clock differential: clock of the data returned minus clock of the worker.
     pub clock_differential: BTreeMap<i64, u64>,
 }
@@ -326,6 +328,7 @@ impl<T: Transport> Worker<T> {
                 oplog.as_any().downcast_mut().expect("a table's number stands for its element type");
             oplog.add_to(shard, row, copy);
         }
+        self.stats.violations += u64::from(clock < clock::needed(table.schema().model, self.clock));
         let differential = clock::differential(clock, self.clock);
         match self.recent.get_mut((differential + RECENT) as usize) {
             Some(count) => *count += 1,
