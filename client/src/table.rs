@@ -25,6 +25,7 @@ use std::{
 use fervor_protocol::{
     Element, Schema,
     batch::BatchWriter,
+    mutants::{Mutant, mutant},
     pending::{Delta, Origin, Pending, Unknown},
     route::Router,
     row::{Header, Seal},
@@ -186,7 +187,7 @@ impl<E: Element> ShardPending<E> {
                 buffers.push(values);
             }
         });
-        if let Some(lsn) = dropped {
+        if let Some(lsn) = dropped.filter(|_| !mutant(Mutant::OwnLsnNotRaised)) {
             table.own_lsn[row as usize].fetch_max(lsn, Ordering::Release);
         }
         if pending.is_empty() {

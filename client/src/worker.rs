@@ -9,6 +9,7 @@ use std::{
 
 use fervor_protocol::{
     Element, clock,
+    mutants::{Mutant, mutant},
     pending::Origin,
     row::Header,
     wire::{PUSH_ONCE, SlotRecord},
@@ -361,6 +362,8 @@ impl<T: Transport> Worker<T> {
             self.post(table, shard, index, 0)?;
             self.reader.ring(shard).or_else(|error| self.broken(shard, error))?;
             self.reader.wait(&self.core, 1)?;
+            let late = || self.core.links[shard].clock.load(Ordering::Acquire);
+            let known = if mutant(Mutant::TrustLateClock) { late() } else { known };
             if self.accept(table, row, shard, 0, known, into)? {
                 return Ok(known);
             }
@@ -432,9 +435,18 @@ impl<T: Transport> Worker<T> {
     /// Takes a slot, and leaves the wishes that come of it.
     fn take<E: Element>(&self, table: &TableCore<E>, row: u64, state: State) -> Taken {
         let mut most = 0;
+        let mut late = Vec::new();
         let taken = table.cache.take(row, state, |slot, row, wish| {
+            if mutant(Mutant::WishesOutOfOrder) {
+                return late.push((slot, row, wish));
+            }
             most = most.max(self.wish(table, row, slot, wish));
         });
+        if mutant(Mutant::WishesOutOfOrder) && !late.is_empty() {
+            // Where another worker may come between.
+            self.core.transport.relax(0);
+            late.into_iter().for_each(|(slot, row, wish)| _ = self.wish(table, row, slot, wish));
+        }
         if most >= MANY_WISHES {
             self.core.progress();
         }

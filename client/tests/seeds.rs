@@ -36,6 +36,14 @@ struct Options {
     /// Simulations at a time.
     #[arg(long)]
     jobs: Option<usize>,
+    /// Switches a deliberate bug on.
+    #[cfg(feature = "mutants")]
+    #[arg(long, value_parser = mutants::by_name)]
+    mutant: Option<fervor_protocol::mutants::Entry>,
+    /// Shows for each deliberate bug the first seed that finds it.
+    #[cfg(feature = "mutants")]
+    #[arg(long, conflicts_with_all = ["seed", "mutant"])]
+    mutants: bool,
 }
 
 fn range(text: &str) -> Result<(u64, u64), String> {
@@ -47,12 +55,64 @@ fn range(text: &str) -> Result<(u64, u64), String> {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    #[cfg(feature = "mutants")]
+    {
+        if options.mutants {
+            return mutants::all(options.seeds.unwrap_or((0, 2000)), options.clocks, jobs(options.jobs));
+        }
+        fervor_protocol::mutants::activate(options.mutant.map(|entry| entry.mutant));
+    }
     match options.seed {
         Some(seed) => replay(seed, options.clocks),
         None => {
             let range = options.seeds.unwrap_or((0, 200));
             many(range, options.clocks, jobs(options.jobs))
         }
+    }
+}
+
+#[cfg(feature = "mutants")]
+mod mutants {
+    //! The catalogue of deliberate bugs against the seeds.
+
+    use std::{process::ExitCode, time::Instant};
+
+    use fervor_protocol::mutants::{CATALOGUE, Entry, activate};
+
+    pub fn by_name(name: &str) -> Result<Entry, String> {
+        let names = || CATALOGUE.iter().map(|entry| entry.name).collect::<Vec<_>>().join(", ");
+        let entry = CATALOGUE.iter().find(|entry| entry.name == name);
+        entry.copied().ok_or_else(|| format!("there are: {}", names()))
+    }
+
+    pub fn all(range: (u64, u64), clocks: u64, jobs: usize) -> ExitCode {
+        super::quiet();
+        let start = Instant::now();
+        let mut survivors = Vec::new();
+        println!("| mutant | breaks | first seed | s | noticed as |\n|---|---|---|---|---|");
+        for entry in CATALOGUE {
+            let start = Instant::now();
+            activate(Some(entry.mutant));
+            let found = super::run(range, clocks, jobs);
+            let took = start.elapsed().as_secs_f64();
+            let (seed, first) = match found.failure {
+                Some((seed, failure)) => (seed.to_string(), failure.first),
+                None => {
+                    survivors.push(entry.name);
+                    ("none".to_owned(), "SURVIVES".to_owned())
+                }
+            };
+            let first: String = first.replace('\n', " ").chars().take(110).collect();
+            println!("| {} | {} | {seed} | {took:.1} | {first} |", entry.name, entry.breaks);
+        }
+        activate(None);
+        let (count, took) = (CATALOGUE.len(), start.elapsed().as_secs_f64());
+        if survivors.is_empty() {
+            println!("{count} mutants, all killed, in {took:.0} s");
+            return ExitCode::SUCCESS;
+        }
+        println!("{} of {count} mutants survive {}..{}: {}", survivors.len(), range.0, range.1, survivors.join(", "));
+        ExitCode::FAILURE
     }
 }
 

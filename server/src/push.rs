@@ -21,6 +21,7 @@
 use fervor_protocol::{
     ack::Immediate,
     limits::{REPLY_BYTES, ROW_HEADER},
+    mutants::{Mutant, mutant},
     row::Header,
 };
 use fervor_verbs::transport::{Connection, ConnectionId, Payload, PostError, Region, Sge, Transport};
@@ -73,6 +74,9 @@ impl<T: Transport> Poller<T> {
             }
             let peer = self.peers.get_mut(&self.clients[&subscriber.client]).expect("a client has a peer");
             let Some(snapshot) = snapshot.filter(|_| peer.queue.is_empty() && peer.has_room()) else {
+                if mutant(Mutant::PushDropped) {
+                    continue;
+                }
                 subscriber.queued = true;
                 peer.queue.push_back(Wanted { table, row, slot: subscriber.slot, once: false });
                 continue;
@@ -160,10 +164,14 @@ impl<T: Transport> Poller<T> {
             peer.announce(Immediate::Closed(sequence).encode())?;
             posted += 1;
         }
-        if let Some(clock) = peer.round.filter(|_| peer.queue.is_empty() && peer.has_room())
+        let pushed = peer.queue.is_empty() || mutant(Mutant::RoundBeforeQueue);
+        if let Some(clock) = peer.round.filter(|_| pushed && peer.has_room())
             && peer.receives.take()
         {
             peer.round = None;
+            if mutant(Mutant::RoundByPlainWrite) {
+                peer.write_clock(clock)?;
+            }
             peer.announce(Immediate::Round(clock).encode())?;
             posted += 1;
         }
@@ -219,5 +227,8 @@ fn post<C: Connection>(
     if peer.push(Payload::Gather(&pieces), slot, bytes, snapshot.entry).is_err() {
         // The connection is broken; its end is about to be polled.
         staging.release(snapshot.entry);
+    }
+    if mutant(Mutant::PushFromLiveMemory) {
+        peer.completed(FAULT_ID, |entry| staging.release(entry));
     }
 }

@@ -203,7 +203,7 @@ impl Plan {
     pub fn network(&self) -> Network {
         let usual = Network::default();
         match self.kind {
-            Kind::Storm => Network { per_kib: Duration::from_nanos(1000), ..usual },
+            Kind::Storm => Network { per_kib: Duration::from_nanos(3000), ..usual },
             _ => usual,
         }
     }
