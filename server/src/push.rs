@@ -164,8 +164,8 @@ impl<T: Transport> Poller<T> {
             peer.announce(Immediate::Closed(sequence).encode())?;
             posted += 1;
         }
-        let pushed = peer.queue.is_empty() || mutant(Mutant::RoundBeforeQueue);
-        if let Some(clock) = peer.round.filter(|_| pushed && peer.has_room())
+        let early = mutant(Mutant::RoundBeforeQueue) && peer.connection.room() > 0;
+        if let Some(clock) = peer.round.filter(|_| peer.queue.is_empty() && peer.has_room() || early)
             && peer.receives.take()
         {
             peer.round = None;

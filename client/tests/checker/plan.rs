@@ -29,6 +29,10 @@ pub enum Kind {
     Wide,
     /// Eager tables under pressure: slots change hands all the time while pushes are on their way.
     Busy,
+    /// Few slots and short clocks: they are given up as soon as they have been taken.
+    Churn,
+    /// More rows held by each client than a send queue takes, and all of them changed in each round.
+    Crowd,
     /// Long rows that everybody writes and reads without a pause: READs come torn, and the server is asked.
     Storm,
 }
@@ -130,10 +134,12 @@ impl Plan {
     /// With `clocks` clocks at most. `deaths`: clients may be killed.
     pub fn new(seed: u64, clocks: u64, deaths: bool) -> Arc<Self> {
         let mut random = Random(seed);
-        let kind = match random.among(0..=7) {
+        let kind = match random.among(0..=11) {
             0 | 1 => Kind::Few,
             2 => Kind::Wide,
             3 | 4 => Kind::Storm,
+            5 => Kind::Crowd,
+            6..=8 => Kind::Churn,
             _ => Kind::Busy,
         };
         let clients = random.among(if kind == Kind::Storm { 3 } else { 1 }..=4) as usize;
@@ -145,8 +151,12 @@ impl Plan {
         });
         let lanes_count = owners.len() + usize::from(rogue.is_some());
         let tables = tables(kind, lanes_count, &mut random);
-        let long = if matches!(kind, Kind::Wide | Kind::Storm) { clocks.div_ceil(2) } else { clocks };
-        let most = random.among(2..=long);
+        let most = match kind {
+            Kind::Wide | Kind::Storm => random.among(2..=clocks.div_ceil(2)),
+            Kind::Churn => random.among(clocks..=3 * clocks),
+            Kind::Crowd => random.among(2..=clocks.div_ceil(4)),
+            Kind::Few | Kind::Busy => random.among(2..=clocks),
+        };
         let mut lanes: Vec<_> = owners
             .iter()
             .map(|&client| Lane::worker(client, &tables, kind, most, &mut random))
@@ -173,7 +183,7 @@ impl Plan {
             client: random.among(0..=clients as u64 - 1) as usize,
             after: Duration::from_nanos(random.among(1_000..=2_000_000)),
         };
-        let lateness = (0..clients).map(|_| Duration::from_nanos(random.among(0..=400_000))).collect();
+        let lateness = (0..clients).map(|_| Duration::from_nanos(random.among(0..=2_000_000))).collect();
         Arc::new(Self {
             seed,
             kind,
@@ -243,14 +253,19 @@ impl Plan {
 /// How many workers a client has.
 fn workers(kind: Kind, client: usize, random: &mut Random) -> usize {
     // A client sends when its slowest worker ends a clock: those that are to write without a pause are alone.
-    if kind == Kind::Storm && client > 0 { 1 } else { random.among(1..=3) as usize }
+    match kind {
+        Kind::Storm if client > 0 => 1,
+        Kind::Crowd => 1,
+        Kind::Churn => 3,
+        _ => random.among(1..=3) as usize,
+    }
 }
 
 fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
     let most = match kind {
         Kind::Few => 4,
         Kind::Wide | Kind::Busy => 2,
-        Kind::Storm => 1,
+        Kind::Storm | Kind::Churn | Kind::Crowd => 1,
     };
     (0..random.among(1..=most))
         .map(|number| {
@@ -269,6 +284,8 @@ fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
             let rows = match kind {
                 Kind::Wide => random.among(1..=3),
                 Kind::Busy => random.among(6..=20),
+                Kind::Churn => random.among(6..=14),
+                Kind::Crowd => random.among(150..=400),
                 Kind::Few => random.among(1..=40),
                 Kind::Storm => 1,
             };
@@ -280,10 +297,17 @@ fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
                     let bytes = (random.among(1..=4) as usize) << 14;
                     (model, 4, bytes / element.size() / lanes / 4)
                 }
+                Kind::Churn | Kind::Crowd => (Model::Essp { staleness }, 1, 1),
                 _ if wide => (model, least, 1),
                 _ => (model, random.among(1..=6) as usize, 1),
             };
-            let slots = random.among(4..=if kind == Kind::Busy { 9 } else { rows.max(4) + 2 }) as usize;
+            let slots = match kind {
+                Kind::Churn => 4,
+                Kind::Crowd => rows,
+                Kind::Busy => random.among(4..=9),
+                Kind::Few | Kind::Wide | Kind::Storm => random.among(4..=rows.max(4) + 2),
+            };
+            let slots = slots as usize;
             TablePlan { name: format!("table-{number}"), model, element, rows, each, spacing, slots }
         })
         .collect()
@@ -363,6 +387,8 @@ fn ops(tables: &[TablePlan], kind: Kind, random: &mut Random) -> Vec<Op> {
     let count = match kind {
         Kind::Busy => random.among(0..=30),
         Kind::Storm => random.among(1..=8),
+        Kind::Churn => random.among(1..=5),
+        Kind::Crowd => random.among(1..=3),
         Kind::Few | Kind::Wide => random.among(0..=9),
     };
     let any = (0..count).map(|_| {
@@ -385,8 +411,17 @@ fn ops(tables: &[TablePlan], kind: Kind, random: &mut Random) -> Vec<Op> {
         }
     });
     let any: Vec<_> = any.collect();
-    if kind != Kind::Busy {
-        return any;
+    let whole = |op: fn(u64) -> Op| (0..tables[0].rows).map(op);
+    match kind {
+        Kind::Few | Kind::Wide | Kind::Storm => return any,
+        // A row is read again at once: perhaps its slot is there, and not its image.
+        Kind::Churn => return any.into_iter().flat_map(|op| [op.clone(), op]).collect(),
+        Kind::Crowd => {
+            let all = Op::GetMany { table: 0, rows: (0..tables[0].rows).collect() };
+            let add = whole(|row| Op::IncAt { table: 0, row, by: 1 + 5 * row as i64 });
+            return [all].into_iter().chain(any).chain(add).collect();
+        }
+        Kind::Busy => {}
     }
     // At the bounds of the models: first everybody reads what everybody has changed last.
     let hot = |op: fn(usize, u64) -> Op| {
