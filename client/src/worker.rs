@@ -9,7 +9,7 @@ use std::{
 
 use fervor_protocol::{
     Element, clock,
-    mutants::{Mutant, mutant},
+    mutants::{Mutant, mutant, pause},
     pending::Origin,
     row::Header,
     wire::{PUSH_ONCE, SlotRecord},
@@ -285,7 +285,9 @@ impl<T: Transport> Worker<T> {
             oplog.merge();
         }
         self.clock += 1;
+        pause();
         let risen = lock(&self.core.clocks).tick(self.id);
+        pause();
         match risen {
             Some(clock) => self.core.announce(clock)?,
             None => self.core.progress(),
@@ -444,7 +446,7 @@ impl<T: Transport> Worker<T> {
         });
         if mutant(Mutant::WishesOutOfOrder) && !late.is_empty() {
             // Where another worker may come between.
-            self.core.transport.relax(0);
+            pause();
             late.into_iter().for_each(|(slot, row, wish)| _ = self.wish(table, row, slot, wish));
         }
         if most >= MANY_WISHES {

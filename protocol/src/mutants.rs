@@ -3,6 +3,10 @@
 //! Each breaks one invariant in one place, which says so: `if mutant(Mutant::X)`. Without the feature `mutants` that is
 //! a constant `false` and nothing is compiled for it; with the feature nothing is active until a test switches one on with
 //! `activate`. [`CATALOGUE`] is the list of all: what each breaks, and where.
+//!
+//! **Where threads may come between.** In the simulator threads switch at calls of the transport only. The client's threads
+//! share memory between two of those, so their code says [`pause`] where another thread may do anything meanwhile and no
+//! lock is held. It does nothing but with the feature, on a thread that has said with `on_pause` what is to happen.
 
 /// A deliberate bug. See [`CATALOGUE`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +33,7 @@ pub enum Mutant {
     ClockEndsEarly,
     JoinAtHandshake,
     AskIgnored,
+    GenerationIgnored,
     GapAccepted,
 }
 
@@ -55,7 +60,7 @@ macro_rules! catalogue {
 
 catalogue! {
     TrustLateClock "trust-late-clock" "3 SSP guarantee"
-        "a READ is trusted for the clock known when it completed (client worker::miss, read_group)"
+        "a READ is trusted for the clock known when it completed (client worker::miss)"
     SlotNotCleared "slot-not-cleared" "6 slots: current only after the first push"
         "a slot keeps its old image when it is taken for another row (client Cache::take)"
     PushFromLiveMemory "push-from-live-memory" "5 a push reads stable memory"
@@ -68,6 +73,8 @@ catalogue! {
         "a batch that comes again is applied again (server poller::batch)"
     GapAccepted "gap-accepted" "7 exactly once"
         "a batch whose predecessor is missing is taken (protocol BatchNumbers::admit)"
+    GenerationIgnored "generation-ignored" "6 slots"
+        "a reader does not look whether a slot has changed hands meanwhile (client Cache::unchanged)"
     SlotReusedEarly "slot-reused-early" "6 slots: not reused under a WRITE"
         "a slot is free when giving it up is acknowledged, not when it is closed (client Channel::free_closed)"
     RoundByPlainWrite "round-by-plain-write" "3 SSP guarantee; transport rule 2"
@@ -107,9 +114,17 @@ pub const fn mutant(_: Mutant) -> bool {
     false
 }
 
+/// Another thread may come between here. No lock is held.
+#[cfg(not(feature = "mutants"))]
+#[inline(always)]
+pub const fn pause() {}
+
 #[cfg(feature = "mutants")]
 mod active {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::{
+        cell::RefCell,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
 
     use super::Mutant;
 
@@ -125,7 +140,26 @@ mod active {
     pub fn mutant(mutant: Mutant) -> bool {
         ACTIVE.load(Ordering::Relaxed) == mutant as usize + 1
     }
+
+    type Pause = Box<dyn FnMut()>;
+
+    thread_local! {
+        static PAUSE: RefCell<Option<Pause>> = const { RefCell::new(None) };
+    }
+
+    /// What `pause` does on this thread from now on.
+    pub fn on_pause(pause: Pause) {
+        PAUSE.set(Some(pause));
+    }
+
+    /// Another thread may come between here. No lock is held.
+    pub fn pause() {
+        if let Some(mut pause) = PAUSE.take() {
+            pause();
+            PAUSE.set(Some(pause));
+        }
+    }
 }
 
 #[cfg(feature = "mutants")]
-pub use active::{activate, mutant};
+pub use active::{activate, mutant, on_pause, pause};

@@ -9,6 +9,8 @@ use super::{
     journal::What,
     plan::{Op, Plan, TablePlan},
 };
+#[cfg(feature = "mutants")]
+use crate::support::Random;
 
 /// An element that counts exactly.
 pub trait Number: Element {
@@ -115,6 +117,7 @@ impl<T: Transport> Actor<T> {
     /// Does all that the plan says. Returns what the worker counted.
     pub fn run(mut self) -> WorkerStats {
         let plan = self.plan.clone();
+        self.expose();
         for ops in &plan.lanes[self.lane].clocks {
             ops.iter().for_each(|op| self.act(op));
             let clock = self.worker.now();
@@ -125,6 +128,23 @@ impl<T: Transport> Actor<T> {
         plan.lanes[self.lane].rest.iter().for_each(|op| self.act(op));
         self.worker.stats()
     }
+
+    /// Lets other threads come between where the client's code says so, now and then.
+    #[cfg(feature = "mutants")]
+    fn expose(&self) {
+        let mut random = Random(self.plan.seed ^ (self.lane as u64) << 32);
+        let rarely = [2, 8, 32, u64::MAX][(self.plan.seed % 4) as usize];
+        let transport = self.transport.clone();
+        fervor_protocol::mutants::on_pause(Box::new(move || {
+            if random.one_in(rarely) {
+                transport.relax(0);
+            }
+        }));
+    }
+
+    /// Only with the feature `mutants` does the client's code have places where others may come between.
+    #[cfg(not(feature = "mutants"))]
+    fn expose(&self) {}
 
     fn note(&self, what: What) {
         self.plan.journal.note(self.transport.now(), self.lane, self.worker.now(), what);
