@@ -65,7 +65,7 @@ fn main() -> ExitCode {
     match options.seed {
         Some(seed) => replay(seed, options.clocks),
         None => {
-            let range = options.seeds.unwrap_or((0, 200));
+            let range = options.seeds.unwrap_or((0, 2000));
             many(range, options.clocks, jobs(options.jobs))
         }
     }
