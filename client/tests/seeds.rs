@@ -111,7 +111,13 @@ mod mutants {
             println!("{count} mutants, all killed, in {took:.0} s");
             return ExitCode::SUCCESS;
         }
-        println!("{} of {count} mutants survive {}..{}: {}", survivors.len(), range.0, range.1, survivors.join(", "));
+        println!(
+            "{} of {count} mutants survive {}..{}: {}",
+            survivors.len(),
+            range.0,
+            range.1,
+            survivors.join(", ")
+        );
         ExitCode::FAILURE
     }
 }
@@ -180,7 +186,8 @@ fn run((from, to): (u64, u64), clocks: u64, jobs: usize) -> Found {
                 core.map(core_affinity::set_for_current);
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    let failed = |found: &Found| found.failure.as_ref().is_some_and(|(first, _)| *first < seed);
+                    let failed =
+                        |found: &Found| found.failure.as_ref().is_some_and(|(first, _)| *first < seed);
                     if seed >= to || failed(&lock(found)) {
                         return;
                     }

@@ -100,6 +100,8 @@ pub struct Cache {
     pub misses: u64,
     /// READs of server memory.
     pub reads: u64,
+    /// Reads that returned older data than the model allows: always 0.
+    pub violations: u64,
 }
 
 impl Report {
@@ -141,7 +143,12 @@ impl Report {
             clocks_per_second: if total > 0.0 { clocks as f64 / total } else { 0.0 },
             time: Time { compute: (1.0 - waiting - communication).max(0.0), waiting, communication },
             clock_differential: accesses.clock_differential,
-            cache: Cache { hits: accesses.hits, misses: accesses.misses, reads: accesses.reads },
+            cache: Cache {
+                hits: accesses.hits,
+                misses: accesses.misses,
+                reads: accesses.reads,
+                violations: accesses.violations,
+            },
             bytes: tally.bytes,
             machine: Machine::this(),
             factors: tally.reports.iter().find_map(|report| report.factors.clone()),
@@ -278,8 +285,9 @@ impl fmt::Display for Report {
         writeln!(f, "{}", comparison(std::slice::from_ref(self)))?;
         if !self.clock_differential.is_empty() {
             writeln!(f, "{}", differentials(std::slice::from_ref(self)))?;
-            let Cache { hits, misses, reads } = self.cache;
+            let Cache { hits, misses, reads, violations } = self.cache;
             writeln!(f, "cache: {hits} hits, {misses} misses, {reads} READs")?;
+            writeln!(f, "staleness violations: {violations}")?;
         }
         Ok(())
     }

@@ -187,6 +187,7 @@ impl Factors for Served<'_> {
             hits: stats.hits,
             misses: stats.misses,
             reads: stats.reads,
+            violations: stats.violations,
             clock_differential: stats.clock_differential.clone(),
         }
     }

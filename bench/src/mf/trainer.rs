@@ -75,6 +75,8 @@ pub struct Accesses {
     pub misses: u64,
     /// RDMA READs.
     pub reads: u64,
+    /// Reads that returned older data than the model allows: always 0.
+    pub violations: u64,
     /// How often a read returned data of a clock this much ahead of the reader's own.
     pub clock_differential: BTreeMap<i64, u64>,
 }
@@ -91,6 +93,7 @@ impl Accesses {
         self.hits -= earlier.hits;
         self.misses -= earlier.misses;
         self.reads -= earlier.reads;
+        self.violations -= earlier.violations;
         for (differential, count) in &earlier.clock_differential {
             *self.clock_differential.entry(*differential).or_default() -= count;
         }
@@ -105,6 +108,7 @@ impl Accesses {
         self.hits += other.hits;
         self.misses += other.misses;
         self.reads += other.reads;
+        self.violations += other.violations;
         for (differential, count) in &other.clock_differential {
             *self.clock_differential.entry(*differential).or_default() += count;
         }

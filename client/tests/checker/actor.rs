@@ -237,7 +237,8 @@ impl<T: Transport> Actor<T> {
         }
         for (other, lane) in plan.lanes.iter().enumerate() {
             let columns: Vec<i64> = plan.columns(table, other).map(value).collect();
-            let what = || format!("{place}, columns of lane {other}: {:?}", &columns[..columns.len().min(20)]);
+            let what =
+                || format!("{place}, columns of lane {other}: {:?}", &columns[..columns.len().min(20)]);
             if other == self.lane {
                 let own = self.own[table][row as usize];
                 assert!(columns.iter().all(|c| *c == own), "OWN: {}: own, each once: {own}", what());
@@ -254,7 +255,11 @@ impl<T: Transport> Actor<T> {
             assert!(columns.iter().all(|c| *c <= most), "TOO MUCH: {}: not {least}..={most}", what());
             if !plan.in_parts(table) {
                 assert!(columns.iter().all(|c| *c == columns[0]), "TORN: {}: no snapshot", what());
-                assert!(lane.sums_to(table, row, columns[0]), "PART: {}: no sum at the end of a clock", what());
+                assert!(
+                    lane.sums_to(table, row, columns[0]),
+                    "PART: {}: no sum at the end of a clock",
+                    what()
+                );
             }
         }
         if let Some(seen) = &mut self.alone {
@@ -265,7 +270,10 @@ impl<T: Transport> Actor<T> {
             if gets(&self.worker.stats()) == gets(&before.stats) + 1 && !model.eager() {
                 assert!(claim >= *last_claim, "BACK: {place}, after clock {last_claim}");
                 let forward = last.iter().zip(&sums).all(|(last, now)| last <= now);
-                assert!(forward || plan.in_parts(table), "BACK: {place}: sums by lane {sums:?} after {last:?}");
+                assert!(
+                    forward || plan.in_parts(table),
+                    "BACK: {place}: sums by lane {sums:?} after {last:?}"
+                );
                 (*last_claim, *last) = (claim, sums);
             }
         }

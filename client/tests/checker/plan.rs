@@ -157,10 +157,8 @@ impl Plan {
             Kind::Crowd => random.among(2..=clocks.div_ceil(4)),
             Kind::Few | Kind::Busy => random.among(2..=clocks),
         };
-        let mut lanes: Vec<_> = owners
-            .iter()
-            .map(|&client| Lane::worker(client, &tables, kind, most, &mut random))
-            .collect();
+        let mut lanes: Vec<_> =
+            owners.iter().map(|&client| Lane::worker(client, &tables, kind, most, &mut random)).collect();
         let most_shards = if kind == Kind::Storm { 1 } else { 3 };
         let (servers, shards) =
             (random.among(1..=most_shards) as usize, random.among(1..=most_shards) as usize);
@@ -339,7 +337,8 @@ impl Lane {
             let table = narrow[random.among(0..=narrow.len() as u64 - 1) as usize];
             let first = random.among(0..=tables[table].rows - 1);
             let rows = (first..tables[table].rows).step_by(links).take(1 + random.among(0..=2) as usize);
-            rows.map(|row| Op::IncAt { table, row, by: random.among(1..=3) as i64 + 5 * row as i64 }).collect()
+            rows.map(|row| Op::IncAt { table, row, by: random.among(1..=3) as i64 + 5 * row as i64 })
+                .collect()
         });
         let clocks = clocks.collect();
         Self::new(client, tables, clocks, Vec::new())

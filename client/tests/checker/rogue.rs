@@ -16,9 +16,7 @@ use fervor_protocol::{
 };
 use fervor_verbs::{
     Address, Memory,
-    transport::{
-        Access, Completion, Connection, Endpoint, EndpointConfig, Payload, Region, Sge, Transport,
-    },
+    transport::{Access, Completion, Connection, Endpoint, EndpointConfig, Payload, Region, Sge, Transport},
 };
 use zerocopy::{FromBytes, IntoBytes};
 
