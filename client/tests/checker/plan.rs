@@ -17,6 +17,8 @@ use crate::support::Random;
 
 /// The last of the rows that everybody uses.
 const HOT: u64 = 2;
+/// How often each operation of a job that churns is repeated.
+const AGAIN: usize = 6;
 /// [`Lane::began`] of a worker that has not begun.
 pub const NOT_YET: u64 = u64::MAX;
 
@@ -142,7 +144,11 @@ impl Plan {
             6..=8 => Kind::Churn,
             _ => Kind::Busy,
         };
-        let clients = random.among(if kind == Kind::Storm { 3 } else { 1 }..=4) as usize;
+        let clients = match kind {
+            Kind::Storm => random.among(3..=4),
+            Kind::Churn => random.among(1..=2),
+            _ => random.among(1..=4),
+        } as usize;
         let owners: Vec<usize> =
             (0..clients).flat_map(|client| vec![client; workers(kind, client, &mut random)]).collect();
         let rogue = random.one_in(4).then(|| {
@@ -153,7 +159,7 @@ impl Plan {
         let tables = tables(kind, lanes_count, &mut random);
         let most = match kind {
             Kind::Wide | Kind::Storm => random.among(2..=clocks.div_ceil(2)),
-            Kind::Churn => random.among(clocks..=3 * clocks),
+            Kind::Churn => random.among(2 * clocks..=4 * clocks),
             Kind::Crowd => random.among(2..=clocks.div_ceil(4)),
             Kind::Few | Kind::Busy => random.among(2..=clocks),
         };
@@ -269,6 +275,8 @@ fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
         .map(|number| {
             let element = [ElementType::F32, ElementType::F64, ElementType::I32, ElementType::I64]
                 [random.among(0..=3) as usize];
+            // An image in one cache line lands at once.
+            let element = if kind == Kind::Churn { ElementType::I32 } else { element };
             let staleness = random.among(0..=3) as u32;
             let model = match random.among(0..=9) {
                 0 => Model::Bsp,
@@ -282,7 +290,7 @@ fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
             let rows = match kind {
                 Kind::Wide => random.among(1..=3),
                 Kind::Busy => random.among(6..=20),
-                Kind::Churn => random.among(6..=14),
+                Kind::Churn => random.among(5..=9),
                 Kind::Crowd => random.among(150..=400),
                 Kind::Few => random.among(1..=40),
                 Kind::Storm => 1,
@@ -386,7 +394,7 @@ fn ops(tables: &[TablePlan], kind: Kind, random: &mut Random) -> Vec<Op> {
     let count = match kind {
         Kind::Busy => random.among(0..=30),
         Kind::Storm => random.among(1..=8),
-        Kind::Churn => random.among(1..=5),
+        Kind::Churn => random.among(1..=3),
         Kind::Crowd => random.among(1..=3),
         Kind::Few | Kind::Wide => random.among(0..=9),
     };
@@ -414,7 +422,7 @@ fn ops(tables: &[TablePlan], kind: Kind, random: &mut Random) -> Vec<Op> {
     match kind {
         Kind::Few | Kind::Wide | Kind::Storm => return any,
         // A row is read again at once: perhaps its slot is there, and not its image.
-        Kind::Churn => return any.into_iter().flat_map(|op| [op.clone(), op]).collect(),
+        Kind::Churn => return any.into_iter().flat_map(|op| vec![op; AGAIN]).collect(),
         Kind::Crowd => {
             let all = Op::GetMany { table: 0, rows: (0..tables[0].rows).collect() };
             let add = whole(|row| Op::IncAt { table: 0, row, by: 1 + 5 * row as i64 });
