@@ -78,6 +78,9 @@ pub fn open<T: Transport>(client: &Client<T>, plan: &Plan) -> Vec<Any> {
     plan.tables.iter().enumerate().map(open).collect()
 }
 
+/// What a row was seen as: the claim, and each lane's sum.
+type Seen = (u64, Vec<i64>);
+
 /// What a worker knows of the moment before a `get`.
 struct Before {
     stats: WorkerStats,
@@ -93,8 +96,8 @@ pub struct Actor<T: Transport> {
     pub tables: Vec<Any>,
     /// Per table and row, what it has added.
     own: Vec<Vec<i64>>,
-    /// Its client has no other worker, so nothing goes back: per table and row, the claim and each lane's sum that were seen.
-    alone: Option<Vec<Vec<(u64, Vec<i64>)>>>,
+    /// Its client has no other worker, so nothing goes back: per table and row, what was seen last.
+    alone: Option<Vec<Vec<Seen>>>,
 }
 
 impl<T: Transport> Actor<T> {
