@@ -19,3 +19,17 @@ die() {
 }
 # The comment at the top of a script is its help text.
 usage() { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "${1:-$0}"; }
+
+# Builds the program that runs seeds of the checker (client/tests/seeds.rs), and runs it.
+run_seeds() {
+	local program
+	"$CI_DIR/deps" build
+	program=$(
+		cargo test --manifest-path "$ROOT/Cargo.toml" --locked -p fervor-client --no-default-features --features mutants \
+			--test seeds --no-run --message-format json-render-diagnostics |
+			sed -n 's/.*"name":"seeds".*"executable":"\([^"]*\)".*/\1/p'
+	)
+	[ -x "$program" ] || die 'cargo did not say where it built the seeds'
+	# Servers say who is gone: in these jobs that happens thousands of times.
+	"$program" "$@" 2> >(grep -v '^fervor-server: client ' >&2)
+}

@@ -70,6 +70,8 @@ pub struct Checked {
     hits: u64,
     misses: u64,
     torn: u64,
+    /// `get`s that were older than the model allows, as the workers themselves count them.
+    violations: u64,
     seconds: f64,
 }
 
@@ -95,7 +97,7 @@ impl fmt::Display for Checked {
             self.misses.to_string(),
             self.torn.to_string(),
             format!("{:.2}", self.seconds),
-            "0".into(),
+            self.violations.to_string(),
         ]);
         table.fmt(f)
     }
@@ -148,7 +150,10 @@ pub fn run(options: &CheckOptions) -> Result<Checked> {
     let seconds = start.elapsed().as_secs_f64();
     sums(&job, &urls)?;
     let sum = |count: fn(&Counts) -> u64| counts.iter().flatten().map(count).sum();
+    let violations = sum(|c| c.violations);
+    ensure!(violations == 0, "{violations} gets were older than the model allows");
     Ok(Checked {
+        violations,
         model: options.model.to_string(),
         clocks: options.clocks,
         workers: all,
@@ -182,6 +187,7 @@ struct Counts {
     hits: u64,
     misses: u64,
     torn: u64,
+    violations: u64,
 }
 
 fn client(job: &Job, urls: &[String], index: u16, clients: u16, workers: u16) -> Result<Vec<Counts>> {
@@ -257,7 +263,13 @@ impl Checker<'_> {
             self.worker.clock()?;
         }
         let stats = self.worker.stats();
-        Ok(Counts { elements: self.elements, hits: stats.hits, misses: stats.misses, torn: stats.torn })
+        Ok(Counts {
+            elements: self.elements,
+            hits: stats.hits,
+            misses: stats.misses,
+            torn: stats.torn,
+            violations: stats.violations,
+        })
     }
 
     fn read(&mut self, row: u64, into: &mut [i64]) -> Result<()> {

@@ -34,6 +34,7 @@ use std::sync::{
 };
 
 use fervor_protocol::{
+    mutants::{Mutant, mutant},
     row::{Header, UNFILLED},
     wire::{PUSH_ONCE, SUBSCRIBE, UNSUBSCRIBE},
 };
@@ -170,7 +171,7 @@ impl Cache {
         if let Some(used) = self.used.get(slot as usize).filter(|used| !used.load(Ordering::Relaxed)) {
             used.store(true, Ordering::Relaxed);
         }
-        self.words[slot as usize].load(Ordering::Relaxed) == word.0
+        self.words[slot as usize].load(Ordering::Relaxed) == word.0 || mutant(Mutant::GenerationIgnored)
     }
 
     /// Takes a slot for `row` in `state` (`Subscribed`, `Asked` or `Writing`), unfilled. `tell` leaves a wish for the
@@ -183,7 +184,9 @@ impl Cache {
         let Some(slot) = free.slots.pop().or_else(|| self.evict(&mut free, &mut tell)) else {
             return Taken::None;
         };
-        self.memory.write(self.offset(slot), UNFILLED.as_bytes());
+        if !mutant(Mutant::SlotNotCleared) {
+            self.memory.write(self.offset(slot), UNFILLED.as_bytes());
+        }
         self.set(slot, self.word(slot).next(state, row));
         self.index[row as usize].store(slot + 1, Ordering::Release);
         match state {

@@ -30,6 +30,7 @@ use fervor_protocol::{
     ack::{Immediate, SendWindow, Told, ack_offset, acknowledged},
     batch::BatchWriter,
     limits::{ACK_RING, CLIENT_RECEIVES, MESSAGE_BYTES},
+    mutants::{Mutant, mutant},
     wire::{Kind, MessageHeader, SlotRecord, TableReply, UNSUBSCRIBE, Welcome},
 };
 use fervor_verbs::{
@@ -265,6 +266,9 @@ impl<T: Transport> Engine<T> {
     fn take_acknowledgements(&mut self, shard: usize, around: &Surroundings<'_>) -> usize {
         let (channel, link) = (&mut self.channels[shard], &around.links[shard]);
         let mut taken = 0;
+        if mutant(Mutant::RoundByPlainWrite) {
+            link.clock.fetch_max(self.control.load(link.control + (ACK_RING + 1) * 8), Ordering::Release);
+        }
         while let Some(sequence) = channel.window.awaited() {
             let word = self.control.load(link.control + ack_offset(sequence));
             let Some(lsn) = acknowledged(word, sequence) else { break };
@@ -355,7 +359,7 @@ impl<T: Transport> Engine<T> {
                 break;
             }
         }
-        let clock = clock.filter(|_| all);
+        let clock = clock.filter(|_| all || mutant(Mutant::ClockEndsEarly));
         if !all {
             link.flush.store(true, Ordering::Release);
         }
@@ -453,7 +457,8 @@ impl<C: Connection> Channel<C> {
 
     /// Frees the slots that were given up by acknowledged messages up to the last `Closed`.
     fn free_closed(&mut self, around: &Surroundings<'_>) {
-        let count = self.closing.iter().take_while(|(at, ..)| *at <= self.heard.closed).count();
+        let early = mutant(Mutant::SlotReusedEarly);
+        let count = self.closing.iter().take_while(|(at, ..)| *at <= self.heard.closed || early).count();
         if count == 0 {
             return;
         }

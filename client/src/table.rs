@@ -25,6 +25,7 @@ use std::{
 use fervor_protocol::{
     Element, Schema,
     batch::BatchWriter,
+    mutants::{Mutant, mutant, pause},
     pending::{Delta, Origin, Pending, Unknown},
     route::Router,
     row::{Header, Seal},
@@ -186,7 +187,7 @@ impl<E: Element> ShardPending<E> {
                 buffers.push(values);
             }
         });
-        if let Some(lsn) = dropped {
+        if let Some(lsn) = dropped.filter(|_| !mutant(Mutant::OwnLsnNotRaised)) {
             table.own_lsn[row as usize].fetch_max(lsn, Ordering::Release);
         }
         if pending.is_empty() {
@@ -292,7 +293,9 @@ impl<E: Element> TableCore<E> {
     pub fn look_up(&self, shard: usize, row: u64, needed: u64, known: u64, into: &mut [E]) -> Found {
         for _ in 0..TORN_COPIES {
             let Some((slot, word)) = self.cache.find(row) else { return Found::Miss };
+            pause();
             let header = self.cache.copy(slot, into.as_mut_bytes());
+            pause();
             if !self.cache.unchanged(slot, word) {
                 continue;
             }
@@ -352,6 +355,7 @@ impl<E: Element> TableCore<E> {
     ) -> Result<(), Incomplete> {
         // SYNC POINT: pairs with `drop_first`; `own_lsn` is loaded after.
         let lacking = self.lacking[row as usize].load(Ordering::Acquire);
+        pause();
         if !lacking && origin == Origin::Stated {
             let fresh = header.lsn >= self.own_lsn[row as usize].load(Ordering::Acquire);
             return if fresh { Ok(()) } else { Err(Incomplete::Stale) };

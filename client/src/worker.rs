@@ -9,6 +9,7 @@ use std::{
 
 use fervor_protocol::{
     Element, clock,
+    mutants::{Mutant, mutant, pause},
     pending::Origin,
     row::Header,
     value,
@@ -51,6 +52,8 @@ pub struct WorkerStats {
     pub waiting: Duration,
     /// Time spent in READs, and in handing over updates at the end of clocks.
     pub communicating: Duration,
+    /// `get`s whose copy was older than the table's model allows. Always counted, and always 0: anything else is a bug.
+    pub violations: u64,
     /// How many `get`s had which clock differential: clock of the data returned minus clock of the worker.
     pub clock_differential: BTreeMap<i64, u64>,
 }
@@ -289,7 +292,9 @@ impl<T: Transport> Worker<T> {
             oplog.merge();
         }
         self.clock += 1;
+        pause();
         let risen = lock(&self.core.clocks).tick(self.id);
+        pause();
         match risen {
             Some(clock) => self.core.announce(clock)?,
             None => self.core.progress(),
@@ -336,6 +341,7 @@ impl<T: Transport> Worker<T> {
                 oplog.as_any().downcast_mut().expect("a table's number stands for its element type");
             oplog.add_to(shard, row, copy);
         }
+        self.stats.violations += u64::from(clock < clock::needed(table.schema().model, self.clock));
         let differential = clock::differential(clock, self.clock);
         match self.recent.get_mut((differential + RECENT) as usize) {
             Some(count) => *count += 1,
@@ -422,6 +428,8 @@ impl<T: Transport> Worker<T> {
             self.post(table, shard, index, 0)?;
             self.reader.ring(shard).or_else(|error| self.broken(shard, error))?;
             self.reader.wait(&self.core, 1)?;
+            let late = || self.core.links[shard].clock.load(Ordering::Acquire);
+            let known = if mutant(Mutant::TrustLateClock) { late() } else { known };
             if self.accept(table, row, shard, 0, known, into)? {
                 return Ok(known);
             }
@@ -493,9 +501,18 @@ impl<T: Transport> Worker<T> {
     /// Takes a slot, and leaves the wishes that come of it.
     fn take<E: Element>(&self, table: &TableCore<E>, row: u64, state: State) -> Taken {
         let mut most = 0;
+        let mut late = Vec::new();
         let taken = table.cache.take(row, state, |slot, row, wish| {
+            if mutant(Mutant::WishesOutOfOrder) {
+                return late.push((slot, row, wish));
+            }
             most = most.max(self.wish(table, row, slot, wish));
         });
+        if mutant(Mutant::WishesOutOfOrder) && !late.is_empty() {
+            // Where another worker may come between.
+            pause();
+            late.into_iter().for_each(|(slot, row, wish)| _ = self.wish(table, row, slot, wish));
+        }
         if most >= MANY_WISHES {
             self.core.progress();
         }

@@ -14,7 +14,10 @@
 //!
 //! **Batches.** Numbered per client and shard, without gaps. [`BatchNumbers`] lets each be applied once.
 
-use crate::limits::{ACK_RING, ACK_SEQUENCE_BITS, IMMEDIATE_BITS};
+use crate::{
+    limits::{ACK_RING, ACK_SEQUENCE_BITS, IMMEDIATE_BITS},
+    mutants::{Mutant, mutant},
+};
 
 const LSN_BITS: u32 = 64 - ACK_SEQUENCE_BITS;
 
@@ -166,7 +169,7 @@ impl BatchNumbers {
     pub fn admit(&self, number: u64) -> Admit {
         if number != 0 && number <= self.applied && self.applied - number < ACK_RING as u64 {
             Admit::Duplicate { lsn: self.lsns[number as usize % ACK_RING] }
-        } else if number == self.applied + 1 {
+        } else if number == self.applied + 1 || mutant(Mutant::GapAccepted) {
             Admit::Apply
         } else {
             Admit::Gap { expected: self.applied + 1 }

@@ -294,6 +294,11 @@ impl<'a> Batch<'a> {
         if body.is_empty() { Ok(()) } else { Err(Fault::Trailing { bytes: body.len() }) }
     }
 
+    /// A mutant: its first `records` records, as if they were all.
+    pub fn first(&self, records: u32) -> Self {
+        Self { records, ..*self }
+    }
+
     /// The records of a batch that [`Batch::check`] has accepted, with the element size of each table.
     pub fn records(&self, size: impl Fn(u32) -> usize) -> impl Iterator<Item = Record<'a>> {
         let mut body = self.body;

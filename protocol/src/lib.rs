@@ -12,6 +12,7 @@
 //! | [`batch`] | updates on their way to a shard: encoding, and checking before any is applied |
 //! | [`ack`] | acknowledgement words, credits, batch numbers: exactly once |
 //! | [`value`] | the value bound of VAP: what of a worker's updates is in transit |
+//! | [`mutants`] | deliberate bugs, for the proof that the checker checks |
 //! | [`pending`] | a client's own updates that a copy of a row may lack: each counted exactly once |
 //!
 //! # A batch's way, and who knows what when
@@ -36,6 +37,7 @@ pub mod batch;
 pub mod clock;
 pub mod element;
 pub mod limits;
+pub mod mutants;
 pub mod pending;
 pub mod route;
 pub mod row;

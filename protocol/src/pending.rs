@@ -19,7 +19,11 @@
 //! LSN of a dropped entry: a copy with a smaller LSN lacks an update that is no longer held here, and must
 //! not be used. So dropping too much costs another READ, never an update.
 
-use crate::{element::Element, row::Header};
+use crate::{
+    element::Element,
+    mutants::{Mutant, mutant},
+    row::Header,
+};
 
 /// Number of the batch of an entry that has not been sent.
 pub const UNSENT: u64 = u64::MAX;
@@ -179,7 +183,9 @@ impl<E: Element> Pending<E> {
         for (i, entry) in self.entries.iter().enumerate() {
             let contained = match (origin, entry.lsn) {
                 _ if entry.batch == UNSENT => false,
+                (Origin::Stated, lsn) if mutant(Mutant::InclusionByArrival) => lsn.is_some(),
                 (Origin::Stated, _) => entry.batch <= copy.included,
+                (Origin::Read, Some(lsn)) if mutant(Mutant::InclusionStrict) => lsn < copy.lsn,
                 (Origin::Read, Some(lsn)) => lsn <= copy.lsn,
                 (Origin::Read, None) => return Err(Unknown { batch: entry.batch }),
             };

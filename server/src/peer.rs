@@ -203,6 +203,12 @@ impl<C: Connection> Peer<C> {
         )
     }
 
+    /// A mutant: tells a clock by a WRITE without an immediate.
+    pub fn write_clock(&mut self, clock: u64) -> Result<(), PostError> {
+        let word = self.target.0.at(self.control + ((ACK_RING + 1) * 8) as u64);
+        self.connection.write(Payload::Inline(&clock.to_le_bytes()), word, None, None)
+    }
+
     /// Sees to it that the entries of all posted pushes will be released: asks for a completion if none is under way.
     pub fn ask_for_completion(&mut self) -> Result<(), PostError> {
         if self.unsignalled && self.connection.room() > 0 {

@@ -15,6 +15,7 @@ use fervor_protocol::{
     ack::Admit,
     batch::Batch,
     limits::{REPLY_BYTES, ROW_HEADER},
+    mutants::{Mutant, mutant},
     wire::{
         self, Fault, Hello, Kind, MessageHeader, PUSH_ONCE, SUBSCRIBE, SlotRecord, TableReply, UNSUBSCRIBE,
     },
@@ -233,7 +234,9 @@ impl<T: Transport> Poller<T> {
         if !peer.left && !peer.condemned {
             eprintln!("fervor-server: client {} is gone ({cause}); the others go on without it", peer.client);
         }
-        self.rose = self.shard.clock.leave(peer.client).or(self.rose);
+        if !mutant(Mutant::DeadStays) {
+            self.rose = self.shard.clock.leave(peer.client).or(self.rose);
+        }
     }
 
     fn received(&mut self, connection: ConnectionId, buffer: ReceiveBuffer) {
@@ -344,13 +347,24 @@ fn batch<C: Connection>(
 ) -> Result<u64, Fault> {
     let batch = Batch::parse(header, message)?;
     match peer.numbers.admit(batch.number) {
-        Admit::Duplicate { lsn } => return Ok(lsn),
+        Admit::Duplicate { lsn } => {
+            if mutant(Mutant::ReplayApplied) {
+                shard.apply(&batch);
+            }
+            return Ok(lsn);
+        }
         Admit::Gap { expected } => {
             return Err(Fault::State(format!("batch number = {}, but {expected} is next", batch.number)));
         }
         Admit::Apply => {}
     }
+    if mutant(Mutant::BatchByHalves)
+        && let Err(Fault::Field { record, .. }) = shard.check(&batch)
+    {
+        shard.apply(&batch.first(record));
+    }
     shard.check(&batch)?;
+    let before = shard.lsn();
     shard.apply(&batch);
     peer.numbers.applied(batch.number, shard.lsn());
     if shard.value_bounded() {
@@ -359,7 +373,7 @@ fn batch<C: Connection>(
     if let Some(clock) = batch.clock {
         *rose = shard.clock.tick(peer.client, clock).or(*rose);
     }
-    Ok(shard.lsn())
+    Ok(if mutant(Mutant::AcknowledgedBeforeApplied) { before } else { shard.lsn() })
 }
 
 /// Does what a client wishes for one of its slots.
@@ -387,12 +401,16 @@ fn slot<C: Connection>(
                 return bad(format!("slot record: row = {row} is subscribed already"));
             }
             all.push(Subscriber { client: peer.client, slot, queued: true });
+            if mutant(Mutant::DirtyForgotten) {
+                found.forget(row);
+            }
             peer.queue.push_back(Wanted { table, row, slot, once: false });
         }
         UNSUBSCRIBE if found.eager() => {
             found.subscribers[row as usize].retain(|s| s.client != peer.client || s.slot != slot);
             peer.closed = Some(sequence);
         }
+        PUSH_ONCE if mutant(Mutant::AskIgnored) => {}
         PUSH_ONCE => peer.queue.push_back(Wanted { table, row, slot, once: true }),
         _ => return bad(format!("slot record: wish = {wish} of a table that is not pushed")),
     }

@@ -21,6 +21,7 @@
 use fervor_protocol::{
     ack::Immediate,
     limits::{REPLY_BYTES, ROW_HEADER},
+    mutants::{Mutant, mutant},
     row::Header,
 };
 use fervor_verbs::transport::{Connection, ConnectionId, Payload, PostError, Region, Sge, Transport};
@@ -82,6 +83,9 @@ impl<T: Transport> Poller<T> {
                 continue;
             }
             let Some(snapshot) = snapshot.filter(|_| peer.queue.is_empty() && peer.has_room()) else {
+                if mutant(Mutant::PushDropped) {
+                    continue;
+                }
                 subscriber.queued = true;
                 peer.queue.push_back(Wanted { table, row, slot: subscriber.slot, once: false });
                 continue;
@@ -176,10 +180,14 @@ impl<T: Transport> Poller<T> {
             peer.announce(Immediate::Visible(number).encode())?;
             posted += 1;
         }
-        if let Some(clock) = peer.round.filter(|_| peer.queue.is_empty() && peer.has_room())
+        let early = mutant(Mutant::RoundBeforeQueue) && peer.connection.room() > 0;
+        if let Some(clock) = peer.round.filter(|_| peer.queue.is_empty() && peer.has_room() || early)
             && peer.receives.take()
         {
             peer.round = None;
+            if mutant(Mutant::RoundByPlainWrite) {
+                peer.write_clock(clock)?;
+            }
             peer.announce(Immediate::Round(clock).encode())?;
             posted += 1;
         }
@@ -235,5 +243,8 @@ fn post<C: Connection>(
     if peer.push(Payload::Gather(&pieces), slot, bytes, snapshot.entry).is_err() {
         // The connection is broken; its end is about to be polled.
         staging.release(snapshot.entry);
+    }
+    if mutant(Mutant::PushFromLiveMemory) {
+        peer.completed(FAULT_ID, |entry| staging.release(entry));
     }
 }

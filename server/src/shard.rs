@@ -12,6 +12,7 @@ use fervor_protocol::{
     batch::{Batch, Record, Shape},
     clock::VectorClock,
     limits::ROW_HEADER,
+    mutants::{Mutant, mutant},
     route::Router,
     row::{Header, Seal},
     wire::Fault,
@@ -79,6 +80,12 @@ impl Table {
             self.marks[word] |= bit;
             self.dirty.push(row);
         }
+    }
+
+    /// A mutant: as if the row had not changed.
+    pub fn forget(&mut self, row: u64) {
+        self.marks[(row / 64) as usize] &= !(1 << (row % 64));
+        self.dirty.retain(|dirty| *dirty != row);
     }
 
     /// The rows changed since this was last called.
@@ -193,7 +200,8 @@ impl Shard {
         self.lsn += 1;
         let tables = &self.tables;
         let sizes: Vec<usize> = tables.iter().map(|table| table.schema.element.size()).collect();
-        for record in batch.records(|table| sizes[table as usize]) {
+        for (number, record) in batch.records(|table| sizes[table as usize]).enumerate() {
+            self.lsn += u64::from(mutant(Mutant::HalvesAtTwoLsns) && number == 1);
             let table = &mut self.tables[record.table as usize];
             let at = table.row_offset(record.row);
             let image = &mut self.memory.bytes_mut()[at..at + ROW_HEADER + table.row_bytes];

@@ -10,6 +10,7 @@
 //! | bytes of an entry | by the poller, between `reserve` and the first post | by the NIC | `uses` is 0 |
 //! | `uses` | by the poller: one per posted WRITE, and one while it is being filled | | |
 
+use fervor_protocol::mutants::{Mutant, mutant};
 use fervor_verbs::{
     Error, Memory,
     transport::{Access, Transport},
@@ -64,6 +65,9 @@ impl<R> Staging<R> {
         let need = bytes.div_ceil(CHUNK).max(1);
         if need > self.free {
             return None;
+        }
+        if mutant(Mutant::PushFromLiveMemory) {
+            self.next = 0;
         }
         let start = self.find(self.next, self.uses.len(), need).or_else(|| self.find(0, self.next, need))?;
         self.chunks[start] = need as u32;

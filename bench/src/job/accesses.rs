@@ -19,6 +19,8 @@ pub struct Accesses {
     pub hits: u64,
     /// Reads not answered by the cache.
     pub misses: u64,
+    /// Reads that returned older data than the model allows: always 0.
+    pub violations: u64,
     /// RDMA READs.
     pub reads: u64,
     /// How often a read returned data of a clock this much ahead of the reader's own.
@@ -37,6 +39,7 @@ impl Accesses {
         self.communicating -= earlier.communicating;
         self.hits -= earlier.hits;
         self.misses -= earlier.misses;
+        self.violations -= earlier.violations;
         self.reads -= earlier.reads;
         for (differential, count) in &earlier.clock_differential {
             *self.clock_differential.entry(*differential).or_default() -= count;
@@ -51,6 +54,7 @@ impl Accesses {
         self.communicating += other.communicating;
         self.hits += other.hits;
         self.misses += other.misses;
+        self.violations += other.violations;
         self.reads += other.reads;
         for (differential, count) in &other.clock_differential {
             *self.clock_differential.entry(*differential).or_default() += count;
@@ -65,6 +69,7 @@ impl From<WorkerStats> for Accesses {
             communicating: stats.communicating.as_secs_f64(),
             hits: stats.hits,
             misses: stats.misses,
+            violations: stats.violations,
             reads: stats.reads,
             clock_differential: stats.clock_differential,
         }

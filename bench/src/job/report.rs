@@ -27,12 +27,15 @@ pub struct Cache {
     pub misses: u64,
     /// READs of server memory.
     pub reads: u64,
+    /// Reads that returned older data than the model allows: always 0.
+    pub violations: u64,
 }
 
 impl fmt::Display for Cache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Cache { hits, misses, reads } = self;
-        write!(f, "cache: {hits} hits, {misses} misses, {reads} READs")
+        let Cache { hits, misses, reads, violations } = self;
+        writeln!(f, "cache: {hits} hits, {misses} misses, {reads} READs")?;
+        write!(f, "staleness violations: {violations}")
     }
 }
 
@@ -64,7 +67,12 @@ impl Costs {
             clocks_per_second: if total > 0.0 { clocks as f64 / total } else { 0.0 },
             time: Time { compute: (1.0 - waiting - communication).max(0.0), waiting, communication },
             clock_differential: accesses.clock_differential,
-            cache: Cache { hits: accesses.hits, misses: accesses.misses, reads: accesses.reads },
+            cache: Cache {
+                hits: accesses.hits,
+                misses: accesses.misses,
+                reads: accesses.reads,
+                violations: accesses.violations,
+            },
         }
     }
 }

@@ -1,0 +1,284 @@
+//! A worker at work, and what is checked of each `get`.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use fervor_client::{Client, Element, ElementType, Table, TableOptions, Worker, WorkerStats};
+use fervor_verbs::transport::Transport;
+
+use super::{
+    journal::What,
+    plan::{Op, Plan, TablePlan},
+};
+#[cfg(feature = "mutants")]
+use crate::support::Random;
+
+/// An element that counts exactly.
+pub trait Number: Element {
+    fn of(count: i64) -> Self;
+    fn count(self) -> i64;
+}
+
+macro_rules! number {
+    ($($type:ty)*) => {$(
+        impl Number for $type {
+            fn of(count: i64) -> Self {
+                count as $type
+            }
+            fn count(self) -> i64 {
+                self as i64
+            }
+        }
+    )*};
+}
+number!(f32 f64 i32 i64);
+
+/// A table of whichever type.
+#[derive(Clone)]
+pub enum Any {
+    F32(Table<f32>),
+    F64(Table<f64>),
+    I32(Table<i32>),
+    I64(Table<i64>),
+}
+
+/// Does the same with a table of whichever type.
+#[macro_export]
+macro_rules! on {
+    ($any:expr, $table:ident => $body:expr) => {
+        match $any {
+            $crate::checker::actor::Any::F32($table) => $body,
+            $crate::checker::actor::Any::F64($table) => $body,
+            $crate::checker::actor::Any::I32($table) => $body,
+            $crate::checker::actor::Any::I64($table) => $body,
+        }
+    };
+}
+
+/// Opens the tables, with caches of few slots.
+pub fn open<T: Transport>(client: &Client<T>, plan: &Plan) -> Vec<Any> {
+    let open = |(number, table): (usize, &TablePlan)| {
+        let width = plan.width(number);
+        let stride = (32 + plan.row_bytes(number)).next_multiple_of(64);
+        let options = TableOptions { cache_bytes: Some(table.slots * stride), ..TableOptions::default() };
+        fn with<E: Element, T: Transport>(
+            client: &Client<T>,
+            table: &TablePlan,
+            width: usize,
+            options: TableOptions,
+        ) -> Table<E> {
+            client.table_with(&table.name, table.rows, width, table.model, options).unwrap()
+        }
+        match table.element {
+            ElementType::F32 => Any::F32(with(client, table, width, options)),
+            ElementType::F64 => Any::F64(with(client, table, width, options)),
+            ElementType::I32 => Any::I32(with(client, table, width, options)),
+            ElementType::I64 => Any::I64(with(client, table, width, options)),
+        }
+    };
+    plan.tables.iter().enumerate().map(open).collect()
+}
+
+/// What a row was seen as: the claim, and each lane's sum.
+type Seen = (u64, Vec<i64>);
+
+/// What a worker knows of the moment before a `get`.
+struct Before {
+    stats: WorkerStats,
+    closed: Vec<bool>,
+}
+
+/// A worker at work.
+pub struct Actor<T: Transport> {
+    pub transport: T,
+    pub plan: Arc<Plan>,
+    pub lane: usize,
+    pub worker: Worker<T>,
+    pub tables: Vec<Any>,
+    /// Per table and row, what it has added.
+    own: Vec<Vec<i64>>,
+    /// Its client has no other worker, so nothing goes back: per table and row, what was seen last.
+    alone: Option<Vec<Vec<Seen>>>,
+}
+
+impl<T: Transport> Actor<T> {
+    pub fn new(transport: &T, plan: &Arc<Plan>, lane: usize, worker: Worker<T>, tables: Vec<Any>) -> Self {
+        let lanes = plan.lanes.len();
+        plan.lanes[lane].began.store(worker.now(), Ordering::SeqCst);
+        let alone = plan.lanes.iter().filter(|other| other.client == plan.lanes[lane].client).count() == 1;
+        let seen = |table: &TablePlan| vec![(0, vec![0; lanes]); table.rows as usize];
+        Self {
+            transport: transport.clone(),
+            plan: plan.clone(),
+            lane,
+            worker,
+            tables,
+            own: plan.tables.iter().map(|table| vec![0; table.rows as usize]).collect(),
+            alone: alone.then(|| plan.tables.iter().map(seen).collect()),
+        }
+    }
+
+    /// Does all that the plan says. Returns what the worker counted.
+    pub fn run(mut self) -> WorkerStats {
+        let plan = self.plan.clone();
+        self.expose();
+        for ops in &plan.lanes[self.lane].clocks {
+            ops.iter().for_each(|op| self.act(op));
+            let clock = self.worker.now();
+            self.note(What::Clock);
+            self.worker.clock().unwrap();
+            assert_eq!(self.worker.now(), clock + 1, "seed {}: a clock goes up by one", plan.seed);
+        }
+        plan.lanes[self.lane].rest.iter().for_each(|op| self.act(op));
+        self.worker.stats()
+    }
+
+    /// Lets other threads come between where the client's code says so, now and then.
+    #[cfg(feature = "mutants")]
+    fn expose(&self) {
+        let mut random = Random(self.plan.seed ^ (self.lane as u64) << 32);
+        let rarely = [2, 8, 32, u64::MAX][(self.plan.seed % 4) as usize];
+        let transport = self.transport.clone();
+        fervor_protocol::mutants::on_pause(Box::new(move || {
+            if random.one_in(rarely) {
+                transport.relax(0);
+            }
+        }));
+    }
+
+    /// Only with the feature `mutants` does the client's code have places where others may come between.
+    #[cfg(not(feature = "mutants"))]
+    fn expose(&self) {}
+
+    fn note(&self, what: What) {
+        self.plan.journal.note(self.transport.now(), self.lane, self.worker.now(), what);
+    }
+
+    fn act(&mut self, op: &Op) {
+        self.note(What::Op(op.clone()));
+        let any = self.tables[op.table()].clone();
+        on!(&any, found => self.act_on(op, op.table(), found));
+    }
+
+    fn act_on<E: Number>(&mut self, op: &Op, number: usize, table: &Table<E>) {
+        let width = table.width();
+        match op {
+            Op::Get { row, .. } => {
+                let before = self.before();
+                let mut copy = vec![E::default(); width];
+                self.worker.get(table, *row, &mut copy).unwrap();
+                let claim = self.claim(&before);
+                self.check(number, *row, &copy, claim, &before);
+            }
+            Op::GetMany { rows, .. } => {
+                let before = self.before();
+                let mut copies = vec![E::default(); width * rows.len()];
+                self.worker.get_many(table, rows, &mut copies).unwrap();
+                // Which row has which claim is not told: all have the least at least.
+                let claim = self.claim(&before);
+                for (row, copy) in rows.iter().zip(copies.chunks_exact(width)) {
+                    self.check(number, *row, copy, claim, &before);
+                }
+            }
+            Op::Inc { row, by, .. } => {
+                let mut delta = vec![E::default(); width];
+                self.plan.columns(number, self.lane).for_each(|column| delta[column] = E::of(*by));
+                self.adding(number, *row, *by);
+                self.worker.inc(table, *row, &delta).unwrap();
+            }
+            Op::IncAt { row, by, .. } => {
+                // In two parts: a column may come more than once.
+                let columns = || self.plan.columns(number, self.lane);
+                let parts = [by - 1, 1].map(E::of);
+                let pairs: Vec<_> = parts
+                    .into_iter()
+                    .flat_map(|part| columns().map(move |column| (column as u32, part)))
+                    .collect();
+                self.adding(number, *row, *by);
+                self.worker.inc_at(table, *row, &pairs).unwrap();
+            }
+        }
+    }
+
+    fn adding(&mut self, table: usize, row: u64, by: i64) {
+        self.own[table][row as usize] += by;
+        self.plan.adding(table, row, self.lane, by);
+    }
+
+    fn before(&self) -> Before {
+        let closed = self.plan.closed.iter().map(|closed| closed.load(Ordering::SeqCst));
+        Before { closed: closed.collect(), stats: self.worker.stats() }
+    }
+
+    /// The clock that the `get`s since `before` claim to be good for: the least of theirs.
+    fn claim(&self, before: &Before) -> u64 {
+        let after = self.worker.stats().clock_differential;
+        let new = |(differential, count): &(&i64, &u64)| {
+            before.stats.clock_differential.get(differential).is_none_or(|earlier| earlier < *count)
+        };
+        let differential = *after.iter().find(new).expect("every get counts its differential").0;
+        u64::try_from(differential + 1 + self.worker.now() as i64).expect("no clock is below 0")
+    }
+
+    fn check<E: Number>(&mut self, table: usize, row: u64, copy: &[E], claim: u64, before: &Before) {
+        let plan = self.plan.clone();
+        let model = plan.tables[table].model;
+        let clock = self.worker.now();
+        let value = |column: usize| copy[column].count();
+        let first = |lane| value(plan.columns(table, lane).next().expect("a lane has a column"));
+        let sums: Vec<i64> = (0..plan.lanes.len()).map(first).collect();
+        self.note(What::Got { table, row, claim, sums: sums.clone() });
+        let place = format!(
+            "seed {}: lane {} at clock {clock}, table {table} ({model}), row {row} as of clock {claim}",
+            plan.seed, self.lane
+        );
+        let needed = model.staleness().map_or(0, |s| clock.saturating_sub(s.into()));
+        assert!(claim >= needed, "{place}: STALE: clock {needed} is needed");
+        assert_eq!(self.worker.stats().violations, 0, "{place}: STALE: the worker itself says so");
+        let nobodys = (0..copy.len()).filter(|column| column % plan.tables[table].spacing != 0);
+        for column in nobodys {
+            assert_eq!(value(column), 0, "{place}: FOREIGN: column {column} is nobody's");
+        }
+        for (other, lane) in plan.lanes.iter().enumerate() {
+            let columns: Vec<i64> = plan.columns(table, other).map(value).collect();
+            let what =
+                || format!("{place}, columns of lane {other}: {:?}", &columns[..columns.len().min(20)]);
+            if other == self.lane {
+                let own = self.own[table][row as usize];
+                assert!(columns.iter().all(|c| *c == own), "OWN: {}: own, each once: {own}", what());
+                continue;
+            }
+            let closed = model.staleness().is_none() && before.closed[lane.client];
+            let least = match (closed, plan.unreliable(other)) {
+                (true, _) => lane.total[table][row as usize],
+                (false, true) => 0,
+                (false, false) => lane.before(table, row, claim),
+            };
+            let most = plan.added[table][row as usize][other].load(Ordering::SeqCst);
+            assert!(columns.iter().all(|c| *c >= least), "MISSING: {}: not {least}..={most}", what());
+            assert!(columns.iter().all(|c| *c <= most), "TOO MUCH: {}: not {least}..={most}", what());
+            if !plan.in_parts(table) {
+                assert!(columns.iter().all(|c| *c == columns[0]), "TORN: {}: no snapshot", what());
+                assert!(
+                    lane.sums_to(table, row, columns[0]),
+                    "PART: {}: no sum at the end of a clock",
+                    what()
+                );
+            }
+        }
+        if let Some(seen) = &mut self.alone {
+            let (last_claim, last) = &mut seen[table][row as usize];
+            let gets = |stats: &WorkerStats| stats.hits + stats.misses;
+            // READs that are in flight together may pass each other. A first push may be on its way while a READ
+            // overtakes it; and a push may know of a clock before its round is closed, which a READ does not.
+            if gets(&self.worker.stats()) == gets(&before.stats) + 1 && !model.eager() {
+                assert!(claim >= *last_claim, "BACK: {place}, after clock {last_claim}");
+                let forward = last.iter().zip(&sums).all(|(last, now)| last <= now);
+                assert!(
+                    forward || plan.in_parts(table),
+                    "BACK: {place}: sums by lane {sums:?} after {last:?}"
+                );
+                (*last_claim, *last) = (claim, sums);
+            }
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! The checker: random workloads whose every `get` is checked exactly, in the simulator and over shared memory.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`plan`] | what a seed makes of a job: tables, clients, workers, trouble; and what everybody will add |
+//! | [`actor`] | a worker at work, and what is checked of each `get` |
+//! | [`rogue`] | a client written by hand: batches that come twice, batches that are bad or missing |
+//! | [`scene`] | servers, clients and the end of a job; one seed from start to end |
+//! | [`journal`] | the last operations of all workers, for the report of a failure |
+//!
+//! **How it knows.** Each worker has columns of its own in every row and adds whole numbers to them. What it will add is
+//! drawn before the run, so for any clock it is known how much of it a reader must see, and which sums there can be at
+//! all. A `get` says which clock `C` it claims to be good for (by its clock differential); it is checked against that
+//! claim, not only against the bound of the model, so that a wrong claim is found where it is made:
+//!
+//! | whose columns | at least | at most | and it is |
+//! |---|---|---|---|
+//! | own | all that was added | the same | |
+//! | others' | what is stamped `< C`; the model wants `C >= c - s` | what has been added by now | a sum at the end of a clock |
+//! | others' who have closed, under Async | all that they ever added | the same | |
+//! | of one that was killed | nothing | what it had added | a sum at the end of a clock |
+//! | the rogue's | nothing | what it had sent | a sum at the end of a batch |
+//! | nobody's | 0 | 0 | |
+//!
+//! All columns of one worker are added to alike, so in a row whose updates fit a message they are equal: rows are
+//! snapshots, and the image of another row would be found out, since rows grow at different speeds. Where rows are
+//! not pushed, the only worker of a client sees neither sums nor claims go back. At the end a new client finds the sums: nothing lost, nothing twice.
+
+// Each test uses a part of it.
+#![allow(dead_code)]
+
+pub mod actor;
+pub mod journal;
+pub mod plan;
+pub mod rogue;
+pub mod scene;

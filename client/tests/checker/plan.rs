@@ -1,0 +1,443 @@
+//! What a seed makes of a job, all of it drawn before the run.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use fervor_client::{ElementType, Model};
+use fervor_protocol::limits::MAX_CREDITS;
+use fervor_verbs::transport::sim::Network;
+
+use super::journal::Journal;
+use crate::support::Random;
+
+/// The last of the rows that everybody uses.
+const HOT: u64 = 2;
+/// How often each operation of a job that churns is repeated.
+const AGAIN: usize = 6;
+/// [`Lane::began`] of a worker that has not begun.
+pub const NOT_YET: u64 = u64::MAX;
+
+/// What kind of job it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A few rows of many tables and models.
+    Few,
+    /// Rows whose updates do not fit one message.
+    Wide,
+    /// Eager tables under pressure: slots change hands all the time while pushes are on their way.
+    Busy,
+    /// Few slots and short clocks: they are given up as soon as they have been taken.
+    Churn,
+    /// More rows held by each client than a send queue takes, and all of them changed in each round.
+    Crowd,
+    /// Long rows that everybody writes and reads without a pause: READs come torn, and the server is asked.
+    Storm,
+}
+
+#[derive(Debug)]
+pub struct TablePlan {
+    pub name: String,
+    pub model: Model,
+    pub element: ElementType,
+    pub rows: u64,
+    /// Columns of each lane.
+    pub each: usize,
+    /// From one column that is somebody's to the next one; those between are nobody's and stay zero.
+    pub spacing: usize,
+    pub slots: usize,
+}
+
+/// What a worker does next.
+#[derive(Debug, Clone)]
+pub enum Op {
+    Get { table: usize, row: u64 },
+    GetMany { table: usize, rows: Vec<u64> },
+    Inc { table: usize, row: u64, by: i64 },
+    IncAt { table: usize, row: u64, by: i64 },
+}
+
+impl Op {
+    pub fn table(&self) -> usize {
+        let (Op::Get { table, .. }
+        | Op::GetMany { table, .. }
+        | Op::Inc { table, .. }
+        | Op::IncAt { table, .. }) = self;
+        *table
+    }
+}
+
+/// One worker of all: its columns, and all that it does.
+#[derive(Debug)]
+pub struct Lane {
+    pub client: usize,
+    /// Operations of each clock. The rogue's: of each batch.
+    pub clocks: Vec<Vec<Op>>,
+    /// Operations after its last clock: they are handed over when it is dropped.
+    pub rest: Vec<Op>,
+    /// Per table and clock and row, what it adds before it ends that many clocks.
+    stamped: Vec<Vec<Vec<i64>>>,
+    /// Per table and row, what it adds in all.
+    pub total: Vec<Vec<i64>>,
+    /// The clock at which it began, or [`NOT_YET`].
+    pub began: AtomicU64,
+}
+
+/// The one who dies.
+#[derive(Debug, Clone, Copy)]
+pub struct Victim {
+    pub client: usize,
+    /// After it has joined.
+    pub after: Duration,
+}
+
+/// How the rogue ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Farewell {
+    Leave,
+    /// It is gone without a word.
+    Vanish,
+    /// Good records, then a bad one, in one batch: nothing of it may be applied.
+    BadBatch,
+    /// A batch is missing: the next one must be refused.
+    Gap,
+}
+
+#[derive(Debug)]
+pub struct Plan {
+    pub seed: u64,
+    pub kind: Kind,
+    pub servers: usize,
+    pub shards: usize,
+    /// Honest ones.
+    pub clients: usize,
+    pub credits: usize,
+    pub reads_in_flight: usize,
+    pub tables: Vec<TablePlan>,
+    /// All workers of all clients, and last the rogue, if there is one.
+    pub lanes: Vec<Lane>,
+    pub rogue: Option<Farewell>,
+    pub victim: Option<Victim>,
+    /// Clients come when they like, and find a job that runs: how late each is.
+    pub late: Option<Vec<Duration>>,
+    /// Per table, row and lane, what has been added by now.
+    pub added: Vec<Vec<Vec<AtomicI64>>>,
+    /// Per client (the rogue is the last): it has been killed; it has closed, and all that it added is applied.
+    pub dead: Vec<AtomicBool>,
+    pub closed: Vec<AtomicBool>,
+    pub journal: Journal,
+}
+
+impl Plan {
+    /// With `clocks` clocks at most. `deaths`: clients may be killed.
+    pub fn new(seed: u64, clocks: u64, deaths: bool) -> Arc<Self> {
+        let mut random = Random(seed);
+        let kind = match random.among(0..=11) {
+            0 | 1 => Kind::Few,
+            2 => Kind::Wide,
+            3 | 4 => Kind::Storm,
+            5 => Kind::Crowd,
+            6..=8 => Kind::Churn,
+            _ => Kind::Busy,
+        };
+        let clients = match kind {
+            Kind::Storm => random.among(3..=4),
+            Kind::Churn => random.among(1..=2),
+            _ => random.among(1..=4),
+        } as usize;
+        let owners: Vec<usize> =
+            (0..clients).flat_map(|client| vec![client; workers(kind, client, &mut random)]).collect();
+        let rogue = random.one_in(4).then(|| {
+            [Farewell::Leave, Farewell::Vanish, Farewell::BadBatch, Farewell::Gap]
+                [random.among(0..=3) as usize]
+        });
+        let lanes_count = owners.len() + usize::from(rogue.is_some());
+        let tables = tables(kind, lanes_count, &mut random);
+        let most = match kind {
+            Kind::Wide | Kind::Storm => random.among(2..=clocks.div_ceil(2)),
+            Kind::Churn => random.among(2 * clocks..=4 * clocks),
+            Kind::Crowd => random.among(2..=clocks.div_ceil(4)),
+            Kind::Few | Kind::Busy => random.among(2..=clocks),
+        };
+        let mut lanes: Vec<_> =
+            owners.iter().map(|&client| Lane::worker(client, &tables, kind, most, &mut random)).collect();
+        let most_shards = if kind == Kind::Storm { 1 } else { 3 };
+        let (servers, shards) =
+            (random.among(1..=most_shards) as usize, random.among(1..=most_shards) as usize);
+        if rogue.is_some() {
+            lanes.push(Lane::rogue(clients, &tables, servers * shards, &mut random));
+        }
+        let added = tables.iter().map(|table| {
+            let row = || lanes.iter().map(|_| AtomicI64::new(0)).collect();
+            (0..table.rows).map(|_| row()).collect()
+        });
+        let flags = || (0..=clients).map(|_| AtomicBool::new(false)).collect();
+        let few = random.among(1..=4) as usize;
+        let credits = match random.one_in(2) {
+            _ if kind == Kind::Storm => MAX_CREDITS,
+            true => 8,
+            false => few,
+        };
+        let dies = random.one_in(4) && clients > 1 && deaths;
+        let victim = Victim {
+            client: random.among(0..=clients as u64 - 1) as usize,
+            after: Duration::from_nanos(random.among(1_000..=2_000_000)),
+        };
+        let lateness = (0..clients).map(|_| Duration::from_nanos(random.among(0..=2_000_000))).collect();
+        Arc::new(Self {
+            seed,
+            kind,
+            servers,
+            shards,
+            clients,
+            credits,
+            reads_in_flight: random.among(1..=16) as usize,
+            victim: dies.then_some(victim),
+            late: random.one_in(4).then_some(lateness),
+            added: added.collect(),
+            tables,
+            lanes,
+            rogue,
+            dead: flags(),
+            closed: flags(),
+            journal: Journal::default(),
+        })
+    }
+
+    /// How many clients each says that the job has: all of them, or one, so that nobody waits for the others.
+    pub fn expected(&self) -> u16 {
+        if self.late.is_some() { 1 } else { (self.clients + usize::from(self.rogue.is_some())) as u16 }
+    }
+
+    /// Long rows take long only where the network is slow.
+    pub fn network(&self) -> Network {
+        let usual = Network::default();
+        match self.kind {
+            Kind::Storm => Network { per_kib: Duration::from_nanos(3000), ..usual },
+            _ => usual,
+        }
+    }
+
+    /// How many columns a row has.
+    pub fn width(&self, table: usize) -> usize {
+        self.tables[table].each * self.lanes.len() * self.tables[table].spacing
+    }
+
+    pub fn row_bytes(&self, table: usize) -> usize {
+        self.width(table) * self.tables[table].element.size()
+    }
+
+    /// The columns of `lane`.
+    pub fn columns(&self, table: usize, lane: usize) -> impl Iterator<Item = usize> + use<> {
+        let (lanes, spacing) = (self.lanes.len(), self.tables[table].spacing);
+        (0..self.tables[table].each).map(move |column| (column * lanes + lane) * spacing)
+    }
+
+    /// Whether an update of a row of it may take several messages, and so come in parts.
+    pub fn in_parts(&self, table: usize) -> bool {
+        self.row_bytes(table) > 32 << 10 && self.tables[table].spacing == 1
+    }
+
+    /// Notes that `lane` is about to add.
+    pub fn adding(&self, table: usize, row: u64, lane: usize, by: i64) {
+        self.added[table][row as usize][lane].fetch_add(by, Ordering::SeqCst);
+    }
+
+    /// Whether nothing is promised of `lane`.
+    pub fn unreliable(&self, lane: usize) -> bool {
+        let client = self.lanes[lane].client;
+        client == self.clients || self.dead[client].load(Ordering::SeqCst)
+    }
+}
+
+/// How many workers a client has.
+fn workers(kind: Kind, client: usize, random: &mut Random) -> usize {
+    // A client sends when its slowest worker ends a clock: those that are to write without a pause are alone.
+    match kind {
+        Kind::Storm if client > 0 => 1,
+        Kind::Crowd => 1,
+        Kind::Churn => 3,
+        _ => random.among(1..=3) as usize,
+    }
+}
+
+fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
+    let most = match kind {
+        Kind::Few => 4,
+        Kind::Wide | Kind::Busy => 2,
+        Kind::Storm | Kind::Churn | Kind::Crowd => 1,
+    };
+    (0..random.among(1..=most))
+        .map(|number| {
+            let element = [ElementType::F32, ElementType::F64, ElementType::I32, ElementType::I64]
+                [random.among(0..=3) as usize];
+            // An image in one cache line lands at once.
+            let element = if kind == Kind::Churn { ElementType::I32 } else { element };
+            let staleness = random.among(0..=3) as u32;
+            let model = match random.among(0..=9) {
+                0 => Model::Bsp,
+                1..=3 => Model::Ssp { staleness },
+                4 => Model::Async,
+                _ => Model::Essp { staleness },
+            };
+            let wide = kind == Kind::Wide && number == 0;
+            // A wide row has more than 64 KiB: its dense updates take several messages.
+            let least = (66 << 10) / element.size() / lanes + 1;
+            let rows = match kind {
+                Kind::Wide => random.among(1..=3),
+                Kind::Busy => random.among(6..=20),
+                Kind::Churn => random.among(5..=9),
+                Kind::Crowd => random.among(150..=400),
+                Kind::Few => random.among(1..=40),
+                Kind::Storm => 1,
+            };
+            let (model, each, spacing) = match kind {
+                // Rows that are long enough to be torn: 16 KiB to 64 KiB, of which little is somebody's.
+                Kind::Storm => {
+                    let loose = [Model::Async, Model::Ssp { staleness: 100 }, Model::Essp { staleness: 100 }];
+                    let model = if random.one_in(4) { model } else { loose[random.among(0..=2) as usize] };
+                    let bytes = (random.among(1..=4) as usize) << 14;
+                    (model, 4, bytes / element.size() / lanes / 4)
+                }
+                Kind::Churn | Kind::Crowd => (Model::Essp { staleness }, 1, 1),
+                _ if wide => (model, least, 1),
+                _ => (model, random.among(1..=6) as usize, 1),
+            };
+            let slots = match kind {
+                Kind::Churn => 4,
+                Kind::Crowd => rows,
+                Kind::Busy => random.among(4..=9),
+                Kind::Few | Kind::Wide | Kind::Storm => random.among(4..=rows.max(4) + 2),
+            };
+            let slots = slots as usize;
+            TablePlan { name: format!("table-{number}"), model, element, rows, each, spacing, slots }
+        })
+        .collect()
+}
+
+impl Lane {
+    fn worker(client: usize, tables: &[TablePlan], kind: Kind, most: u64, random: &mut Random) -> Self {
+        if kind == Kind::Storm && client > 0 {
+            // It writes without a pause, and does not read.
+            let clocks = (0..most * 40).map(|_| {
+                let row = random.among(0..=tables[0].rows - 1);
+                vec![Op::IncAt { table: 0, row, by: random.among(1..=3) as i64 + 5 * row as i64 }]
+            });
+            let clocks = clocks.collect();
+            return Self::new(client, tables, clocks, Vec::new());
+        }
+        // Some are done before the others.
+        let clocks = (0..random.among(1.max(most / 2)..=most)).map(|_| ops(tables, kind, random)).collect();
+        let rest = if random.one_in(2) { ops(tables, kind, random) } else { Vec::new() };
+        Self::new(client, tables, clocks, rest)
+    }
+
+    /// Its batches, each to one of `links` shards.
+    fn rogue(client: usize, tables: &[TablePlan], links: usize, random: &mut Random) -> Self {
+        // Its batches are one message each.
+        let narrow: Vec<_> = (0..tables.len()).filter(|table| tables[*table].each <= 6).collect();
+        let batches = if narrow.is_empty() { 0 } else { random.among(1..=12) };
+        let clocks = (0..batches).map(|_| {
+            let table = narrow[random.among(0..=narrow.len() as u64 - 1) as usize];
+            let first = random.among(0..=tables[table].rows - 1);
+            let rows = (first..tables[table].rows).step_by(links).take(1 + random.among(0..=2) as usize);
+            rows.map(|row| Op::IncAt { table, row, by: random.among(1..=3) as i64 + 5 * row as i64 })
+                .collect()
+        });
+        let clocks = clocks.collect();
+        Self::new(client, tables, clocks, Vec::new())
+    }
+
+    fn new(client: usize, tables: &[TablePlan], clocks: Vec<Vec<Op>>, rest: Vec<Op>) -> Self {
+        let mut total: Vec<_> = tables.iter().map(|table| vec![0; table.rows as usize]).collect();
+        let mut stamped: Vec<_> = total.iter().map(|rows: &Vec<i64>| vec![rows.clone()]).collect();
+        for ops in clocks.iter().chain([&rest]) {
+            for op in ops {
+                if let Op::Inc { table, row, by } | Op::IncAt { table, row, by } = op {
+                    total[*table][*row as usize] += by;
+                }
+            }
+            for (stamped, total) in stamped.iter_mut().zip(&total) {
+                stamped.push(total.clone());
+            }
+        }
+        // What is added after the last clock has no stamp that anybody may count on.
+        for stamped in &mut stamped {
+            stamped.pop();
+        }
+        Self { client, clocks, rest, stamped, total, began: AtomicU64::new(NOT_YET) }
+    }
+
+    /// What it adds to `row` with stamps below `clock`.
+    pub fn before(&self, table: usize, row: u64, clock: u64) -> i64 {
+        let stamped = &self.stamped[table];
+        let clocks = match self.began.load(Ordering::SeqCst) {
+            NOT_YET => 0,
+            began => clock.saturating_sub(began),
+        };
+        stamped[(clocks as usize).min(stamped.len() - 1)][row as usize]
+    }
+
+    /// Whether there is a clock at whose end it has added `sum` to `row`.
+    pub fn sums_to(&self, table: usize, row: u64, sum: i64) -> bool {
+        let row = row as usize;
+        self.total[table][row] == sum
+            || self.stamped[table].binary_search_by_key(&sum, |rows| rows[row]).is_ok()
+    }
+}
+
+fn ops(tables: &[TablePlan], kind: Kind, random: &mut Random) -> Vec<Op> {
+    let count = match kind {
+        Kind::Busy => random.among(0..=30),
+        Kind::Storm => random.among(1..=8),
+        Kind::Churn => random.among(1..=3),
+        Kind::Crowd => random.among(1..=3),
+        Kind::Few | Kind::Wide => random.among(0..=9),
+    };
+    let any = (0..count).map(|_| {
+        let table = random.among(0..=tables.len() as u64 - 1) as usize;
+        let last = tables[table].rows - 1;
+        // Half of the time one of a few rows, which everybody uses.
+        let last = if random.one_in(2) { last.min(HOT) } else { last };
+        let row = random.among(0..=last);
+        // Rows grow at different speeds: the image of another row would be found out.
+        let by = (random.among(1..=3) + 5 * row) as i64;
+        match random.among(0..=5) {
+            0 if kind != Kind::Storm => Op::Inc { table, row, by },
+            1 | 2 if kind == Kind::Storm => Op::Get { table, row },
+            0..=2 => Op::IncAt { table, row, by },
+            3 => {
+                let rows = (0..random.among(1..=6)).map(|_| random.among(0..=tables[table].rows - 1));
+                Op::GetMany { table, rows: rows.collect() }
+            }
+            _ => Op::Get { table, row },
+        }
+    });
+    let any: Vec<_> = any.collect();
+    let whole = |op: fn(u64) -> Op| (0..tables[0].rows).map(op);
+    match kind {
+        Kind::Few | Kind::Wide | Kind::Storm => return any,
+        // A row is read again at once: perhaps its slot is there, and not its image.
+        Kind::Churn => return any.into_iter().flat_map(|op| vec![op; AGAIN]).collect(),
+        Kind::Crowd => {
+            let all = Op::GetMany { table: 0, rows: (0..tables[0].rows).collect() };
+            let add = whole(|row| Op::IncAt { table: 0, row, by: 1 + 5 * row as i64 });
+            return [all].into_iter().chain(any).chain(add).collect();
+        }
+        Kind::Busy => {}
+    }
+    // At the bounds of the models: first everybody reads what everybody has changed last.
+    let hot = |op: fn(usize, u64) -> Op| {
+        tables
+            .iter()
+            .enumerate()
+            .flat_map(move |(table, plan)| (0..=HOT.min(plan.rows - 1)).map(move |row| op(table, row)))
+    };
+    let first = hot(|table, row| Op::Get { table, row });
+    let last = hot(|table, row| Op::IncAt { table, row, by: 1 + 5 * row as i64 });
+    first.chain(any).chain(last).collect()
+}

@@ -1,0 +1,244 @@
+//! A client written by hand, beside the honest ones: it sends batches again, as a client does that has lost a
+//! connection, and ends with something that a server must refuse.
+//!
+//! It has columns of its own like any other, so that the honest ones see whether a batch was applied twice or in part. It
+//! lets the clock run as far as it likes, so nobody waits for it.
+
+use std::time::Duration;
+
+use fervor_client::{ElementType, Schema};
+use fervor_protocol::{
+    ack::{ack_offset, acknowledged},
+    batch::BatchWriter,
+    limits::{ACK_RING, MESSAGE_BYTES},
+    pending::Delta,
+    wire::{self, Hello, Kind, MessageHeader, TableReply, Welcome},
+};
+use fervor_verbs::{
+    Address, Memory,
+    transport::{Access, Completion, Connection, Endpoint, EndpointConfig, Payload, Region, Sge, Transport},
+};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::{
+    actor::Number,
+    plan::{Farewell, Op, Plan},
+};
+use crate::support::Random;
+
+/// How long it waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// A clock that nobody reaches.
+const AHEAD: u64 = 1 << 20;
+
+/// Its connection to one shard.
+struct Link<T: Transport> {
+    transport: T,
+    endpoint: T::Endpoint,
+    connection: T::Connection,
+    /// The control block, which the server writes.
+    region: T::Region,
+    outbox: T::Region,
+    sequence: u64,
+    returned: u64,
+    /// The shard's numbers of the tables.
+    tables: Vec<u32>,
+    /// Batches sent, with the LSN at which each was applied, from number 1.
+    batches: Vec<(Vec<Op>, u64)>,
+    reply: Option<(u8, Vec<u8>)>,
+    ended: bool,
+}
+
+impl<T: Transport> Link<T> {
+    fn connect(transport: &T, address: &Address, shard: u16, clients: u16) -> Self {
+        let config = EndpointConfig { receive_buffers: 64, receive_size: 512, ..EndpointConfig::default() };
+        let endpoint = transport.endpoint(&config).unwrap();
+        let memory = |name| Memory::new(name, MESSAGE_BYTES).unwrap();
+        let region = transport.register(&memory("rogue"), Access::RemoteWrite).unwrap();
+        let outbox = transport.register(&memory("rogue-out"), Access::Local).unwrap();
+        let remote = region.remote();
+        let mut hello = Hello::main(shard);
+        (hello.clients, hello.receives) = (clients, 16);
+        (hello.key, hello.address, hello.length) = (remote.key, remote.address, remote.length);
+        let patience = Duration::from_secs(10);
+        let (connection, welcome) =
+            transport.connect(&endpoint.attach(), address, hello.as_bytes(), patience).unwrap();
+        Welcome::parse(&welcome).unwrap();
+        let transport = transport.clone();
+        let (tables, batches, reply) = (Vec::new(), Vec::new(), None);
+        let (sequence, returned, ended) = (0, 0, false);
+        Self {
+            transport,
+            endpoint,
+            connection,
+            region,
+            outbox,
+            sequence,
+            returned,
+            tables,
+            batches,
+            reply,
+            ended,
+        }
+    }
+
+    /// Polls until `done` finds something, or the connection has ended, which is `None`.
+    fn until<X>(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> Option<X>) -> Option<X> {
+        let end = self.transport.now() + PATIENCE;
+        let mut turn = 0;
+        loop {
+            let mut completions = Vec::new();
+            self.endpoint.poll(&mut completions);
+            for completion in completions {
+                match completion {
+                    Completion::Received { buffer, .. } => {
+                        let message = self.endpoint.message(&buffer).to_vec();
+                        self.endpoint.release(buffer);
+                        self.returned += 1;
+                        self.reply = Some((message[0], message[size_of::<MessageHeader>()..].to_vec()));
+                    }
+                    Completion::WriteImmediate { .. } => self.returned += 1,
+                    Completion::Disconnected { .. } => self.ended = true,
+                    Completion::Work { .. } => {}
+                }
+            }
+            if let Some(found) = done(self) {
+                return Some(found);
+            }
+            if self.ended {
+                return None;
+            }
+            assert!(self.transport.now() < end, "the rogue waited in vain for {what}");
+            self.transport.relax(turn);
+            turn += 1;
+        }
+    }
+
+    /// Sends a message and waits for its acknowledgement: the LSN. `None`: the server ended the connection.
+    fn send(&mut self, message: &[u8]) -> Option<u64> {
+        self.outbox.memory().write(0, message);
+        let piece = [Sge { region: &self.outbox, offset: 0, length: message.len() }];
+        let _ = self.connection.send(Payload::Gather(&piece), None, None);
+        let _ = self.connection.ring();
+        let sequence = self.sequence;
+        assert!(sequence < ACK_RING as u64, "the rogue is short-lived");
+        self.until("an acknowledgement", |link| {
+            acknowledged(link.region.memory().load(ack_offset(sequence)), sequence)
+        })
+    }
+
+    fn message(&mut self, kind: Kind, body: &[u8]) -> Vec<u8> {
+        self.sequence += 1;
+        let header = MessageHeader::new(kind, 0, 0, self.sequence, self.returned);
+        [header.as_bytes(), body].concat()
+    }
+
+    fn create(&mut self, plan: &Plan, table: usize, link: usize) {
+        let found = &plan.tables[table];
+        let schema = Schema {
+            name: found.name.clone(),
+            element: found.element,
+            rows: found.rows,
+            width: plan.width(table) as u32,
+            model: found.model,
+            non_finite: false,
+        };
+        let body = wire::encode_table(&schema, link as u32, (plan.servers * plan.shards) as u32);
+        let message = self.message(Kind::CreateTable, &body);
+        self.reply = None;
+        self.send(&message).expect("an honest request");
+        let (kind, body) = self.until("a table", |link| link.reply.take()).expect("an answer");
+        assert_eq!(kind, Kind::Table as u8, "{}", String::from_utf8_lossy(&body));
+        self.tables.push(TableReply::read_from_bytes(&body).unwrap().table);
+    }
+
+    /// Batch `number` with the updates of `ops`, which are all for this link. `bad`: and then one of a row that there is not.
+    fn batch(&mut self, plan: &Plan, number: u64, ops: &[Op], clock: Option<u64>, bad: bool) -> Vec<u8> {
+        fn push<E: Number>(writer: &mut BatchWriter<'_>, table: u32, row: u64, columns: &[usize], by: i64) {
+            let pairs: Vec<_> = columns.iter().map(|column| (*column as u32, E::of(by))).collect();
+            assert_eq!(writer.push(table, row, &Delta::<E>::Sparse(pairs)), columns.len(), "it fits");
+        }
+        let links = (plan.servers * plan.shards) as u64;
+        let mut buffer = vec![0; MESSAGE_BYTES];
+        let mut writer = BatchWriter::new(&mut buffer);
+        for op in ops {
+            let Op::IncAt { table, row, by } = op else { unreachable!("the rogue adds to columns only") };
+            let columns: Vec<_> = plan.columns(*table, plan.lanes.len() - 1).collect();
+            let (id, index) = (self.tables[*table], row / links);
+            match plan.tables[*table].element {
+                ElementType::F32 => push::<f32>(&mut writer, id, index, &columns, *by),
+                ElementType::F64 => push::<f64>(&mut writer, id, index, &columns, *by),
+                ElementType::I32 => push::<i32>(&mut writer, id, index, &columns, *by),
+                ElementType::I64 => push::<i64>(&mut writer, id, index, &columns, *by),
+            }
+        }
+        if bad {
+            // Its first element would be that of a row beyond the last one, of whatever type.
+            let beyond = plan.tables[0].rows / links + 1;
+            assert_eq!(writer.push(self.tables[0], beyond, &Delta::Sparse(vec![(0, 0i64)])), 1, "it fits");
+        }
+        self.sequence += 1;
+        let length = writer.finish(self.sequence, self.returned, number, clock);
+        buffer.truncate(length);
+        buffer
+    }
+}
+
+/// Does what the plan says of the rogue.
+pub fn run<T: Transport>(transport: &T, servers: &[Address], plan: &Plan, farewell: Farewell) {
+    let mut random = Random(plan.seed ^ 0x0bad);
+    let mut links: Vec<Link<T>> = servers
+        .iter()
+        .flat_map(|address| (0..plan.shards as u16).map(move |shard| (address, shard)))
+        .map(|(address, shard)| Link::connect(transport, address, shard, plan.expected()))
+        .collect();
+    for (number, link) in links.iter_mut().enumerate() {
+        (0..plan.tables.len()).for_each(|table| link.create(plan, table, number));
+        let ahead = link.batch(plan, 1, &[], Some(AHEAD), false);
+        let lsn = link.send(&ahead).expect("an honest batch");
+        link.batches.push((Vec::new(), lsn));
+    }
+    let me = plan.lanes.len() - 1;
+    let count = links.len() as u64;
+    for ops in &plan.lanes[me].clocks {
+        let Some(Op::IncAt { row: first, .. }) = ops.first() else { continue };
+        let link = &mut links[(first % count) as usize];
+        for op in ops {
+            let Op::IncAt { table, row, by } = op else { unreachable!("the rogue adds to columns only") };
+            plan.adding(*table, *row, me, *by);
+        }
+        let number = link.batches.len() as u64 + 1;
+        let message = link.batch(plan, number, ops, None, false);
+        let lsn = link.send(&message).expect("an honest batch");
+        link.batches.push((ops.clone(), lsn));
+        // As after a reconnect: it does not know that these have been applied.
+        for _ in 0..random.among(0..=2) {
+            let back = random.among(0..=2.min(number - 1));
+            let (ops, lsn) = link.batches[(number - back) as usize - 1].clone();
+            let again = link.batch(plan, number - back, &ops, None, false);
+            let told = link.send(&again).expect("a batch may come twice");
+            assert_eq!(told, lsn, "TWICE: batch {} was applied at another LSN before", number - back);
+        }
+    }
+    for link in &mut links {
+        let number = link.batches.len() as u64 + 1;
+        match farewell {
+            Farewell::Vanish => {}
+            Farewell::Leave => {
+                let message = link.message(Kind::Leave, &[]);
+                link.send(&message).expect("an honest farewell");
+            }
+            Farewell::BadBatch => {
+                // Of the last rows that it added to: they would show it.
+                let ops = link.batches.last().expect("one at least").0.clone();
+                let bad = link.batch(plan, number, &ops, None, true);
+                assert_eq!(link.send(&bad), None, "PART: a bad batch was acknowledged");
+            }
+            Farewell::Gap => {
+                let ops = link.batches.last().expect("one at least").0.clone();
+                let gap = link.batch(plan, number + 1, &ops, None, false);
+                assert_eq!(link.send(&gap), None, "LOST: a batch is missing, and the next one was taken");
+            }
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Deliberate protocol bugs, for `ci/mutants`: the proof that the checker checks.
+//!
+//! Each breaks one invariant in one place, which says so: `if mutant(Mutant::X)`. Without the feature `mutants` that is
+//! a constant `false` and nothing is compiled for it; with the feature nothing is active until a test switches one on with
+//! `activate`. [`CATALOGUE`] is the list of all: what each breaks, and where.
+//!
+//! **Where threads may come between.** In the simulator threads switch at calls of the transport only. The client's threads
+//! share memory between two of those, so their code says [`pause`] where another thread may do anything meanwhile and no
+//! lock is held. It does nothing but with the feature, on a thread that has said with `on_pause` what is to happen.
+
+/// A deliberate bug. See [`CATALOGUE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)] // The catalogue says it.
+pub enum Mutant {
+    TrustLateClock,
+    SlotNotCleared,
+    PushFromLiveMemory,
+    InclusionByArrival,
+    InclusionStrict,
+    ReplayApplied,
+    SlotReusedEarly,
+    RoundByPlainWrite,
+    RoundBeforeQueue,
+    PushDropped,
+    ChecksumIgnored,
+    DeadStays,
+    BatchByHalves,
+    HalvesAtTwoLsns,
+    AcknowledgedBeforeApplied,
+    DirtyForgotten,
+    OwnLsnNotRaised,
+    WishesOutOfOrder,
+    ClockEndsEarly,
+    JoinAtHandshake,
+    AskIgnored,
+    GenerationIgnored,
+    GapAccepted,
+}
+
+/// What a mutant is.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry {
+    /// Which.
+    pub mutant: Mutant,
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// The invariant that it breaks; numbers are those of `ARCHITECTURE.md`.
+    pub breaks: &'static str,
+    /// What it does, and where.
+    pub how: &'static str,
+}
+
+macro_rules! catalogue {
+    ($($mutant:ident $name:literal $breaks:literal $how:literal)*) => {
+        /// All mutants.
+        pub const CATALOGUE: &[Entry] =
+            &[$(Entry { mutant: Mutant::$mutant, name: $name, breaks: $breaks, how: $how }),*];
+    };
+}
+
+catalogue! {
+    TrustLateClock "trust-late-clock" "3 SSP guarantee"
+        "a READ is trusted for the clock known when it completed (client worker::miss)"
+    SlotNotCleared "slot-not-cleared" "6 slots: current only after the first push"
+        "a slot keeps its old image when it is taken for another row (client Cache::take)"
+    PushFromLiveMemory "push-from-live-memory" "5 a push reads stable memory"
+        "staging memory is used again as soon as the WRITE is posted (server push::post, Staging::reserve)"
+    InclusionByArrival "inclusion-by-arrival" "4 own updates count once"
+        "a push is taken to contain what is acknowledged by now (protocol Pending::contained)"
+    InclusionStrict "inclusion-strict" "4 own updates count once"
+        "a READ is taken to contain batches below its LSN, not at it (protocol Pending::contained)"
+    ReplayApplied "replay-applied" "7 exactly once"
+        "a batch that comes again is applied again (server poller::batch)"
+    GapAccepted "gap-accepted" "7 exactly once"
+        "a batch whose predecessor is missing is taken (protocol BatchNumbers::admit)"
+    GenerationIgnored "generation-ignored" "6 slots"
+        "a reader does not look whether a slot has changed hands meanwhile (client Cache::unchanged)"
+    SlotReusedEarly "slot-reused-early" "6 slots: not reused under a WRITE"
+        "a slot is free when giving it up is acknowledged, not when it is closed (client Channel::free_closed)"
+    RoundByPlainWrite "round-by-plain-write" "3 SSP guarantee; transport rule 2"
+        "the clock is also told by a plain WRITE, and believed (server push::try_pump, client take_acknowledgements)"
+    RoundBeforeQueue "round-before-queue" "10 back-pressure, never loss"
+        "a round is closed while rows of it still wait for room (server push::try_pump)"
+    PushDropped "push-dropped" "10 back-pressure, never loss"
+        "a push that finds no room is dropped, not queued (server push::push_row)"
+    ChecksumIgnored "checksum-ignored" "4 rows are snapshots"
+        "a copy is believed whatever its checksum (protocol Seal::verify)"
+    DeadStays "dead-stays" "faults: the dead hold up nobody"
+        "a client whose connection broke stays in the vector clock (server poller::gone)"
+    BatchByHalves "batch-by-halves" "8 a batch is checked as a whole first"
+        "the good records before a bad one are applied (server poller::batch)"
+    HalvesAtTwoLsns "halves-at-two-lsns" "4 own updates count once"
+        "the second half of a batch is applied at an LSN of its own (server Shard::apply)"
+    AcknowledgedBeforeApplied "acknowledged-before-applied" "4 own updates count once"
+        "a batch is acknowledged, and its receive buffer credited, as of before it was applied (server poller::batch)"
+    DirtyForgotten "dirty-forgotten" "3 SSP guarantee"
+        "a row is clean for all when one more client subscribes to it (server poller::slot)"
+    OwnLsnNotRaised "own-lsn-not-raised" "4 own updates count once"
+        "updates are dropped while copies may lack them, and nothing remembers it (client ShardPending::drop_first)"
+    WishesOutOfOrder "wishes-out-of-order" "6 slots"
+        "the shard is told about slots after the mutex is released (client worker::take)"
+    ClockEndsEarly "clock-ends-early" "3 SSP guarantee"
+        "END_OF_CLOCK goes with the first of several batches (client Engine::send_batch)"
+    JoinAtHandshake "join-at-handshake" "3 SSP guarantee"
+        "a client begins at the clock that the handshake told (client Core::join)"
+    AskIgnored "ask-ignored" "11 no reader starves"
+        "a row that is asked for is not pushed (server poller::slot)"
+}
+
+/// Whether `mutant` is switched on.
+#[cfg(not(feature = "mutants"))]
+#[inline(always)]
+pub const fn mutant(_: Mutant) -> bool {
+    false
+}
+
+/// Another thread may come between here. No lock is held.
+#[cfg(not(feature = "mutants"))]
+#[inline(always)]
+pub const fn pause() {}
+
+#[cfg(feature = "mutants")]
+mod active {
+    use std::{
+        cell::RefCell,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
+    use super::Mutant;
+
+    /// One more than the number of the one that is switched on; 0: none.
+    static ACTIVE: AtomicUsize = AtomicUsize::new(0);
+
+    /// Switches a mutant on, for the whole process, and all others off.
+    pub fn activate(mutant: Option<Mutant>) {
+        ACTIVE.store(mutant.map_or(0, |mutant| mutant as usize + 1), Ordering::SeqCst);
+    }
+
+    /// Whether `mutant` is switched on.
+    pub fn mutant(mutant: Mutant) -> bool {
+        ACTIVE.load(Ordering::Relaxed) == mutant as usize + 1
+    }
+
+    type Pause = Box<dyn FnMut()>;
+
+    thread_local! {
+        static PAUSE: RefCell<Option<Pause>> = const { RefCell::new(None) };
+    }
+
+    /// What `pause` does on this thread from now on.
+    pub fn on_pause(pause: Pause) {
+        PAUSE.set(Some(pause));
+    }
+
+    /// Another thread may come between here. No lock is held.
+    pub fn pause() {
+        if let Some(mut pause) = PAUSE.take() {
+            pause();
+            PAUSE.set(Some(pause));
+        }
+    }
+}
+
+#[cfg(feature = "mutants")]
+pub use active::{activate, mutant, on_pause, pause};
