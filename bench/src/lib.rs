@@ -26,5 +26,6 @@ pub mod latency;
 pub mod machine;
 pub mod mf;
 pub mod model;
+pub mod paper;
 pub mod report;
 pub mod server;

@@ -139,6 +139,15 @@ impl Computing {
     }
 }
 
+/// What all NICs of a simulation have sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Messages: SENDs, WRITEs, READs and their answers.
+    pub messages: u64,
+    /// Bytes of them, without headers.
+    pub bytes: u64,
+}
+
 /// A node's NIC: until when it is busy, each way.
 #[derive(Debug, Default)]
 struct Nic {
@@ -151,12 +160,13 @@ struct Nic {
 pub(super) struct Traffic {
     pub(super) fabric: Fabric,
     nics: Vec<Nic>,
+    pub(super) sent: Sent,
 }
 
 impl Traffic {
     pub(super) fn new(fabric: Fabric) -> Self {
         assert!(fabric.bandwidth > 0, "a network of 0 bits per second: nothing would ever arrive");
-        Self { fabric, nics: Vec::new() }
+        Self { fabric, nics: Vec::new(), sent: Sent::default() }
     }
 
     pub(super) fn latency(&self) -> u64 {
@@ -192,6 +202,8 @@ impl Traffic {
 
     /// A message of `bytes` is handed to the NIC of `node` at `time`: when its last bit comes to the other NIC.
     pub(super) fn send(&mut self, random: &mut Random, node: usize, time: u64, bytes: usize) -> u64 {
+        self.sent.messages += 1;
+        self.sent.bytes += bytes as u64;
         let busy = self.busy(bytes);
         let nic = self.nic(node);
         nic.sending = nic.sending.max(time) + busy;

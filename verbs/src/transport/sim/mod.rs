@@ -60,7 +60,7 @@ mod timed;
 mod world;
 
 pub use ends::{Attach, Connection, Endpoint, Listener, Request};
-pub use fabric::{Fabric, Machine};
+pub use fabric::{Fabric, Machine, Sent};
 pub use node::{Export, Node, Region, Signal, Thread};
 pub use random::Network;
 
@@ -184,6 +184,11 @@ impl Sim {
     /// A hash of everything that has happened: equal for equal runs.
     pub fn hash(&self) -> u64 {
         self.shared.lock().history.hash()
+    }
+
+    /// What has been sent so far, in a simulation of time; nothing otherwise.
+    pub fn sent(&self) -> Sent {
+        self.shared.lock().traffic.as_ref().map(|traffic| traffic.sent).unwrap_or_default()
     }
 
     /// Number of events that have happened: turns of threads, and steps of NICs.

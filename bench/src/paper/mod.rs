@@ -1,0 +1,4 @@
+//! The paper's experiments.
+
+pub mod cluster;
+pub mod mf;
