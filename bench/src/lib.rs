@@ -10,6 +10,7 @@
 //! | [`data`] | ratings: read, recognised, generated |
 //! | [`mf`] | matrix factorisation, with the parameter server and without |
 //! | [`demo`] | the digits under all models, with curves and pictures |
+//! | [`paper`] | the paper's experiments on simulated clusters, as one page |
 //! | [`devices`] | the RDMA devices of this machine |
 //! | [`latency`] | what a hit, a miss and an update take, one by one |
 //! | [`model`] | consistency models on the command line |
