@@ -59,9 +59,9 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
         plan.steps.iter().map(|&step| of(model(most), step) / of(model(least), step)).collect()
     };
     let (of_ssp, of_essp) = (worse(ssp), worse(essp));
-    let text = |factors: [f64; 3]| {
+    let text = |factors: &[f64]| {
         let each =
-            STEPS.iter().zip(factors).map(|(step, f)| format!("step {}: {f:.2} times", step * plan.step));
+            plan.steps.iter().zip(factors).map(|(step, factor)| format!("step {step}: {factor:.2} times"));
         each.collect::<Vec<_>>().join(", ")
     };
     Ok(Section {
