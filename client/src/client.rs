@@ -214,7 +214,7 @@ impl<T: Transport> Client<T> {
         let left = memory.len() - *used;
         let all = usize::try_from(schema.rows).unwrap_or(usize::MAX).max(FEWEST_SLOTS);
         // Under Async slots serve hot rows only.
-        let wanted = if schema.model.staleness().is_none() { FEWEST_SLOTS } else { all };
+        let wanted = if schema.model.cached() { all } else { FEWEST_SLOTS };
         let share = (self.core.options.cache_bytes as f64 * self.core.options.cache_share) as usize;
         let budget = bytes.unwrap_or(share).min(left);
         let slots = wanted.min(budget / stride);

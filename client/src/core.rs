@@ -211,6 +211,21 @@ impl<T: Transport> Core<T> {
         self.wait(For::Memory, || self.links.iter().all(announced))
     }
 
+    /// Has everything unsent sent. Returns, for each shard, the number of the batch up to which it is.
+    pub fn flush(&self) -> Result<Vec<u64>, Error> {
+        for link in &self.links {
+            link.flush.store(true, Ordering::Release);
+        }
+        let mut batches = None;
+        self.wait(For::Memory, || {
+            let Some(engine) = self.try_engine() else { return false };
+            let links = self.links.iter().enumerate();
+            batches = links.map(|(shard, link)| engine.flushed(shard, link)).collect::<Option<Vec<u64>>>();
+            batches.is_some()
+        })?;
+        Ok(batches.expect("it was waited for"))
+    }
+
     /// Has everything unsent sent, and waits until all of it is acknowledged.
     pub fn drain(&self) -> Result<(), Error> {
         for link in &self.links {

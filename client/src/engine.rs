@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | `clock` | by the holder, after the round's immediate was polled | by workers, before they look at a copy |
 //! | `joined` | by the holder, after the first round's `clock` | by the thread that connects |
+//! | `visible` | by the holder, when the shard said so | by workers that wait for their updates to be visible to all |
 //! | `acknowledged` | by the holder, after the tables were told | by workers that cannot decide about a READ |
 //! | `due` | by the worker whose `clock()` raised the client's clock, after all was merged | by the holder, before it sends |
 //! | `announced` | by the holder, after the batch that ends the clock was posted | by that worker |
@@ -26,7 +27,7 @@ use std::{
 
 use crossbeam_utils::CachePadded;
 use fervor_protocol::{
-    ack::{Immediate, SendWindow, ack_offset, acknowledged},
+    ack::{Immediate, SendWindow, Told, ack_offset, acknowledged},
     batch::BatchWriter,
     limits::{ACK_RING, CLIENT_RECEIVES, MESSAGE_BYTES},
     wire::{Kind, MessageHeader, SlotRecord, TableReply, UNSUBSCRIBE, Welcome},
@@ -65,6 +66,8 @@ pub struct Link {
     /// The shard has closed a round, so it has taken this client into its vector clock.
     pub joined: AtomicBool,
     pub acknowledged: AtomicU64,
+    /// Number of this client's last batch that is visible to all: value-bounded tables.
+    pub visible: AtomicU64,
     pub due: AtomicU64,
     pub announced: AtomicU64,
     /// Everything unsent is to be sent, though no clock ends.
@@ -84,6 +87,7 @@ impl Link {
             clock: CachePadded::new(AtomicU64::new(welcome.clock)),
             joined: AtomicBool::new(false),
             acknowledged: AtomicU64::new(0),
+            visible: AtomicU64::new(0),
             due: AtomicU64::new(0),
             announced: AtomicU64::new(0),
             flush: AtomicBool::new(false),
@@ -121,9 +125,8 @@ struct Channel<C> {
     /// Receive buffers used by the shard and given back, and how many it has been told of.
     polled: u64,
     told: u64,
-    /// Last clock and sequence that immediates told.
-    round: u64,
-    closed: u64,
+    /// What immediates told.
+    heard: Told,
     /// Slots given up, with the sequence after which they are free.
     closing: VecDeque<(u64, usize, Slot)>,
     /// The shard was told that this client leaves: it is sent nothing more.
@@ -178,8 +181,7 @@ impl<T: Transport> Engine<T> {
                     batch: 0,
                     polled: 0,
                     told: 0,
-                    round: link.welcome.clock,
-                    closed: 0,
+                    heard: Told { round: link.welcome.clock, ..Told::default() },
                     closing: VecDeque::new(),
                     left: false,
                     replies: BTreeMap::new(),
@@ -241,16 +243,20 @@ impl<T: Transport> Engine<T> {
     fn immediate(&mut self, shard: usize, bits: u32, around: &Surroundings<'_>) {
         let (channel, link) = (&mut self.channels[shard], &around.links[shard]);
         channel.polled += 1;
-        match Immediate::decode(bits, channel.round, channel.closed) {
+        match Immediate::decode(bits, &channel.heard) {
             Ok(Immediate::Round(clock)) => {
-                channel.round = clock;
+                channel.heard.round = clock;
                 // SYNC POINT: the pushes of the round are visible; who acquires the clock may rely on it.
                 link.clock.fetch_max(clock, Ordering::Release);
                 link.joined.store(true, Ordering::Release);
             }
             Ok(Immediate::Closed(sequence)) => {
-                channel.closed = sequence;
+                channel.heard.closed = sequence;
                 channel.free_closed(around);
+            }
+            Ok(Immediate::Visible(batch)) => {
+                channel.heard.visible = batch;
+                link.visible.fetch_max(batch, Ordering::Release);
             }
             Err(bits) => link.lose(format!("it sent an immediate of no kind: {bits:#x}")),
         }
@@ -297,9 +303,10 @@ impl<T: Transport> Engine<T> {
             // SYNC POINT: all updates below `due` were merged before it was raised.
             let due = link.due.load(Ordering::Acquire);
             let clock = (due > link.announced.load(Ordering::Relaxed)).then_some(due);
+            // SYNC POINT: taken back before the updates are looked at, so that what is merged after stays announced.
             let outcome = if !wishes.is_empty() {
                 self.send_wishes(shard, &wishes).map(|()| true)
-            } else if clock.is_some() || link.flush.load(Ordering::Acquire) {
+            } else if link.flush.swap(false, Ordering::AcqRel) || clock.is_some() {
                 self.send_batch(shard, clock, around)
             } else if (channel.polled - channel.told) * 2 >= CLIENT_RECEIVES as u64 {
                 self.send(shard, Kind::Credit, &[]).map(|_| true)
@@ -349,8 +356,8 @@ impl<T: Transport> Engine<T> {
             }
         }
         let clock = clock.filter(|_| all);
-        if all {
-            link.flush.store(false, Ordering::Release);
+        if !all {
+            link.flush.store(true, Ordering::Release);
         }
         if writer.records() == 0 && clock.is_none() {
             return Ok(false);
@@ -414,6 +421,11 @@ impl<T: Transport> Engine<T> {
         channel.connection.send(Payload::Gather(&[piece]), None, Some(sequence))
     }
 
+    /// Number of the last batch to `shard`, if everything that was to be flushed is in it or those before.
+    pub fn flushed(&self, shard: usize, link: &Link) -> Option<u64> {
+        (!link.flush.load(Ordering::Acquire)).then_some(self.channels[shard].batch)
+    }
+
     /// The answer to the request with that sequence, if it has come.
     pub fn reply(&mut self, shard: usize, sequence: u64) -> Option<Result<TableReply, String>> {
         self.channels[shard].replies.remove(&sequence)
@@ -441,7 +453,7 @@ impl<C: Connection> Channel<C> {
 
     /// Frees the slots that were given up by acknowledged messages up to the last `Closed`.
     fn free_closed(&mut self, around: &Surroundings<'_>) {
-        let count = self.closing.iter().take_while(|(at, ..)| *at <= self.closed).count();
+        let count = self.closing.iter().take_while(|(at, ..)| *at <= self.heard.closed).count();
         if count == 0 {
             return;
         }

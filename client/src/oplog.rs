@@ -3,7 +3,7 @@
 
 use std::{any::Any, sync::Arc};
 
-use fervor_protocol::{Element, pending::Delta};
+use fervor_protocol::{Element, pending::Delta, value::Transit};
 
 use crate::{hash::RowMap, table::TableCore};
 
@@ -13,6 +13,8 @@ pub trait AnyOplog: Send {
     fn merge(&mut self);
     /// For the typed way in.
     fn as_any(&mut self) -> &mut dyn Any;
+    /// Updates not yet visible to all, of a value-bounded table.
+    fn transit(&mut self) -> Option<&mut Transit>;
 }
 
 /// Updates of the rows of one shard.
@@ -33,6 +35,8 @@ struct ShardLog<E> {
 pub struct Oplog<E: Element> {
     table: Arc<TableCore<E>>,
     shards: Vec<ShardLog<E>>,
+    /// Those not yet visible to all, if the table is value-bounded.
+    transit: Option<Transit>,
 }
 
 impl<E: Element> Oplog<E> {
@@ -45,7 +49,8 @@ impl<E: Element> Oplog<E> {
             pairs: Vec::new(),
         };
         let shards = (0..table.shards()).map(|_| shard()).collect();
-        Self { table, shards }
+        let transit = table.schema().model.value_bounded().then(Transit::default);
+        Self { table, shards, transit }
     }
 
     /// Adds an update of a whole row.
@@ -123,5 +128,9 @@ impl<E: Element> AnyOplog for Oplog<E> {
 
     fn as_any(&mut self) -> &mut dyn Any {
         self
+    }
+
+    fn transit(&mut self) -> Option<&mut Transit> {
+        self.transit.as_mut()
     }
 }

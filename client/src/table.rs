@@ -273,7 +273,7 @@ impl<E: Element> TableCore<E> {
 
     /// Whether copies are kept: not under Async, where each `get` reads the row as it is.
     pub fn cached(&self) -> bool {
-        self.schema.model.staleness().is_some()
+        self.schema.model.cached()
     }
 
     /// Whether `header` and `data` are one version of a row.

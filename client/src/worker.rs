@@ -1,7 +1,7 @@
 //! A worker: one logical thread of computation with its own clock.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -11,6 +11,7 @@ use fervor_protocol::{
     Element, clock,
     pending::Origin,
     row::Header,
+    value,
     wire::{PUSH_ONCE, SlotRecord},
 };
 use fervor_verbs::transport::{PostError, Transport, any::Host};
@@ -238,6 +239,9 @@ impl<T: Transport> Worker<T> {
         if !core.schema().non_finite && !E::all_finite(delta) {
             return Err(non_finite(core, row, delta.iter().copied().enumerate()));
         }
+        if core.schema().model.value_bounded() {
+            self.admit(table, row, || delta.iter().copied().enumerate())?;
+        }
         let (shard, _) = self.core.router.locate(row);
         self.oplog(table).add(shard, row, delta);
         Ok(())
@@ -270,6 +274,9 @@ impl<T: Transport> Worker<T> {
                 pairs.iter().map(|(column, value)| (*column as usize, *value)),
             ));
         }
+        if core.schema().model.value_bounded() {
+            self.admit(table, row, || pairs.iter().map(|(column, value)| (*column as usize, *value)))?;
+        }
         let (shard, _) = self.core.router.locate(row);
         self.oplog(table).add_at(shard, row, pairs);
         Ok(())
@@ -290,6 +297,9 @@ impl<T: Transport> Worker<T> {
         match risen {
             Some(clock) => self.core.announce(clock)?,
             None => self.core.progress(),
+        }
+        if self.value_bounded().next().is_some() {
+            self.hand_over()?;
         }
         self.stats.communicating += self.core.transport.now() - before;
         self.core.alive()
@@ -343,6 +353,60 @@ impl<T: Transport> Worker<T> {
         if table.cached() && !table.schema().model.eager() {
             self.core.progress();
         }
+    }
+
+    /// Waits until an update of `row` keeps the value bound, and counts it as in transit.
+    #[cold]
+    fn admit<E: Element, I: Iterator<Item = (usize, E)>>(
+        &mut self,
+        table: &Table<E>,
+        row: u64,
+        update: impl Fn() -> I,
+    ) -> Result<(), Error> {
+        let width = table.width();
+        let bound = value::bound(table.schema().model, self.clock + 1);
+        let mut turn = 0;
+        loop {
+            let core = self.core.clone();
+            let visible = |shard: usize| core.links[shard].visible.load(Ordering::Acquire);
+            let transit = self.oplog(table).transit().expect("the table is value-bounded");
+            transit.retire(visible);
+            if transit.admits(row, width, update(), bound) {
+                transit.add(row, width, update());
+                return Ok(());
+            }
+            if turn == 0 {
+                self.hand_over()?;
+            }
+            turn += 1;
+            let before = core.transport.now();
+            let transit = self.oplog(table).transit().expect("the table is value-bounded");
+            core.wait(For::Event, || transit.retire(visible))?;
+            self.stats.waiting += core.transport.now() - before;
+        }
+    }
+
+    /// The oplogs of value-bounded tables.
+    fn value_bounded(&mut self) -> impl Iterator<Item = &mut Box<dyn AnyOplog>> {
+        self.oplogs.iter_mut().flatten().filter_map(|oplog| oplog.transit().is_some().then_some(oplog))
+    }
+
+    /// Has the updates of value-bounded tables made so far sent, and notes after which batches they are visible.
+    fn hand_over(&mut self) -> Result<(), Error> {
+        for oplog in self.value_bounded() {
+            oplog.merge();
+        }
+        let before = self.core.transport.now();
+        let batches = self.core.flush()?;
+        self.stats.communicating += self.core.transport.now() - before;
+        let router = &self.core.router;
+        for transit in self.oplogs.iter_mut().flatten().filter_map(|oplog| oplog.transit()) {
+            transit.hand_over(|rows| {
+                let shards: BTreeSet<usize> = rows.map(|row| router.locate(row).0).collect();
+                shards.into_iter().map(|shard| (shard, batches[shard])).collect()
+            });
+        }
+        Ok(())
     }
 
     fn wait_for(&mut self, shard: usize, needed: u64) -> Result<(), Error> {

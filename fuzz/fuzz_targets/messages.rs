@@ -4,7 +4,7 @@
 #![no_main]
 
 use fervor_protocol::{
-    ack::Immediate,
+    ack::{Immediate, Told},
     wire::{self, Hello, Kind, MessageHeader, Refusal, Welcome},
 };
 use libfuzzer_sys::fuzz_target;
@@ -36,8 +36,9 @@ fuzz_target!(|data: &[u8]| {
             let Some((bits, rest)) = data.split_first_chunk::<4>() else { return };
             let Some((last, _)) = rest.split_first_chunk::<8>() else { return };
             let last = u64::from_le_bytes(*last) >> 8;
-            if let Ok(Immediate::Round(n) | Immediate::Closed(n)) =
-                Immediate::decode(u32::from_le_bytes(*bits), last, last)
+            let told = Told { round: last, closed: last, visible: last };
+            if let Ok(Immediate::Round(n) | Immediate::Closed(n) | Immediate::Visible(n)) =
+                Immediate::decode(u32::from_le_bytes(*bits), &told)
             {
                 assert!(n >= last && n - last < 1 << 30);
             }

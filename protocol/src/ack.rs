@@ -193,6 +193,19 @@ pub enum Immediate {
     Round(u64),
     /// Every WRITE caused by messages up to this sequence is visible: slots given up there may be used again.
     Closed(u64),
+    /// The client's batches up to this number are visible: at every client that holds a row of them.
+    Visible(u64),
+}
+
+/// The last numbers that immediates told, by which the next ones are widened.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Told {
+    /// Clock of the last round.
+    pub round: u64,
+    /// Sequence of the last `Closed`.
+    pub closed: u64,
+    /// Batch number of the last `Visible`.
+    pub visible: u64,
 }
 
 impl Immediate {
@@ -201,21 +214,22 @@ impl Immediate {
         let (kind, number) = match self {
             Self::Round(clock) => (0, clock),
             Self::Closed(sequence) => (1, sequence),
+            Self::Visible(number) => (2, number),
         };
         kind << IMMEDIATE_BITS | (number & ((1 << IMMEDIATE_BITS) - 1)) as u32
     }
 
-    /// The immediate of `bits`, given the last clock and the last sequence that arrived: numbers only grow,
-    /// and by less than 2^30 at a time.
+    /// The immediate of `bits`, given what was told before: numbers only grow, and by less than 2^30 at a time.
     ///
     /// # Errors
     /// The bits, if they are of no kind.
-    pub fn decode(bits: u32, clock: u64, sequence: u64) -> Result<Self, u32> {
+    pub fn decode(bits: u32, told: &Told) -> Result<Self, u32> {
         let low = u64::from(bits) & ((1 << IMMEDIATE_BITS) - 1);
         let after = |last: u64| last + (low.wrapping_sub(last) & ((1 << IMMEDIATE_BITS) - 1));
         match bits >> IMMEDIATE_BITS {
-            0 => Ok(Self::Round(after(clock))),
-            1 => Ok(Self::Closed(after(sequence))),
+            0 => Ok(Self::Round(after(told.round))),
+            1 => Ok(Self::Closed(after(told.closed))),
+            2 => Ok(Self::Visible(after(told.visible))),
             _ => Err(bits),
         }
     }
@@ -282,9 +296,15 @@ mod tests {
         #[test]
         fn immediates_widen(last in 0u64..1 << 50, by in 0u64..1 << IMMEDIATE_BITS) {
             let n = last + by;
-            prop_assert_eq!(Immediate::decode(Immediate::Round(n).encode(), last, 7), Ok(Immediate::Round(n)));
-            prop_assert_eq!(Immediate::decode(Immediate::Closed(n).encode(), 7, last), Ok(Immediate::Closed(n)));
-            prop_assert!(Immediate::decode(3 << IMMEDIATE_BITS, 0, 0).is_err());
+            let zero = Told { round: 7, closed: 7, visible: 7 };
+            for (told, sent) in [
+                (Told { round: last, ..zero }, Immediate::Round(n)),
+                (Told { closed: last, ..zero }, Immediate::Closed(n)),
+                (Told { visible: last, ..zero }, Immediate::Visible(n)),
+            ] {
+                prop_assert_eq!(Immediate::decode(sent.encode(), &told), Ok(sent));
+            }
+            prop_assert!(Immediate::decode(3 << IMMEDIATE_BITS, &zero).is_err());
         }
     }
 }

@@ -67,6 +67,9 @@ pub trait Element:
     /// Whether it is a number: neither NaN nor infinite. Always so for integers.
     fn is_finite(self) -> bool;
 
+    /// Its value, rounded if it has more than 53 bits.
+    fn to_f64(self) -> f64;
+
     /// Whether all of `values` are finite. One pass without branches, so that it costs next to nothing.
     fn all_finite(values: &[Self]) -> bool {
         values.iter().fold(true, |all, value| all & value.is_finite())
@@ -91,6 +94,9 @@ macro_rules! float {
             fn is_finite(self) -> bool {
                 <$type>::is_finite(self)
             }
+            fn to_f64(self) -> f64 {
+                self.into()
+            }
             fn all_finite(values: &[Self]) -> bool {
                 // The exponent of NaN and infinity is all ones: integer compares, which vectorise.
                 const MASK: $bits = $exponent;
@@ -111,6 +117,9 @@ macro_rules! integer {
             }
             fn is_finite(self) -> bool {
                 true
+            }
+            fn to_f64(self) -> f64 {
+                self as f64
             }
         }
     };

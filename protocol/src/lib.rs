@@ -11,6 +11,7 @@
 //! | [`wire`] | handshake, messages and immediates |
 //! | [`batch`] | updates on their way to a shard: encoding, and checking before any is applied |
 //! | [`ack`] | acknowledgement words, credits, batch numbers: exactly once |
+//! | [`value`] | the value bound of VAP: what of a worker's updates is in transit |
 //! | [`pending`] | a client's own updates that a copy of a row may lack: each counted exactly once |
 //!
 //! # A batch's way, and who knows what when
@@ -39,6 +40,7 @@ pub mod pending;
 pub mod route;
 pub mod row;
 pub mod schema;
+pub mod value;
 pub mod wire;
 
 pub use element::{Element, ElementType};

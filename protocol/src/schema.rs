@@ -10,7 +10,7 @@ use crate::{
 
 /// Consistency model of a table: how old a copy of a row may be that `get` returns, and whether the server
 /// pushes changes into the workers' caches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Model {
     /// Bulk synchronous: a `get` sees every update of the clocks before. SSP with staleness 0.
     Bsp,
@@ -26,6 +26,13 @@ pub enum Model {
     },
     /// Nothing is waited for: each `get` reads the row as it is.
     Async,
+    /// Value-bounded asynchronous parallel: a `get` waits for nothing, and the server pushes after each batch. An `inc`
+    /// waits while the worker's updates that are not yet visible to all would exceed `v0 / sqrt(t)` in any element, at its
+    /// `t`-th clock. The weak form of arXiv 1312.7869; see [`crate::value`].
+    Vap {
+        /// The bound in the first clock: positive and finite.
+        v0: f32,
+    },
 }
 
 impl Model {
@@ -34,13 +41,23 @@ impl Model {
         match self {
             Self::Bsp => Some(0),
             Self::Ssp { staleness } | Self::Essp { staleness } => Some(staleness),
-            Self::Async => None,
+            Self::Async | Self::Vap { .. } => None,
         }
     }
 
     /// Whether the server pushes changed rows.
     pub fn eager(self) -> bool {
-        matches!(self, Self::Essp { .. })
+        matches!(self, Self::Essp { .. } | Self::Vap { .. })
+    }
+
+    /// Whether it pushes them after each batch, and proves when they are visible.
+    pub fn value_bounded(self) -> bool {
+        matches!(self, Self::Vap { .. })
+    }
+
+    /// Whether clients keep copies: not if each `get` reads the row as it is.
+    pub fn cached(self) -> bool {
+        self != Self::Async
     }
 
     /// Its form on the wire: a code and a parameter.
@@ -50,6 +67,7 @@ impl Model {
             Self::Ssp { staleness } => (2, staleness),
             Self::Essp { staleness } => (3, staleness),
             Self::Async => (4, 0),
+            Self::Vap { v0 } => (5, v0.to_bits()),
         }
     }
 
@@ -60,6 +78,7 @@ impl Model {
             (2, staleness) => Some(Self::Ssp { staleness }),
             (3, staleness) => Some(Self::Essp { staleness }),
             (4, 0) => Some(Self::Async),
+            (5, bits) => Some(Self::Vap { v0: f32::from_bits(bits) }),
             _ => None,
         }
     }
@@ -72,12 +91,13 @@ impl fmt::Display for Model {
             Self::Ssp { staleness } => write!(f, "SSP({staleness})"),
             Self::Essp { staleness } => write!(f, "ESSP({staleness})"),
             Self::Async => f.write_str("Async"),
+            Self::Vap { v0 } => write!(f, "VAP({v0})"),
         }
     }
 }
 
 /// What a table is. Clients that name the same table must agree on all of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Schema {
     /// Name, at most [`MAX_NAME`] bytes.
     pub name: String,
@@ -94,7 +114,7 @@ pub struct Schema {
 }
 
 /// A schema that no table can have.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SchemaError {
     /// The name is empty or too long.
     #[error("the name of a table has 1 to {MAX_NAME} bytes, not {0}")]
@@ -110,6 +130,9 @@ pub enum SchemaError {
         /// Type of the elements.
         element: ElementType,
     },
+    /// No updates could ever be made, or any.
+    #[error("the bound of VAP is a positive, finite number, not {0}")]
+    Bound(f32),
 }
 
 impl Schema {
@@ -127,7 +150,10 @@ impl Schema {
         if self.width == 0 || self.row_bytes() > MAX_ROW_BYTES {
             return Err(SchemaError::Width { width: self.width.into(), element: self.element });
         }
-        Ok(())
+        match self.model {
+            Model::Vap { v0 } if !(v0 > 0.0 && v0.is_finite()) => Err(SchemaError::Bound(v0)),
+            _ => Ok(()),
+        }
     }
 
     /// Bytes of data in a row.

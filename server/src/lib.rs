@@ -47,6 +47,7 @@ mod poller;
 mod push;
 mod shard;
 mod staging;
+mod visible;
 
 pub use budget::Budget;
 

@@ -7,15 +7,17 @@ use fervor_protocol::{
     limits::ACK_RING,
     wire::Hello,
 };
-use fervor_verbs::transport::{Connection, Payload, PostError, RemoteRegion};
+use fervor_verbs::transport::{Connection, Payload, PostError, RemoteRegion, Sge};
 
-use crate::{Target, shard::TableId, staging::Entry};
+use crate::{Target, shard::TableId, staging::Entry, visible::Visible};
 
 /// Requests kept free in the send queue for acknowledgements and the end of a round.
 const RESERVE: usize = 8;
 
 /// Work id of the SEND of a fault; other ids are serials of [`Peer::serial`].
 pub const FAULT_ID: u64 = u64::MAX;
+/// Work id of the READ that proves pushes visible.
+pub const PROOF_ID: u64 = u64::MAX - 1;
 
 /// Bytes of a client's control block for one shard: the acknowledgement ring, then the pushed bytes.
 pub const CONTROL_BYTES: usize = (ACK_RING + 8) * 8;
@@ -59,6 +61,8 @@ pub struct Peer<C> {
     serial: u64,
     /// Whether WRITEs from staging were posted since the last signalled request.
     unsignalled: bool,
+    /// What of value-bounded tables is visible to it: see [`crate::visible`].
+    pub visible: Visible,
     /// Bytes pushed since the start.
     pub pushed: u64,
     /// It sent something bad, has been told, and is not listened to.
@@ -92,6 +96,7 @@ impl<C: Connection> Peer<C> {
             inflight: VecDeque::new(),
             serial: 0,
             unsignalled: false,
+            visible: Visible::default(),
             pushed: 0,
             condemned: false,
             left: false,
@@ -156,6 +161,17 @@ impl<C: Connection> Peer<C> {
         Ok(())
     }
 
+    /// Posts a READ of a word of the client's into `into`, behind all pushes so far. There is room.
+    pub fn prove(&mut self, into: Sge<'_, C::Region>) -> Result<(), PostError> {
+        self.unsignalled = false;
+        self.connection.read(&[into], self.target.0.at(self.control), Some(PROOF_ID))
+    }
+
+    /// Number of the last WRITE from staging.
+    pub fn serial(&self) -> u64 {
+        self.serial
+    }
+
     /// A signalled request is done: gives the entries that it and earlier ones read to `release`.
     pub fn completed(&mut self, serial: u64, mut release: impl FnMut(Entry)) {
         while self.inflight.front().is_some_and(|(first, _)| *first <= serial) {
@@ -204,5 +220,6 @@ impl<C: Connection> Peer<C> {
             || !self.queue.is_empty()
             || self.round.is_some()
             || self.closed.is_some()
+            || self.visible.tell().is_some()
     }
 }

@@ -27,7 +27,7 @@ use zerocopy::IntoBytes;
 use crate::{
     Share,
     accept::Mail,
-    peer::{FAULT_ID, Peer, Wanted},
+    peer::{FAULT_ID, PROOF_ID, Peer, Wanted},
     shard::{Shard, Subscriber},
     staging::Staging,
 };
@@ -134,10 +134,17 @@ impl<T: Transport> Poller<T> {
             self.complete(completion);
         }
         self.completions = completions;
+        if work > 0 && self.shard.value_bounded() {
+            self.push_changes();
+        }
         if let Some(clock) = self.rose.take() {
             self.share.clock.store(clock, Ordering::Release);
             self.round(clock);
         } else if work > 0 || self.peers.values().any(Peer::busy) {
+            work += self.pump_all();
+        }
+        if work > 0 && self.shard.value_bounded() {
+            self.follow_visible();
             work += self.pump_all();
         }
         work
@@ -196,15 +203,18 @@ impl<T: Transport> Poller<T> {
         }
         match completion {
             Completion::Received { buffer, .. } => self.received(connection, buffer),
-            Completion::Work { id, .. } => self.worked(connection, id),
+            Completion::Work { id, result, .. } => self.worked(connection, id, result.is_ok()),
             // Clients write nothing here: no memory of a server is remotely writable.
             Completion::WriteImmediate { .. } => self.condemn(connection, "a client sends no immediates"),
             Completion::Disconnected { cause, .. } => self.gone(connection, cause),
         }
     }
 
-    fn worked(&mut self, connection: ConnectionId, id: u64) {
+    fn worked(&mut self, connection: ConnectionId, id: u64, ok: bool) {
         let Some(peer) = self.peers.get_mut(&connection) else { return };
+        if id == PROOF_ID {
+            return self.proved(connection, ok);
+        }
         peer.completed(id, |entry| self.staging.release(entry));
         if id == FAULT_ID {
             peer.connection.disconnect();
@@ -213,6 +223,7 @@ impl<T: Transport> Poller<T> {
 
     fn gone(&mut self, connection: ConnectionId, cause: WorkError) {
         self.readers.remove(&connection);
+        self.proved(connection, false);
         let Some(mut peer) = self.peers.remove(&connection) else { return };
         peer.completed(FAULT_ID, |entry| self.staging.release(entry));
         self.clients.remove(&peer.client);
@@ -342,6 +353,9 @@ fn batch<C: Connection>(
     shard.check(&batch)?;
     shard.apply(&batch);
     peer.numbers.applied(batch.number, shard.lsn());
+    if shard.value_bounded() {
+        peer.visible.applied(batch.number, shard.lsn());
+    }
     if let Some(clock) = batch.clock {
         *rose = shard.clock.tick(peer.client, clock).or(*rose);
     }

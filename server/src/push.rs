@@ -51,14 +51,19 @@ impl<T: Transport> Poller<T> {
     /// The shard clock has risen: pushes what changed, and has the round closed at every client.
     pub(crate) fn round(&mut self, clock: u64) {
         for table in 0..self.shard.tables.len() {
-            for row in self.shard.tables[table].take_dirty() {
-                self.push_row(table as TableId, row);
-            }
+            self.push_dirty(table);
         }
         for peer in self.peers.values_mut().filter(|peer| !peer.condemned) {
             peer.round = Some(clock);
         }
         self.pump_all();
+    }
+
+    /// Pushes the rows of a table that have changed.
+    pub(crate) fn push_dirty(&mut self, table: usize) {
+        for row in self.shard.tables[table].take_dirty() {
+            self.push_row(table as TableId, row);
+        }
     }
 
     /// Pushes a row to all its subscribers; those that cannot take it get it queued.
@@ -67,11 +72,15 @@ impl<T: Transport> Poller<T> {
             std::mem::take(&mut self.shard.tables[table as usize].subscribers[row as usize]);
         subscribers.retain(|subscriber| self.clients.contains_key(&subscriber.client));
         let snapshot = self.snapshot(table, row, subscribers.len());
+        let value_bounded = self.shard.tables[table as usize].value_bounded();
         for (index, subscriber) in subscribers.iter_mut().enumerate() {
+            let peer = self.peers.get_mut(&self.clients[&subscriber.client]).expect("a client has a peer");
+            if value_bounded {
+                peer.visible.pushed();
+            }
             if subscriber.queued {
                 continue;
             }
-            let peer = self.peers.get_mut(&self.clients[&subscriber.client]).expect("a client has a peer");
             let Some(snapshot) = snapshot.filter(|_| peer.queue.is_empty() && peer.has_room()) else {
                 subscriber.queued = true;
                 peer.queue.push_back(Wanted { table, row, slot: subscriber.slot, once: false });
@@ -158,6 +167,13 @@ impl<T: Transport> Poller<T> {
         {
             peer.closed = None;
             peer.announce(Immediate::Closed(sequence).encode())?;
+            posted += 1;
+        }
+        if let Some(number) = peer.visible.tell().filter(|_| peer.has_room())
+            && peer.receives.take()
+        {
+            peer.visible.told();
+            peer.announce(Immediate::Visible(number).encode())?;
             posted += 1;
         }
         if let Some(clock) = peer.round.filter(|_| peer.queue.is_empty() && peer.has_room())

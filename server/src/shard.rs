@@ -63,6 +63,11 @@ impl Table {
         self.schema.model.eager()
     }
 
+    /// Whether it is pushed after each batch, and clients are told when that is visible.
+    pub fn value_bounded(&self) -> bool {
+        self.schema.model.value_bounded()
+    }
+
     /// Byte offset of a row in the shard's region.
     pub fn row_offset(&self, row: u64) -> usize {
         self.offset + row as usize * self.stride
@@ -92,6 +97,7 @@ pub struct Shard {
     pub tables: Vec<Table>,
     pub clock: VectorClock,
     lsn: u64,
+    value_bounded: bool,
 }
 
 impl fmt::Debug for Shard {
@@ -102,7 +108,19 @@ impl fmt::Debug for Shard {
 
 impl Shard {
     pub fn new(memory: Exclusive) -> Self {
-        Self { memory, used: 0, tables: Vec::new(), clock: VectorClock::default(), lsn: 0 }
+        Self {
+            memory,
+            used: 0,
+            tables: Vec::new(),
+            clock: VectorClock::default(),
+            lsn: 0,
+            value_bounded: false,
+        }
+    }
+
+    /// Whether there is a value-bounded table.
+    pub fn value_bounded(&self) -> bool {
+        self.value_bounded
     }
 
     /// LSN of the last batch applied.
@@ -146,6 +164,7 @@ impl Shard {
         let offset = self.used;
         self.used += (bytes as usize).next_multiple_of(4096).min(free);
         let pushed = if schema.model.eager() { rows } else { 0 };
+        self.value_bounded |= schema.model.value_bounded();
         self.tables.push(Table {
             shards: (shard, shards),
             offset,

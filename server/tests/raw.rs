@@ -13,7 +13,7 @@ use std::{
 use fervor_client::{Client, ClientOptions, Error, Model, Table, Worker};
 use fervor_protocol::{
     Schema,
-    ack::{Immediate, ack_offset, acknowledged},
+    ack::{Immediate, Told, ack_offset, acknowledged},
     batch::{BatchWriter, END_OF_CLOCK},
     element::ElementType,
     limits::MESSAGE_BYTES,
@@ -159,7 +159,7 @@ impl Raw {
                     self.replies.push((header.kind, header.sequence, message[24..].to_vec()));
                 }
                 Completion::WriteImmediate { immediate, .. } => {
-                    self.immediates.push(Immediate::decode(immediate, 0, 0).unwrap());
+                    self.immediates.push(Immediate::decode(immediate, &Told::default()).unwrap());
                 }
                 Completion::Disconnected { .. } => self.ended = true,
                 Completion::Work { .. } => {}
