@@ -89,7 +89,9 @@ impl Runs {
         missing.retain(|key, _| !self.done.contains_key(key));
         // The longest first: so no processor is idle at the end.
         let mut missing: Vec<_> = missing.into_iter().collect();
-        missing.sort_by_key(|(_, spec)| std::cmp::Reverse(spec.workers * spec.clocks));
+        missing.sort_by_key(|(_, spec)| {
+            std::cmp::Reverse((spec.model.value_bounded(), spec.workers * spec.clocks))
+        });
         let (input, servers) = (&self.input, self.servers);
         let outcomes = in_parallel(&missing, |number, core, (_, spec)| {
             told(number, missing.len(), spec);

@@ -28,6 +28,8 @@ pub struct Plan {
     pub rank: usize,
     /// Values of s.
     pub staleness: Vec<u32>,
+    /// Bounds of VAP in the first clock.
+    pub vap: Vec<f32>,
     /// Clocks of a run.
     pub clocks: usize,
     /// Size of a step.
@@ -53,6 +55,7 @@ impl Plan {
             matrix: (1024, 192, 25_600),
             rank: 16,
             staleness: (1..=10).collect(),
+            vap: vec![0.3, 0.03],
             clocks: 66,
             step: 0.005,
             steps: vec![0.0025, 0.005, 0.01, 0.015],
@@ -67,6 +70,7 @@ impl Plan {
     pub fn quick() -> Self {
         Self {
             staleness: vec![1, 3, 10],
+            vap: vec![0.3],
             clocks: 33,
             step: 0.01,
             steps: vec![0.005, 0.01, 0.015],
@@ -100,6 +104,18 @@ impl Plan {
     pub fn models(&self) -> Vec<Model> {
         let both = |&s: &u32| [ssp(s), essp(s)];
         std::iter::once(Model::Bsp).chain(self.staleness.iter().flat_map(both)).collect()
+    }
+
+    /// VAP with each of its bounds.
+    pub fn value_bounded(&self) -> impl Iterator<Item = Model> {
+        self.vap.iter().map(|&v0| Model::Vap { v0 })
+    }
+
+    /// BSP, the models with a few values of s, VAP: what figures show.
+    pub fn shown(&self) -> Vec<Model> {
+        let both = |s: u32| [ssp(s), essp(s)];
+        let few = self.few().into_iter().flat_map(both);
+        std::iter::once(Model::Bsp).chain(few).chain(self.value_bounded()).collect()
     }
 
     /// The values of s that are shown where all would be too many: the least, one between, the greatest.

@@ -5,7 +5,10 @@
 //! `η_t = σ / sqrt(t)`, `σ = F / (L sqrt(2 (s + 1) P))`. As `σ` does not depend on the number of updates `T`, one run has the
 //! regret for every `T` up to its end.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use fervor_client::Model;
@@ -115,8 +118,8 @@ fn work(place: &Place, workers: usize, model: Model, clocks: usize) -> Result<Ve
     Ok(steps)
 }
 
-fn trace(model: Model, workers: usize, clocks: usize, core: Option<usize>) -> Result<Trace> {
-    let cluster = Cluster {
+fn cluster(workers: usize, core: Option<usize>) -> Cluster {
+    Cluster {
         workers,
         servers: 1,
         fabric: Fabric::roce_25g(),
@@ -124,10 +127,74 @@ fn trace(model: Model, workers: usize, clocks: usize, core: Option<usize>) -> Re
         seed: 3,
         cache: 64 << 10,
         core,
-    };
-    let simulated = cluster::run(&cluster, move |place| work(place, workers, model, clocks))?;
+    }
+}
+
+fn trace(model: Model, workers: usize, clocks: usize, core: Option<usize>) -> Result<Trace> {
+    let simulated = cluster::run(&cluster(workers, core), move |place| work(place, workers, model, clocks))?;
     let steps = (0..clocks * workers).map(|t| simulated.results[t % workers][t / workers]).collect();
     Ok(Trace { model, workers, steps })
+}
+
+/// What an observer outside the cluster, to whom nothing takes time, knows under VAP.
+#[derive(Debug, Default)]
+struct Observed {
+    /// The sum of all updates, the moment they are made.
+    sum: Point,
+    /// Clocks of the workers.
+    clocks: Vec<usize>,
+    /// The greatest coordinate of a single update.
+    single: f64,
+    /// The greatest difference in a coordinate between a view and the sum, as part of what is allowed then.
+    greatest: f64,
+}
+
+/// Bound of VAP in the first clock: hardly more than the first updates.
+const V0: f32 = 0.02;
+
+/// How far views are from the sum of all updates under VAP, at most, as part of the bound: each worker's updates in transit
+/// are at most `max(v0 / sqrt(t), u)` in any coordinate, `u` of the greatest single update, and a view has all of its own worker's.
+fn value_bound(workers: usize, clocks: usize) -> Result<f64> {
+    let cluster = cluster(workers, None);
+    let observed = Arc::new(Mutex::new(Observed { clocks: vec![0; workers], ..Observed::default() }));
+    let inside = observed.clone();
+    let work = move |place: &Place| {
+        let model = Model::Vap { v0: V0 };
+        let table = place.client.table::<f64>("x", 1, DIMENSIONS, model)?;
+        let mut worker = place.client.worker()?;
+        let observe = || inside.lock().unwrap_or_else(PoisonError::into_inner);
+        // Steps as for s = 3, but for a later start, so that few single updates are above the bound.
+        let sigma = F / (L * (8.0 * workers as f64).sqrt());
+        for clock in 0..clocks {
+            let mut view = [0.0; DIMENSIONS];
+            worker.get(&table, 0, &mut view)?;
+            {
+                let mut observed = observe();
+                // What the slowest worker has in transit it may have added in the clock before.
+                let t = observed.clocks.iter().min().copied().unwrap_or(0).max(1);
+                let bound = (f64::from(V0) / (t as f64).sqrt()).max(observed.single);
+                let allowed = (workers - 1) as f64 * bound;
+                let far = view.iter().zip(&observed.sum).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
+                observed.greatest = observed.greatest.max(far / allowed);
+            }
+            place.node.compute(Duration::from_micros(50));
+            let a = point(place.number, clock);
+            let step = sigma / ((place.number + workers * (clock + 1)) as f64).sqrt();
+            let update: Point = std::array::from_fn(|i| -step * (view[i] - a[i]));
+            worker.inc(&table, 0, &update)?;
+            {
+                let mut observed = observe();
+                observed.sum.iter_mut().zip(update).for_each(|(sum, x)| *sum += x);
+                observed.single = update.iter().fold(observed.single, |most, x| most.max(x.abs()));
+            }
+            worker.clock()?;
+            observe().clocks[place.number] = clock + 1;
+        }
+        Ok(())
+    };
+    cluster::run(&cluster, work)?;
+    let greatest = observed.lock().unwrap_or_else(PoisonError::into_inner).greatest;
+    Ok(greatest)
 }
 
 /// Runs the experiment.
@@ -206,10 +273,17 @@ pub fn section(plan: &Plan) -> Result<Section> {
         ),
     ];
     all.extend(falling);
+    let value = value_bound(workers[0], most)?;
+    all.push(Claim::new(
+        "VAP: no view is further from the sum of all updates than what others may have in transit, (P - 1) max(v0 / sqrt(t), u)",
+        format!("{} workers, v0 = {V0}: at most {value:.3} of it", workers[0]),
+        value > 0.0 && value <= 1.0,
+    ));
     Ok(Section {
         title: "Theory",
         paper: "SGD under SSP (and so under ESSP) has a mean regret of at most 4FL sqrt(2(s+1)P/T) on convex functions, with steps \
-                sigma/sqrt(t), sigma = F/(L sqrt(2(s+1)P)); and near the optimum the variance of what workers see falls.",
+                sigma/sqrt(t), sigma = F/(L sqrt(2(s+1)P)); and near the optimum the variance of what workers see falls. VAP bounds \
+                what a view may lack by value.",
         setup: format!(
             "f_t(x) = |x - a_t|²/2 in {DIMENSIONS} dimensions, one update for each worker and clock, by the real server and client; \
              F = {F}, L = {L}."
