@@ -255,8 +255,7 @@ fn work(
         worker.clock()?;
         let loss = loss(&left, &observe());
         worked.losses.push((node.now(), loss));
-        // Also for a loss that is no number.
-        if !(loss <= DIVERGED * worked.initial) {
+        if loss.is_nan() || loss > DIVERGED * worked.initial {
             break;
         }
     }
