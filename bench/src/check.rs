@@ -2,7 +2,8 @@
 //!
 //! Every worker adds 1 to its own elements each clock; every worker reads all elements of all others. At its clock `c`
 //! under staleness `s` it must see at least the first `c - s` additions of each, at most those that have been
-//! made, its own exactly, and each row as a snapshot. At the end every addition is there once.
+//! made, its own exactly, and each row as a snapshot. Under VAP it must see all that had been made before its read (`made`,
+//! raised after they were) but those that the bound lets be in transit. At the end every addition is there once.
 //!
 //! A row has an element for each worker, several times over: element `i` belongs to worker `i mod workers`. Rows are dealt to
 //! the shards in turn, so several rows test several shards. All clients live in this process, so that what has
@@ -21,10 +22,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, value_parser};
-use fervor_client::{Client, ClientOptions, Model, Table, Worker};
+use fervor_client::{Client, ClientOptions, Model, Table, Worker, value_bound};
 
 use crate::{
-    model::{ModelName, ModelOptions},
+    model::ModelOptions,
     report::TextTable,
     server::{EmbeddedOptions, EmbeddedServer},
 };
@@ -121,12 +122,13 @@ pub fn run(options: &CheckOptions) -> Result<Checked> {
     let name = format!("check-{}-{}", options.model, std::process::id());
     let job = Job {
         name,
-        staleness: (options.model.model != ModelName::Async).then(|| options.model.staleness().into()),
+        staleness: options.model.bounded_by().map(Into::into),
         model: options.model.model(),
         rows: options.rows.into(),
         width: options.width.into(),
         clocks: options.clocks,
         added: (0..all).map(|_| AtomicU64::new(0)).collect(),
+        made: (0..all).map(|_| AtomicU64::new(0)).collect(),
         ready: Barrier::new(options.clients.into()),
         failed: AtomicBool::new(false),
     };
@@ -167,6 +169,8 @@ struct Job {
     clocks: u64,
     /// How often each worker has added, or is about to.
     added: Vec<AtomicU64>,
+    /// How often each worker has added to every row.
+    made: Vec<AtomicU64>,
     /// All clients have their workers: nobody ends a clock before.
     ready: Barrier,
     /// Somebody has failed: no need to go on.
@@ -197,7 +201,7 @@ fn client(job: &Job, urls: &[String], index: u16, clients: u16, workers: u16) ->
             .zip(seats)
             .map(|(me, worker)| {
                 scope.spawn(move || {
-                    let outcome = Checker { job, table, worker, me, elements: 0 }.run();
+                    let outcome = Checker { job, table, worker, me, elements: 0, made: Vec::new() }.run();
                     job.failed.fetch_or(outcome.is_err(), SeqCst);
                     outcome
                 })
@@ -218,6 +222,8 @@ struct Checker<'a> {
     worker: Worker,
     me: usize,
     elements: u64,
+    /// What the others had made before the last read.
+    made: Vec<u64>,
 }
 
 impl Checker<'_> {
@@ -233,7 +239,7 @@ impl Checker<'_> {
             }
             // Others start elsewhere, so that all rows are read and written at all times.
             for row in (0..rows).map(|row| (row + me as u64) % rows) {
-                self.worker.get(self.table, row, &mut row_values)?;
+                self.read(row, &mut row_values)?;
                 self.examine(row, clock, &row_values, clock)?;
             }
             self.job.added[self.me].store(clock + 1, SeqCst);
@@ -244,8 +250,9 @@ impl Checker<'_> {
                     _ => self.worker.inc_at(self.table, row, &sparse)?,
                 }
             }
+            self.job.made[self.me].store(clock + 1, SeqCst);
             let row = clock % rows;
-            self.worker.get(self.table, row, &mut row_values)?;
+            self.read(row, &mut row_values)?;
             self.examine(row, clock, &row_values, clock + 1)?;
             self.worker.clock()?;
         }
@@ -253,10 +260,19 @@ impl Checker<'_> {
         Ok(Counts { elements: self.elements, hits: stats.hits, misses: stats.misses, torn: stats.torn })
     }
 
+    fn read(&mut self, row: u64, into: &mut [i64]) -> Result<()> {
+        self.made.clear();
+        self.made.extend(self.job.made.iter().map(|made| made.load(SeqCst)));
+        Ok(self.worker.get(self.table, row, into)?)
+    }
+
     /// Compares what was read of `row` at `clock` with the bounds; `own` is how often this worker has added to it.
     fn examine(&mut self, row: u64, clock: u64, values: &[i64], own: u64) -> Result<()> {
         let least = self.job.staleness.map_or(0, |staleness| clock.saturating_sub(staleness));
-        let bounds = self.job.added.iter().enumerate().map(|(worker, added)| {
+        let bounds = self.job.added.iter().zip(&self.made).enumerate().map(|(worker, (added, &made))| {
+            // The last of them was made at clock `made - 1`. An addition may always be in transit alone.
+            let transit = value_bound(self.job.model, made).max(1.0);
+            let least = if transit.is_finite() { made.saturating_sub(transit as u64) } else { least };
             // Loaded after the row was read: whatever the row contains had been announced before.
             if worker == self.me { own..=own } else { least..=added.load(SeqCst) }
         });

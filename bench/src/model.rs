@@ -17,6 +17,8 @@ pub enum ModelName {
     Essp,
     /// No guarantee between workers
     Async,
+    /// Value-bounded: an update waits while the worker's updates that some do not see yet would exceed a bound
+    Vap,
 }
 
 impl fmt::Display for ModelName {
@@ -26,6 +28,7 @@ impl fmt::Display for ModelName {
             ModelName::Ssp => "ssp",
             ModelName::Essp => "essp",
             ModelName::Async => "async",
+            ModelName::Vap => "vap",
         })
     }
 }
@@ -39,10 +42,14 @@ pub struct ModelOptions {
     /// Clocks that a read may lag, under ssp and essp [default: 3]
     #[arg(long)]
     pub staleness: Option<u32>,
+    /// Under vap: the greatest sum of a worker's updates of an element that some do not see yet, in its first clock; it
+    /// falls with the square root of the clock
+    #[arg(long, value_name = "BOUND", required_if_eq("model", "vap"))]
+    pub v0: Option<f32>,
 }
 
 impl ModelOptions {
-    /// Refuses a staleness for a model that has none.
+    /// Refuses a staleness or a bound for a model that has none, and a bound that makes no sense.
     ///
     /// # Errors
     /// Says which.
@@ -54,14 +61,23 @@ impl ModelOptions {
             self.staleness.unwrap_or(0),
             self.model
         );
+        if let Some(v0) = self.v0 {
+            ensure!(self.model == ModelName::Vap, "--v0 {v0} goes with --model vap, not {}", self.model);
+            ensure!(v0 > 0.0 && v0.is_finite(), "--v0 {v0}: it is a positive number");
+        }
         Ok(())
     }
 
-    /// The staleness that is in force; none under `async` is 0.
+    /// The staleness that is in force, where the model has one.
+    pub fn bounded_by(&self) -> Option<u32> {
+        (!matches!(self.model, ModelName::Async | ModelName::Vap)).then(|| self.staleness())
+    }
+
+    /// The staleness that is in force; none under `async` and `vap` is 0.
     pub fn staleness(&self) -> u32 {
         match self.model {
             ModelName::Ssp | ModelName::Essp => self.staleness.unwrap_or(3),
-            ModelName::Bsp | ModelName::Async => 0,
+            ModelName::Bsp | ModelName::Async | ModelName::Vap => 0,
         }
     }
 
@@ -73,6 +89,7 @@ impl ModelOptions {
             ModelName::Ssp => Model::Ssp { staleness },
             ModelName::Essp => Model::Essp { staleness },
             ModelName::Async => Model::Async,
+            ModelName::Vap => Model::Vap { v0: self.v0.unwrap_or_default() },
         }
     }
 }
@@ -81,6 +98,7 @@ impl fmt::Display for ModelOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.model {
             ModelName::Ssp | ModelName::Essp => write!(f, "{}({})", self.model, self.staleness()),
+            ModelName::Vap => write!(f, "{}({})", self.model, self.v0.unwrap_or_default()),
             ModelName::Bsp | ModelName::Async => self.model.fmt(f),
         }
     }

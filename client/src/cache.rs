@@ -344,7 +344,10 @@ mod tests {
                 random =
                     random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 let row = (random >> 33) % ROWS;
-                cache.take(row, State::Subscribed, |slot, row, wish| lock(&wishes).push((slot, row, wish)));
+                let tell = |slot, row, wish| lock(&wishes).push((slot, row, wish));
+                if cache.take(row, State::Subscribed, tell) == Taken::None {
+                    std::thread::yield_now();
+                }
             }
         };
         let mut held: [Option<u64>; 8] = [None; 8];
@@ -356,7 +359,7 @@ mod tests {
             }
             // The others end with the test, however it ends.
             let _enough = Enough(&enough);
-            while taken < 20_000 {
+            while taken < 5000 {
                 let told = std::mem::take(&mut *lock(&wishes));
                 for (slot, row, wish) in told {
                     let before = held[slot as usize];

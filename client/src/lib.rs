@@ -49,7 +49,7 @@ mod worker;
 
 pub use client::{Client, ClientStats, TableOptions};
 pub use error::Error;
-pub use fervor_protocol::{Element, ElementType, Model, Schema};
+pub use fervor_protocol::{Element, ElementType, Model, Schema, value::bound as value_bound};
 pub use options::ClientOptions;
 pub use table::Table;
 pub use worker::{Worker, WorkerStats};

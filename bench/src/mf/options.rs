@@ -8,7 +8,7 @@ use clap::{ArgGroup, Args, value_parser};
 use super::{sgd::Initial, trainer::Training};
 use crate::{
     data::{Planted, Ratings, Source},
-    model::{ModelName, ModelOptions},
+    model::ModelOptions,
     server::EmbeddedOptions,
 };
 
@@ -171,7 +171,7 @@ impl MfOptions {
 
     /// The staleness, where the model has one.
     pub fn staleness(&self) -> Option<u32> {
-        (!self.no_server && self.model.model != ModelName::Async).then(|| self.model.staleness())
+        self.model.bounded_by().filter(|_| !self.no_server)
     }
 
     /// What the job is, in a few words.
@@ -204,6 +204,9 @@ impl MfOptions {
         }
         if let Some(staleness) = self.model.staleness {
             put("staleness", &staleness);
+        }
+        if let Some(v0) = self.model.v0 {
+            put("v0", &v0);
         }
         if let Some(planted) = self.generate {
             put("generate", &format!("{}x{}:{}", planted.rows, planted.columns, planted.ratings));

@@ -25,6 +25,9 @@ pub struct Report {
     pub staleness: Option<u32>,
     /// Client processes.
     pub clients: u16,
+    /// The bound in the first clock, under `vap`.
+    #[serde(default)]
+    pub v0: Option<f32>,
     /// Worker threads of each.
     pub workers: u16,
     /// If this is the part of a single client of the job: which.
@@ -121,6 +124,7 @@ impl Report {
             application: "mf".into(),
             model: options.model_name(),
             staleness: options.staleness(),
+            v0: options.model.v0,
             clients: options.clients,
             workers: options.workers,
             client_index,
@@ -162,6 +166,7 @@ impl Report {
     pub fn title(&self) -> String {
         match (self.model.as_str(), self.staleness) {
             ("none", _) => "plain threads".into(),
+            ("vap", _) => format!("vap({})", self.v0.unwrap_or_default()),
             ("bsp", _) | (_, None) => self.model.clone(),
             (model, Some(staleness)) => format!("{model}({staleness})"),
         }

@@ -34,6 +34,11 @@ fn essp_keeps_its_promise() {
 }
 
 #[test]
+fn vap_keeps_its_promise() {
+    holds(&["vap", "--v0", "3"]);
+}
+
+#[test]
 fn async_keeps_its_promise() {
     holds(&["async"]);
 }

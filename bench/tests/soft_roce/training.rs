@@ -13,6 +13,8 @@ const LIMIT: Duration = Duration::from_secs(240);
 /// How far two runs of one job may be apart: their updates interleave differently.
 const TOLERANCE: f64 = 0.1;
 
+const ESSP: &[&str] = &["essp", "--staleness", "3"];
+
 /// A file that goes away with this.
 struct Scratch(PathBuf);
 
@@ -44,10 +46,11 @@ fn slice(pictures: u32) -> Scratch {
 }
 
 /// Trains; over shared memory if there is no server.
-fn train(data: &Scratch, epochs: u32, server: Option<&Server>) -> mf::Report {
+fn train(data: &Scratch, epochs: u32, model: &[&str], server: Option<&Server>) -> mf::Report {
     let (json, epochs) = (Scratch::new("report.json"), epochs.to_string());
     let mut arguments = vec!["mf", "--data", data.path(), "--rank", "8", "--clocks-per-epoch", "5"];
-    arguments.extend(["--epochs", &epochs, "--model", "essp", "--staleness", "3", "--clients", "2"]);
+    arguments.extend(["--epochs", &epochs, "--clients", "2", "--model"]);
+    arguments.extend(model);
     arguments.extend(["--cache", "1048576", "--json", json.path()]);
     if let Some(server) = server {
         arguments.extend(["--server", server.url()]);
@@ -80,18 +83,27 @@ fn compare(shm: &mf::Report, rdma: &mf::Report) {
 fn rdma_reaches_the_loss_of_shm() {
     const EPOCHS: u32 = 10;
     let data = slice(200);
-    let shm = train(&data, EPOCHS, None);
-    compare(&shm, &train(&data, EPOCHS, Some(&Server::start(2))));
+    let shm = train(&data, EPOCHS, ESSP, None);
+    compare(&shm, &train(&data, EPOCHS, ESSP, Some(&Server::start(2))));
+}
+
+#[test]
+fn under_a_value_bound_rdma_reaches_the_loss_of_shm() {
+    const EPOCHS: u32 = 5;
+    const VAP: &[&str] = &["vap", "--v0", "2"];
+    let data = slice(100);
+    let shm = train(&data, EPOCHS, VAP, None);
+    compare(&shm, &train(&data, EPOCHS, VAP, Some(&Server::start(2))));
 }
 
 #[test]
 fn lost_packets_are_sent_again() {
     const EPOCHS: u32 = 5;
     let data = slice(100);
-    let shm = train(&data, EPOCHS, None);
+    let shm = train(&data, EPOCHS, ESSP, None);
     let server = Server::start(2);
     let lossy = Lossy::new(1);
-    let rdma = train(&data, EPOCHS, Some(&server));
+    let rdma = train(&data, EPOCHS, ESSP, Some(&server));
     let lost = lossy.lost();
     drop(lossy);
     println!("{lost} packets were lost");
