@@ -12,6 +12,7 @@
 //! | [`lda`] | topics of documents, with the parameter server and without |
 //! | [`mf`] | matrix factorisation, with the parameter server and without |
 //! | [`demo`] | the digits under all models, with curves and pictures |
+//! | [`paper`] | the paper's experiments on simulated clusters, as one page |
 //! | [`devices`] | the RDMA devices of this machine |
 //! | [`latency`] | what a hit, a miss and an update take, one by one |
 //! | [`model`] | consistency models on the command line |
@@ -30,5 +31,6 @@ pub mod lda;
 pub mod machine;
 pub mod mf;
 pub mod model;
+pub mod paper;
 pub mod report;
 pub mod server;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use fervor_bench::{check, demo, devices, latency, lda, mf, report, server};
+use fervor_bench::{check, demo, devices, latency, lda, mf, paper, report, server};
 
 /// Applications and measurements of the Fervor parameter server.
 #[derive(Debug, Parser)]
@@ -26,6 +26,8 @@ enum Command {
     Latency(latency::LatencyOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
     Demo(demo::DemoOptions),
+    /// The paper's experiments on 64 simulated nodes: figures, and one page that says what came of each claim
+    Paper(paper::PaperOptions),
     /// The RDMA devices of this machine
     Devices,
     /// Check the guarantee of a consistency model: every read against its bounds, every update exactly once
@@ -56,6 +58,7 @@ fn run(command: Command) -> Result<()> {
         Command::Mf(options) => run_mf(&options),
         Command::Lda(options) => run_lda(&options),
         Command::Demo(options) => demo::run(&options).map(drop),
+        Command::Paper(options) => paper::run(&options).map(drop),
         Command::Latency(options) => latency::run(&options),
         Command::Devices => devices::run().map(|text| print!("{text}")),
         Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),

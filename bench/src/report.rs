@@ -27,6 +27,11 @@ impl TextTable {
         TextTable { rows: vec![head.into_iter().map(Into::into).collect()] }
     }
 
+    /// Its rows, the head first.
+    pub fn rows(&self) -> &[Vec<String>] {
+        &self.rows
+    }
+
     /// Adds a row.
     pub fn row<S: Into<String>>(&mut self, cells: impl IntoIterator<Item = S>) {
         self.rows.push(cells.into_iter().map(Into::into).collect());

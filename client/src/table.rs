@@ -35,8 +35,9 @@ use zerocopy::IntoBytes;
 
 use crate::cache::{Cache, Slot, State};
 
-/// Entries of a row beyond which acknowledged ones are dropped though a slot may lack them.
-const MANY_ENTRIES: usize = 4;
+/// Entries of a row beyond which acknowledged ones are dropped though a slot may lack them: a copy that the model allows to
+/// be `s` clocks old lacks about `s` own updates, and would have to be READ again without them. At least and at most so many.
+const MANY_ENTRIES: (usize, usize) = (4, 64);
 /// Times that a torn slot is copied again before the row is READ instead.
 const TORN_COPIES: usize = 8;
 
@@ -107,6 +108,8 @@ pub struct TableCore<E> {
     places: Vec<Place>,
     seal: Seal,
     pub cache: Cache,
+    /// See [`MANY_ENTRIES`].
+    many_entries: usize,
     own_lsn: Vec<AtomicU64>,
     lacking: Vec<AtomicBool>,
     /// Workers with a READ in hand that wait for an acknowledgement to decide what it contains.
@@ -217,6 +220,7 @@ pub trait AnyTable: Send + Sync {
 impl<E: Element> TableCore<E> {
     pub fn new(schema: Schema, client: u64, number: usize, places: Vec<Place>, cache: Cache) -> Self {
         let rows = schema.rows as usize;
+        let staleness = schema.model.staleness().unwrap_or(0) as usize;
         let router = Router::new(places.len());
         let pending = |shard| Mutex::new(ShardPending::new(router.rows_in(shard, schema.rows)));
         Self {
@@ -224,6 +228,7 @@ impl<E: Element> TableCore<E> {
             number,
             seal: Seal::new(schema.row_bytes()),
             cache,
+            many_entries: staleness.saturating_add(2).clamp(MANY_ENTRIES.0, MANY_ENTRIES.1),
             own_lsn: (0..rows).map(|_| AtomicU64::new(0)).collect(),
             lacking: (0..rows).map(|_| AtomicBool::new(false)).collect(),
             undecided: AtomicUsize::new(0),
@@ -422,7 +427,7 @@ impl<E: Element> AnyTable for TableCore<E> {
             // Without a slot every copy to come is READ, and a READ posted from now on contains the batch. (A READ
             // that waits for this would have to be done again.)
             let useless = !self.cache.holds(row) && self.undecided.load(Ordering::Relaxed) == 0;
-            if useless || pending.len() > MANY_ENTRIES {
+            if useless || pending.len() > self.many_entries {
                 let entries = pending.len();
                 shard.drop_first(self, row, entries);
             }

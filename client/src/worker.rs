@@ -135,6 +135,7 @@ impl<T: Transport> Worker<T> {
             Some(Found::Miss) | None => {
                 self.stats.misses += 1;
                 let before = self.core.transport.now();
+                self.hear(table);
                 let clock = self.miss(table, row, shard, index, into)?;
                 self.stats.communicating += self.core.transport.now() - before;
                 clock
@@ -180,6 +181,9 @@ impl<T: Transport> Worker<T> {
             }
         }
         let before = self.core.transport.now();
+        if !missed.is_empty() {
+            self.hear(core);
+        }
         for group in missed.chunks(self.reader.places()) {
             self.read_group(core, rows, group, into)?;
         }
@@ -346,6 +350,14 @@ impl<T: Transport> Worker<T> {
         match self.recent.get_mut((differential + RECENT) as usize) {
             Some(count) => *count += 1,
             None => *self.stats.clock_differential.entry(differential).or_insert(0) += 1,
+        }
+    }
+
+    /// Before READs under SSP: takes what has been said of the clocks. A copy is trusted for the clock that was known
+    /// before its READ, so the later that is, the longer it serves.
+    fn hear<E: Element>(&self, table: &TableCore<E>) {
+        if table.cached() && !table.schema().model.eager() {
+            self.core.progress();
         }
     }
 

@@ -243,7 +243,7 @@ impl Stage {
 /// What went wrong.
 pub fn simulated(seed: u64, clocks: u64) -> Result<Outcome, Failure> {
     let plan = Plan::new(seed, clocks, true);
-    let sim = Sim::with(seed, Settings { limit: LIMIT, network: plan.network() });
+    let sim = Sim::with(seed, Settings { limit: LIMIT, network: plan.network(), ..Settings::default() });
     let parties = plan.clients + usize::from(plan.rogue.is_some());
     let flags = || (0..parties).map(|_| AtomicBool::new(false)).collect();
     let stage = Arc::new(Stage {

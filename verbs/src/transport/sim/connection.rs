@@ -43,6 +43,8 @@ pub(super) struct Request {
     pub(super) local: Vec<Piece>,
     /// The payload, as far as it is known.
     pub(super) data: Vec<u8>,
+    /// In a simulation of time: when an unsignalled request that was carried out is acknowledged.
+    pub(super) due: u64,
     /// Chunks of the present phase.
     pub(super) chunks: Vec<Chunk>,
     /// Chunks of the present phase of a READ that are to come.
@@ -74,11 +76,12 @@ pub(super) struct End {
     pub(super) first: u64,
     pub(super) requests: VecDeque<Request>,
     /// Requests below this number: may go, have gone, have reached the peer's host, have been seen to there.
-    rung: u64,
+    pub(super) rung: u64,
     pub(super) launched: u64,
     reached: u64,
     pub(super) arrived: u64,
     pub(super) last_arrival: u64,
+    pub(super) last_return: u64,
     pub(super) last_work: u64,
     pub(super) last_receive: u64,
     /// Whether the next request waits for a receive buffer.
@@ -141,6 +144,7 @@ impl World {
                 reached: 0,
                 arrived: 0,
                 last_arrival: 0,
+                last_return: 0,
                 last_work: 0,
                 last_receive: 0,
                 starved: false,
@@ -161,7 +165,15 @@ impl World {
 
     pub(super) fn post(&mut self, link: usize, side: u8, request: Request) -> Result<(), PostError> {
         self.call(60);
-        let eager = self.random.one_in(self.temper.eager);
+        let mut eager = false;
+        if let Some(traffic) = &self.traffic {
+            if request.kind == Kind::Send {
+                self.lag += traffic.handling(request.data.len());
+            }
+            self.settle(link, side);
+        } else {
+            eager = self.random.one_in(self.temper.eager);
+        }
         let end = self.end(link, side);
         if end.broken.is_some() {
             return Err(PostError::Disconnected);
@@ -191,6 +203,9 @@ impl World {
 
     /// Sends off what may go. A READ beyond the read depth holds up those behind it.
     fn launch(&mut self, link: usize, side: u8) {
+        if self.traffic.is_some() {
+            return self.launch_timed(link, side);
+        }
         let Self { now, random, temper, network, links, .. } = self;
         let end = &mut links[link].ends[side as usize];
         let mut events = Vec::new();
@@ -237,6 +252,13 @@ impl World {
 
     /// Request `number` reaches the peer's host.
     pub(super) fn reach(&mut self, link: usize, side: u8, number: u64) {
+        if !self.queues(link, side, number) {
+            self.deliver(link, side, number);
+        }
+    }
+
+    /// The peer's host turns to request `number`.
+    pub(super) fn deliver(&mut self, link: usize, side: u8, number: u64) {
         let end = self.end(link, side);
         debug_assert_eq!(end.reached, number);
         end.reached = number + 1;
@@ -363,12 +385,16 @@ impl World {
             return;
         }
         end.request(number).expect("a request that arrives has not been retired").done = Some(Err(error));
-        let delay = self.network.delay(&mut self.random, 0, self.temper.late_packet);
+        let delay = self.way(0);
         self.schedule(delay, Event::Acknowledge { link, side, number });
     }
 
     fn succeed(&mut self, link: usize, side: u8, number: u64) {
-        let delay = self.network.delay(&mut self.random, 0, self.temper.late_packet);
+        if let Some(traffic) = &self.traffic {
+            let latency = traffic.latency();
+            return self.succeed_timed(link, side, number, latency);
+        }
+        let delay = self.way(0);
         self.schedule(delay, Event::Acknowledge { link, side, number });
     }
 
@@ -403,6 +429,15 @@ impl World {
         data: Vec<u8>,
         torn: bool,
     ) {
+        if self.traffic.is_some() {
+            // What was cut off did not happen.
+            if !torn {
+                let node = self.links[link].ends[1 - side as usize].node;
+                target.memory.write(target.offset, &data);
+                self.written(node, data.len());
+            }
+            return;
+        }
         let mut landing = Landing::new(number, target, data, &mut self.random);
         if torn {
             landing.tear(&mut self.random);
@@ -444,8 +479,11 @@ impl World {
 
     /// A READ has arrived: what was written before it is in memory, and its lines are read one by one.
     fn start_read(&mut self, link: usize, side: u8, number: u64, length: usize) {
+        if self.traffic.is_some() {
+            return self.read_timed(link, side, number, length);
+        }
         self.flush(link, side, number);
-        let transfer = self.network.delay(&mut self.random, length, self.temper.late_packet);
+        let transfer = self.way(length);
         let Self { random, links, .. } = self;
         let request = links[link].ends[side as usize].request(number).expect("it has just arrived");
         request.data = vec![0; length];
@@ -476,7 +514,7 @@ impl World {
             return;
         }
         // All lines are on their way back.
-        let way = self.network.delay(&mut self.random, 0, self.temper.late_packet);
+        let way = self.way(0);
         let Self { random, links, .. } = self;
         let request = links[link].ends[side as usize].request(number).expect("just seen");
         request.scattering = true;
@@ -519,9 +557,11 @@ impl World {
 
     /// Completes what is done, in order.
     fn retire(&mut self, link: usize, side: u8) {
+        let (now, timed) = (self.now, self.traffic.is_some());
         loop {
             let end = self.end(link, side);
-            match end.requests.front().and_then(|request| request.done) {
+            let done = |request: &Request| request.done.or((request.due <= now).then_some(Ok(())));
+            match end.requests.front().and_then(done) {
                 None => return,
                 Some(Err(error)) => return self.break_end(link, side, error, true),
                 Some(Ok(())) => (),
@@ -530,6 +570,7 @@ impl World {
             end.first += 1;
             match request.signal {
                 Some(id) => self.complete(link, side, What::Work { id, result: Ok(()) }),
+                None if timed => end.used -= 1,
                 None => {
                     end.retired += 1;
                     let endpoint = end.endpoint;

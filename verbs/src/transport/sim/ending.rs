@@ -48,7 +48,7 @@ impl World {
         end.requests.truncate(keep as usize);
         self.complete(link, side, What::Disconnected { cause });
         if notify {
-            let delay = self.network.delay(&mut self.random, 0, self.temper.late_packet);
+            let delay = self.way(0);
             self.schedule(delay, Event::Break { link, side: 1 - side, cause: WorkError::Disconnected });
         }
     }

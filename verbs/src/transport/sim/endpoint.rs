@@ -56,6 +56,8 @@ pub(super) struct EndpointState {
     pub(super) next_id: u32,
     pub(super) woken: bool,
     pub(super) waiter: Option<usize>,
+    /// In a simulation of time: the thread that polled it, and is in `relax`.
+    pub(super) relaxing: Option<usize>,
 }
 
 impl World {
@@ -73,6 +75,7 @@ impl World {
             next_id: 0,
             woken: false,
             waiter: None,
+            relaxing: None,
         });
         self.endpoints.len() - 1
     }
@@ -80,7 +83,10 @@ impl World {
     /// Puts a completion of this end into its endpoint's queue, to show some time after all earlier ones of
     /// its kind.
     pub(super) fn complete(&mut self, link: usize, side: u8, what: What) {
-        let delay = self.random.tail(150, 100_000, self.temper.late_completion);
+        let delay = match self.traffic {
+            Some(_) => 0,
+            None => self.random.tail(150, 100_000, self.temper.late_completion),
+        };
         let now = self.now;
         let end = &mut self.links[link].ends[side as usize];
         let time = match what {
@@ -101,9 +107,14 @@ impl World {
         }
         endpoint.queued += 1;
         endpoint.queue.insert((time, endpoint.queued), Queued { link, side, what });
+        let relaxing = endpoint.relaxing;
         if let Some(waiter) = endpoint.waiter {
             let delay = time - now + self.thread_delay(2_000);
             self.wake(waiter, delay);
+        }
+        if let Some(thread) = relaxing {
+            let delay = self.thread_delay(2_000);
+            self.wake(thread, delay);
         }
     }
 
@@ -115,6 +126,12 @@ impl World {
         buffers: &mut [Vec<u8>],
     ) -> usize {
         self.call(40);
+        if self.traffic.is_some() {
+            let polled = &mut self.threads[self.running].polled;
+            if !polled.contains(&index) {
+                polled.push(index);
+            }
+        }
         for (link, side) in std::mem::take(&mut self.endpoints[index].retired) {
             let end = &mut self.links[link].ends[side as usize];
             end.used -= std::mem::take(&mut end.retired);
@@ -127,7 +144,7 @@ impl World {
                 break;
             }
             let Queued { link, side, what } = first.remove();
-            if count == 0 {
+            if count == 0 && self.traffic.is_none() {
                 most = 1 + self.random.below(32) as usize;
             }
             let completion = self.hand_out(index, link, side, what, buffers);
@@ -158,6 +175,7 @@ impl World {
                 self.record("polled a message: link, side, number", [link as u64, u64::from(side), number]);
                 self.flush(link, peer, number);
                 let length = data.len() as u32;
+                self.lag += self.traffic.as_ref().map_or(0, |traffic| traffic.handling(data.len()));
                 buffers[buffer as usize] = data;
                 Completion::Received {
                     connection,
@@ -199,7 +217,7 @@ impl World {
         let endpoint = &mut self.endpoints[index];
         endpoint.free.push(buffer);
         for (link, side) in std::mem::take(&mut endpoint.starved) {
-            let delay = self.network.delay(&mut self.random, 0, self.temper.late_packet);
+            let delay = self.way(0);
             self.schedule(delay, Event::Retry { link, side });
         }
     }

@@ -176,6 +176,7 @@ impl Connection {
             remote,
             local,
             data,
+            due: u64::MAX,
             chunks: Vec::new(),
             left: 0,
             scattering: false,
@@ -226,7 +227,8 @@ impl transport::Connection for Connection {
     }
 
     fn room(&self) -> usize {
-        let world = self.node.shared.lock();
+        let mut world = self.node.shared.lock();
+        world.settle(self.link, self.side);
         let end = &world.links[self.link].ends[self.side as usize];
         end.depth - end.used
     }

@@ -60,7 +60,7 @@ impl World {
 
     /// Sends an answer on its way.
     pub(super) fn reply(&mut self, number: usize, answer: Answer) {
-        let delay = self.network.delay(&mut self.random, 256, self.temper.late_packet);
+        let delay = self.way(256);
         self.reply_in(number, answer, delay);
     }
 
@@ -88,7 +88,7 @@ impl World {
             let client = &mut self.links[link].ends[0];
             client.broken = Some(WorkError::Disconnected);
             client.handle = false;
-            let delay = self.network.delay(&mut self.random, 0, self.temper.late_packet);
+            let delay = self.way(0);
             self.schedule(delay, Event::Break { link, side: 1, cause: WorkError::Disconnected });
         }
     }

@@ -30,6 +30,12 @@
 //! connection was made are out of its reach; a dead peer is noticed at any time within two seconds. Each seed
 //! is after another kind of trouble (`random::Temper`).
 //!
+//! **Time instead.** With a [`Fabric`] ([`Settings::fabric`]) the same nodes, threads and connections are in a simulation of
+//! time: how long a job takes on so many machines of such a network. Messages then move whole, in order, and as fast as the
+//! NICs on their way let them (`fabric`, `timed`); a thread computes for as long as it says ([`Node::compute`]) on the
+//! [`Machine`] that its node is; and a thread that waits is woken by what it waits for, so that hundreds of workers cost little more
+//! than their messages. What is delivered is within the contract, but far from the worst of it.
+//!
 //! **Failures.** A root thread that panics, a thread whose panic nobody joined, a deadlock and a limit of
 //! virtual time fail the run, with the seed, what each thread waits in, and the last events.
 
@@ -42,6 +48,7 @@ mod connection;
 mod ending;
 mod endpoint;
 mod ends;
+mod fabric;
 mod handshake;
 mod history;
 mod node;
@@ -49,27 +56,34 @@ mod random;
 #[cfg(test)]
 mod tests;
 mod threads;
+mod timed;
 mod world;
 
 pub use ends::{Attach, Connection, Endpoint, Listener, Request};
+pub use fabric::{Fabric, Machine, Sent};
 pub use node::{Export, Node, Region, Signal, Thread};
 pub use random::Network;
 
+use fabric::{Computing, Traffic};
 use threads::{Shared, State};
 use world::{NodeState, World};
 
 /// What a simulation can be told, beyond its seed.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// How long packets take.
+    /// How long packets take, when weak memory is simulated.
     pub network: Network,
+    /// Simulates time instead: see the module.
+    pub fabric: Option<Fabric>,
+    /// The processor that all threads of the simulation run on: handing over is cheaper then.
+    pub core: Option<usize>,
     /// A run that takes longer (virtual time) fails.
     pub limit: Duration,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { network: Network::default(), limit: Duration::from_secs(300) }
+        Self { network: Network::default(), fabric: None, core: None, limit: Duration::from_secs(300) }
     }
 }
 
@@ -88,13 +102,17 @@ impl Sim {
     /// A simulation with this seed.
     pub fn with(seed: u64, settings: Settings) -> Self {
         let limit = u64::try_from(settings.limit.as_nanos()).unwrap_or(u64::MAX);
-        Self { shared: Shared::new(World::new(seed, settings.network, limit)) }
+        let traffic = settings.fabric.map(Traffic::new);
+        Self { shared: Shared::new(World::new(seed, settings.network, traffic, limit), settings.core) }
     }
 
     /// A new node.
     pub fn node(&self, name: &str) -> Node {
         let mut world = self.shared.lock();
+        let computing = Computing::new(Machine::default(), 0);
         world.nodes.push(NodeState {
+            computing,
+            relaxing: Vec::new(),
             name: name.to_owned(),
             alive: true,
             regions: Default::default(),
@@ -102,6 +120,13 @@ impl Sim {
             next_address: 1 << 32,
         });
         Node { shared: Arc::clone(&self.shared), index: world.nodes.len() - 1 }
+    }
+
+    /// Says what kind of machine `node` is.
+    pub fn machine(&self, node: &Node, machine: Machine) {
+        let mut world = self.shared.lock();
+        let seed = world.seed ^ (node.index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        world.nodes[node.index].computing = Computing::new(machine, seed);
     }
 
     /// Makes a root thread: the run lasts until all of them have ended. Threads of a run may make more.
@@ -159,6 +184,11 @@ impl Sim {
     /// A hash of everything that has happened: equal for equal runs.
     pub fn hash(&self) -> u64 {
         self.shared.lock().history.hash()
+    }
+
+    /// What has been sent so far, in a simulation of time; nothing otherwise.
+    pub fn sent(&self) -> Sent {
+        self.shared.lock().traffic.as_ref().map(|traffic| traffic.sent).unwrap_or_default()
     }
 
     /// Number of events that have happened: turns of threads, and steps of NICs.

@@ -74,6 +74,14 @@ impl Node {
         RegionInner { node: self.clone(), memory: memory.clone(), remote }
     }
 
+    /// Lets virtual time pass for the calling thread, which computes what takes `time` on an ordinary machine: see
+    /// [`Machine`](super::Machine).
+    pub fn compute(&self, time: Duration) {
+        let mut world = self.shared.lock();
+        let delay = world.nodes[self.index].computing.takes(nanos(time));
+        self.shared.block(world, Wait::Compute, Some(delay));
+    }
+
     /// Where a connection made now begins, at this node.
     pub(super) fn place(&self, world: &World, endpoint: usize) -> Place {
         Place { node: self.index, endpoint, horizon: world.nodes[self.index].registrations }
@@ -199,11 +207,19 @@ impl transport::Transport for Node {
     fn now(&self) -> Duration {
         let mut world = self.shared.lock();
         world.call(20);
-        Duration::from_nanos(world.now)
+        // In a simulation of time the calls so far count at once.
+        let lag = if world.traffic.is_some() { world.lag } else { 0 };
+        Duration::from_nanos(world.now + lag)
     }
 
     fn relax(&self, turn: u32) {
         let mut world = self.shared.lock();
+        if world.traffic.is_some() {
+            let me = self.shared.current();
+            let delay = world.starts_to_relax(self.index, turn);
+            self.shared.block(world, Wait::Relax, Some(delay));
+            return self.shared.lock().has_relaxed(self.index, me);
+        }
         // The first turns spin; later ones give the processor away for longer and longer. (Who spins makes the
         // simulation slow: each turn is a switch of threads.)
         let typical = (world.temper.spin << (turn.min(64) / 8)).min(20_000);

@@ -38,6 +38,8 @@ pub(super) struct Shared {
     world: Mutex<World>,
     /// Of the thread that called `run`.
     main: Baton,
+    /// The processor that all threads run on.
+    core: Option<usize>,
 }
 
 /// The right to run, and how it reaches one thread.
@@ -70,6 +72,7 @@ impl Baton {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wait {
     Relax,
+    Compute,
     Endpoint(usize),
     Signal,
     Accept,
@@ -81,6 +84,7 @@ impl fmt::Display for Wait {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Wait::Relax => f.write_str("Transport::relax"),
+            Wait::Compute => f.write_str("Node::compute"),
             Wait::Endpoint(endpoint) => write!(f, "Endpoint::wait of endpoint {endpoint}"),
             Wait::Signal => f.write_str("Signal::wait"),
             Wait::Accept => f.write_str("Listener::accept"),
@@ -111,6 +115,11 @@ pub(super) struct ThreadState {
     pub(super) joiners: Vec<usize>,
     /// Whether somebody was told how it ended.
     pub(super) joined: bool,
+    /// In a simulation of time: the endpoints that it has polled since its last `relax`.
+    pub(super) polled: Vec<usize>,
+    /// In a simulation of time: until when it pays for its calls, and when it goes on unless woken before.
+    pub(super) busy_until: u64,
+    pub(super) wakes_at: u64,
 }
 
 impl ThreadState {
@@ -139,8 +148,8 @@ thread_local! {
 }
 
 impl Shared {
-    pub(super) fn new(world: World) -> Arc<Self> {
-        Arc::new(Self { world: Mutex::new(world), main: Baton::default() })
+    pub(super) fn new(world: World, core: Option<usize>) -> Arc<Self> {
+        Arc::new(Self { world: Mutex::new(world), main: Baton::default(), core })
     }
 
     /// The world. Nothing that locks it again may be dropped while it is held.
@@ -174,13 +183,16 @@ impl Shared {
             return die(&baton);
         }
         let lag = world.take_lag();
+        let now = world.now;
         let thread = &mut world.threads[me];
         thread.state = State::Waiting(wait);
+        (thread.busy_until, thread.wakes_at) = (now + lag, u64::MAX);
         let turn = thread.turn;
         // A timeout longer than the whole run is none: a deadlock is to be called one.
         if let Some(delay) =
             timeout.map(|timeout| lag.saturating_add(timeout)).filter(|&d| world.within_limit(d))
         {
+            world.threads[me].wakes_at = now + delay;
             world.schedule(delay, Event::Wake { thread: me, turn });
         }
         self.hand_over(world, Some((me, &baton)));
@@ -223,6 +235,9 @@ impl Shared {
         // The name that a panic message shows.
         let full_name = format!("{}/{name}", world.nodes[node].name);
         let handle = std::thread::Builder::new().name(full_name.clone()).spawn(move || {
+            if let Some(id) = shared.core {
+                core_affinity::set_for_current(core_affinity::CoreId { id });
+            }
             own.wait();
             CURRENT.set(Some(Current { shared: Arc::clone(&shared), thread }));
             let result = catch_unwind(AssertUnwindSafe(move || {
@@ -243,6 +258,9 @@ impl Shared {
             root,
             joiners: Vec::new(),
             joined: false,
+            polled: Vec::new(),
+            busy_until: 0,
+            wakes_at: u64::MAX,
         });
         world.roots += usize::from(root);
         let delay = world.thread_delay(1_000);

@@ -8,6 +8,7 @@ use std::{
 use super::{
     connection::Link,
     endpoint::EndpointState,
+    fabric::{Computing, Traffic},
     handshake::{Attempt, ListenerState},
     history::History,
     random::{Network, Random, Temper},
@@ -27,6 +28,12 @@ const MOST_CALLS: u64 = 5_000_000;
 pub(super) enum Event {
     /// It is this thread's turn, if it has not had it yet.
     Wake { thread: usize, turn: u64 },
+    /// The peer's NIC, which was busy, turns to the request.
+    Deliver { link: usize, side: u8, number: u64 },
+    /// What was READ, as a whole, reaches the poster's NIC, …
+    Return { link: usize, side: u8, number: u64 },
+    /// … which was busy, and now turns to it.
+    Returned { link: usize, side: u8, number: u64 },
     /// A chunk of the payload is read from the poster's memory.
     Gather { link: usize, side: u8, number: u64, chunk: u32 },
     /// The request reaches the peer's NIC.
@@ -93,6 +100,9 @@ pub(super) struct NodeState {
     pub(super) regions: BTreeMap<u32, Registered>,
     pub(super) registrations: u64,
     pub(super) next_address: u64,
+    pub(super) computing: Computing,
+    /// In a simulation of time: its threads that are in `relax`.
+    pub(super) relaxing: Vec<usize>,
 }
 
 /// All of a simulation's state.
@@ -109,9 +119,13 @@ pub(super) struct World {
     /// Threads whose time came while another one ran.
     overdue: VecDeque<(usize, u64)>,
     /// What the running thread's calls have cost since its last scheduling point, ns.
-    lag: u64,
+    pub(super) lag: u64,
+    /// The thread that runs.
+    pub(super) running: usize,
     calls: u64,
     pub(super) network: Network,
+    /// In a simulation of time, what takes it.
+    pub(super) traffic: Option<Traffic>,
     pub(super) random: Random,
     pub(super) temper: Temper,
     pub(super) history: History,
@@ -128,7 +142,7 @@ pub(super) struct World {
 }
 
 impl World {
-    pub(super) fn new(seed: u64, network: Network, limit: u64) -> Self {
+    pub(super) fn new(seed: u64, network: Network, traffic: Option<Traffic>, limit: u64) -> Self {
         let mut random = Random::new(seed);
         let temper = Temper::new(&mut random);
         Self {
@@ -140,8 +154,10 @@ impl World {
             steps: 0,
             overdue: VecDeque::new(),
             lag: 0,
+            running: 0,
             calls: 0,
             network,
+            traffic,
             random,
             temper,
             history: History::default(),
@@ -159,7 +175,11 @@ impl World {
 
     /// Lets `event` happen in `delay` ns.
     pub(super) fn schedule(&mut self, delay: u64, event: Event) {
-        let time = self.now.saturating_add(delay);
+        self.schedule_at(self.now.saturating_add(delay), event);
+    }
+
+    /// Lets `event` happen at `time`.
+    pub(super) fn schedule_at(&mut self, time: u64, event: Event) {
         self.order += 1;
         self.queue.push(Reverse(Entry { time, order: self.order, event }));
     }
@@ -183,7 +203,7 @@ impl World {
             "a thread has made {MOST_CALLS} calls without a scheduling point: waiting without \
              relax or wait does not end in a simulation"
         );
-        if self.random.one_in(8) && !self.stopping {
+        if self.traffic.is_none() && self.random.one_in(8) && !self.stopping {
             let until = self.now + std::mem::take(&mut self.lag);
             while let Some(Reverse(entry)) = self.queue.peek() {
                 if entry.time > until {
@@ -211,16 +231,34 @@ impl World {
 
     /// How long until a thread that could run does: about `typical` ns, sometimes much longer.
     pub(super) fn thread_delay(&mut self, typical: u64) -> u64 {
+        if let Some(traffic) = &self.traffic {
+            return traffic.wake();
+        }
         1 + self.random.tail(typical, 3_000_000, self.temper.late_thread)
     }
 
-    /// Wakes a thread, if it waits, `delay` ns after now.
-    pub(super) fn wake(&mut self, thread: usize, delay: u64) {
-        let state = &self.threads[thread];
-        if let State::Waiting(_) = state.state {
-            let turn = state.turn;
-            self.schedule(delay, Event::Wake { thread, turn });
+    /// How long `bytes` take to another node where nothing is serialised.
+    pub(super) fn way(&mut self, bytes: usize) -> u64 {
+        match &self.traffic {
+            Some(traffic) => traffic.way(&mut self.random),
+            None => self.network.delay(&mut self.random, bytes, self.temper.late_packet),
         }
+    }
+
+    /// Wakes a thread, if it waits, `delay` ns after now; in a simulation of time, once it has paid for its calls.
+    pub(super) fn wake(&mut self, thread: usize, delay: u64) {
+        let state = &mut self.threads[thread];
+        let State::Waiting(_) = state.state else { return };
+        let mut time = self.now.saturating_add(delay);
+        if self.traffic.is_some() {
+            time = time.max(state.busy_until);
+            if time >= state.wakes_at {
+                return;
+            }
+            state.wakes_at = time;
+        }
+        let turn = state.turn;
+        self.schedule_at(time, Event::Wake { thread, turn });
     }
 
     /// Whether this wake-up is for the turn that the thread waits for.
@@ -271,6 +309,7 @@ impl World {
         let state = &mut self.threads[thread];
         state.state = State::Running;
         state.turn += 1;
+        self.running = thread;
         let (turn, node) = (state.turn, state.node);
         self.record("runs: thread, node, turn", [thread as u64, node as u64, turn]);
         Next::Thread(thread)
@@ -321,6 +360,9 @@ impl World {
             Event::Wake { .. } => unreachable!("turns of threads are not executed"),
             Event::Gather { link, side, number, chunk } => self.gather(link, side, number, chunk),
             Event::Arrive { link, side, number } => self.reach(link, side, number),
+            Event::Deliver { link, side, number } => self.deliver(link, side, number),
+            Event::Return { link, side, number } => self.comes_back(link, side, number),
+            Event::Returned { link, side, number } => self.returned(link, side, number),
             Event::Land { link, side, number, chunk } => self.land(link, side, number, chunk),
             Event::Capture { link, side, number, chunk } => self.capture(link, side, number, chunk),
             Event::Scatter { link, side, number, chunk } => self.scatter(link, side, number, chunk),

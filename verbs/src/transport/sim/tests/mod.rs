@@ -17,6 +17,7 @@ use crate::{
     },
 };
 
+mod timed;
 mod weakness;
 
 /// Seeds that each case of the suite runs with, if `FERVOR_SEEDS` does not say how many.

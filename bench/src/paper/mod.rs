@@ -1,0 +1,230 @@
+//! `fervor-bench paper`: the paper's experiments, from one command.
+//!
+//! The real server and client run on a simulated cluster ([`cluster`]) and train for real ([`mf`]); time is that of the
+//! network's and the machines' model. Each experiment names the runs that it needs, all of them are simulated ([`runs`]), one on
+//! each processor, and each experiment makes its [`section`] of the page of them. What the paper says is a
+//! [`claims`] away from what was found.
+//!
+//! | module | experiment |
+//! |---|---|
+//! | [`differentials`] | 1: distribution of clock differentials |
+//! | [`shares`] | 2: computing, waiting, communication against s |
+//! | [`convergence`] | 3: convergence by clock and by time |
+//! | [`robustness`] | 4: step sizes at which staleness hurts |
+//! | [`theory`] | 5: regret on convex functions |
+//! | [`scale`] | 6: more and more workers |
+//! | [`stragglers`] | 7: a slow worker, and pauses |
+//! | [`real`] | `--real`: on this machine |
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::json;
+
+use crate::{machine, report::write_json};
+
+pub mod claims;
+pub mod cluster;
+pub mod convergence;
+pub mod differentials;
+pub mod figures;
+pub mod mf;
+pub mod page;
+pub mod real;
+pub mod robustness;
+pub mod runs;
+pub mod scale;
+pub mod section;
+pub mod shares;
+pub mod stragglers;
+pub mod theory;
+
+use page::Preface;
+use runs::{Runs, Spec};
+use section::{Experiment, Plan, Section};
+
+/// What one step of SGD for one rating is taken to cost, if it is not measured.
+const RATING: Duration = Duration::from_nanos(16);
+/// How many ratings a clock of a worker of [`Plan::workers`] stands for. (Far fewer are trained on: the mathematics of more would be the
+/// same.)
+const RATINGS: u32 = 2_500_000;
+
+/// Options of `fervor-bench paper`.
+#[derive(Debug, Clone, Args)]
+pub struct PaperOptions {
+    /// Folder for the page, the figures and the results; made if it is not there
+    #[arg(long, value_name = "DIR", default_value = "out/paper")]
+    pub out: PathBuf,
+    /// Fewer clocks and fewer values of s
+    #[arg(long)]
+    pub quick: bool,
+    /// Train on this machine, too, in real time
+    #[arg(long)]
+    pub real: bool,
+    /// Measure what a rating costs on this machine, instead of taking 16 ns: then no two runs are the same
+    #[arg(long)]
+    pub measure: bool,
+}
+
+/// Runs the experiments and writes `index.html`, `results.json` and the figures.
+///
+/// # Errors
+/// When a simulation fails, or the folder cannot be written.
+pub fn run(options: &PaperOptions) -> Result<Vec<Section>> {
+    let mut plan = if options.quick { Plan::quick() } else { Plan::full() };
+    let cost = if options.measure { mf::Input::new(&plan.planted(), plan.rank, 1).measure() } else { RATING };
+    plan.charge = cost * RATINGS;
+    let real = options.real.then_some(options.quick);
+    run_plan(&plan, cost, &options.out, real)
+}
+
+/// As [`run`], with a plan. `real`: on this machine, too, and whether quickly.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_plan(plan: &Plan, cost: Duration, out: &Path, real: Option<bool>) -> Result<Vec<Section>> {
+    let start = Instant::now();
+    more_files();
+    let preface_parameters = parameters(plan, cost);
+    for (name, value) in &preface_parameters {
+        println!("{name}: {value}");
+    }
+    let experiments: [Experiment; 6] = [
+        differentials::EXPERIMENT,
+        shares::EXPERIMENT,
+        convergence::EXPERIMENT,
+        robustness::EXPERIMENT,
+        scale::EXPERIMENT,
+        stragglers::EXPERIMENT,
+    ];
+    let mut runs = Runs::new(mf::Input::new(&plan.planted(), plan.rank, 1), plan.servers);
+    let specs: Vec<Spec> = experiments.iter().flat_map(|experiment| (experiment.specs)(plan)).collect();
+    runs.simulate(&specs, |number, count, spec| {
+        let Spec { model, workers, fabric, machines, step, .. } = spec;
+        let seconds = start.elapsed().as_secs();
+        println!(
+            "{seconds:>4} s  {:>3} of {count}: {model}, {workers} workers, {}, {machines:?}, step {step}",
+            number + 1,
+            fabric.name
+        );
+    })?;
+    let mut sections: Vec<Section> =
+        experiments.iter().map(|experiment| (experiment.section)(plan, &runs)).collect::<Result<_>>()?;
+    println!("{:>4} s  theory", start.elapsed().as_secs());
+    sections.insert(4, theory::section(plan)?);
+    if let Some(quick) = real {
+        println!("{:>4} s  on this machine", start.elapsed().as_secs());
+        sections.push(real::section(quick)?);
+    }
+    let preface = Preface {
+        machine: format!(
+            "{} runs of training, {:.1} million events, were simulated in {:.0} s on {}.",
+            runs.count(),
+            runs.events() as f64 / 1e6,
+            start.elapsed().as_secs_f64(),
+            machine::Machine::this()
+        ),
+        parameters: preface_parameters,
+    };
+    write(out, plan, &preface, &sections)?;
+    tell(&sections);
+    println!("\n{}\nwrote {}", preface.machine, out.join("index.html").display());
+    Ok(sections)
+}
+
+/// Raises the limit of open files as far as it may: each memory of a simulated node is one.
+fn more_files() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // If it cannot be raised, the memory that there is no descriptor for says so.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+}
+
+/// The model's parameters, for people.
+fn parameters(plan: &Plan, cost: Duration) -> Vec<(String, String)> {
+    let (rows, columns, ratings) = plan.matrix;
+    let fabric = |fabric: fervor_verbs::transport::sim::Fabric| {
+        let text = format!(
+            "{:?} + up to {:?} of latency, {} Gb/s, {:?} for a message at least, {} bytes of headers, {:?} to wake a thread, {:?} to \
+             make or apply 1 KiB of updates",
+            fabric.latency,
+            fabric.jitter,
+            fabric.bandwidth as f64 / 1e9,
+            fabric.per_message,
+            fabric.headers,
+            fabric.wake,
+            fabric.per_kib
+        );
+        (fabric.name.to_owned(), text)
+    };
+    vec![
+        (
+            "nodes".into(),
+            format!("{} of one worker each, and {} servers of one shard", plan.workers, plan.servers),
+        ),
+        (
+            "matrix".into(),
+            format!("{rows} x {columns}, {ratings} ratings around planted factors; rank {}", plan.rank),
+        ),
+        (
+            "computing".into(),
+            format!(
+                "{:?} in a clock of one of {} workers: {RATINGS} ratings of {cost:?} each, of which {} are trained on; from \
+                 one time to the next up to {} % more or less",
+                plan.charge,
+                plan.workers,
+                ratings / plan.workers as u64,
+                100.0 * cluster::JITTER
+            ),
+        ),
+        (
+            "a run".into(),
+            format!("{} clocks, steps of {}, all ratings in each clock", plan.clocks, plan.step),
+        ),
+        fabric(fervor_verbs::transport::sim::Fabric::roce_25g()),
+        fabric(fervor_verbs::transport::sim::Fabric::ethernet_1g()),
+    ]
+}
+
+fn write(out: &Path, plan: &Plan, preface: &Preface, sections: &[Section]) -> Result<()> {
+    fs::create_dir_all(out).with_context(|| format!("cannot make the folder {}", out.display()))?;
+    let put = |name: &str, text: &str| {
+        let path = out.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    };
+    for (number, section) in (1..).zip(sections) {
+        for figure in &section.figures {
+            let title = figure.title.to_lowercase().replace(' ', "-");
+            put(&format!("{number}-{title}.svg"), &figure.svg)?;
+        }
+    }
+    put("index.html", &page::page(preface, sections))?;
+    let results = json!({
+        "machine": machine::Machine::this(),
+        "plan": plan,
+        "experiments": sections
+            .iter()
+            .map(|section| json!({ "title": section.title, "claims": section.claims, "data": section.data }))
+            .collect::<Vec<_>>(),
+    });
+    write_json(&out.join("results.json"), &results)
+}
+
+/// The claims, on the terminal.
+fn tell(sections: &[Section]) {
+    for (number, section) in (1..).zip(sections) {
+        println!("\n{number}. {}", section.title);
+        for claim in &section.claims {
+            let verdict = if claim.holds { "supported" } else { "NOT SUPPORTED" };
+            println!("   {verdict}: {}\n      {}", claim.claim, claim.found);
+        }
+        for remark in &section.remarks {
+            println!("   {remark}");
+        }
+    }
+}

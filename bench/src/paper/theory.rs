@@ -1,0 +1,313 @@
+//! Experiment 5: the regret of SGD under bounded staleness, against its bound.
+//!
+//! `f_t(x) = |x - a_t|² / 2` for points `a_t` drawn around a centre: convex, with the gradient `x - a_t`. Update `t = w + P c + 1` is
+//! that of worker `w` of `P` in its clock `c`: it reads the view `x̃_t`, and adds `-η_t (x̃_t - a_t)` with
+//! `η_t = σ / sqrt(t)`, `σ = F / (L sqrt(2 (s + 1) P))`. As `σ` does not depend on the number of updates `T`, one run has the
+//! regret for every `T` up to its end.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use fervor_client::Model;
+use fervor_verbs::transport::sim::Fabric;
+use rand::{RngExt as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+use serde_json::json;
+
+use super::{
+    claims::{self, Claim},
+    cluster::{self, Cluster, Machines, Place},
+    figures::{Axis, Curve, curves},
+    runs::in_parallel,
+    section::{Figure, Plan, Section, essp, ssp},
+};
+use crate::report::TextTable;
+
+/// Coordinates of a point.
+const DIMENSIONS: usize = 8;
+/// `F² = 1` bounds `|x_t - x*|² / 2`, …
+const F: f64 = 1.0;
+/// … and `L` the gradients.
+const L: f64 = 2.0;
+
+type Point = [f64; DIMENSIONS];
+
+fn square(a: &Point, b: &Point) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum()
+}
+
+fn mean<'a>(points: impl Iterator<Item = &'a Point>) -> Point {
+    let (mut sum, mut count) = ([0.0; DIMENSIONS], 0);
+    for point in points {
+        sum.iter_mut().zip(point).for_each(|(sum, x)| *sum += x);
+        count += 1;
+    }
+    sum.map(|sum| sum / f64::from(count.max(1)))
+}
+
+/// A run: the views and the points, by `t`.
+#[derive(Debug)]
+struct Trace {
+    model: Model,
+    workers: usize,
+    steps: Vec<(Point, Point)>,
+}
+
+impl Trace {
+    /// Mean regret over the first `count` updates.
+    fn regret(&self, count: usize) -> f64 {
+        let steps = &self.steps[..count];
+        let best = mean(steps.iter().map(|(_, a)| a));
+        steps.iter().map(|(x, a)| (square(x, a) - square(&best, a)) / 2.0).sum::<f64>() / count as f64
+    }
+
+    /// The bound of it.
+    fn bound(&self, count: usize) -> f64 {
+        4.0 * F * L * (2.0 * (staleness(self.model) + 1.0) * self.workers as f64 / count as f64).sqrt()
+    }
+
+    /// Mean square distance of the views from the optimum, in each quarter of the run.
+    fn quarters(&self) -> Vec<f64> {
+        let best = mean(self.steps.iter().map(|(_, a)| a));
+        let quarter = self.steps.len().div_ceil(4);
+        let far = |steps: &[(Point, Point)]| steps.iter().map(|(x, _)| square(x, &best)).sum::<f64>();
+        self.steps.chunks(quarter).map(|steps| far(steps) / steps.len() as f64).collect()
+    }
+
+    /// Whether what the bound assumes was so: how far views were from the optimum (as `D`), and the greatest gradient.
+    fn extremes(&self) -> (f64, f64) {
+        let best = mean(self.steps.iter().map(|(_, a)| a));
+        let most = |value: &dyn Fn(&(Point, Point)) -> f64| self.steps.iter().map(value).fold(0.0, f64::max);
+        (most(&|(x, _)| square(x, &best) / 2.0), most(&|(x, a)| square(x, a).sqrt()))
+    }
+}
+
+fn staleness(model: Model) -> f64 {
+    model.staleness().map_or(f64::INFINITY, f64::from)
+}
+
+/// The point of update `t`: within 1/2 of the centre in each of a few coordinates.
+fn point(worker: usize, clock: usize) -> Point {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    rng.set_stream((worker as u64) << 32 | clock as u64);
+    // The centre is at distance 1 from the start, which is 0; noise has at most length 1/2.
+    let scale = 0.5 / (DIMENSIONS as f64).sqrt();
+    std::array::from_fn(|_| (1.0 / DIMENSIONS as f64).sqrt() + scale * rng.random_range(-1.0..1.0))
+}
+
+/// What one worker does.
+fn work(place: &Place, workers: usize, model: Model, clocks: usize) -> Result<Vec<(Point, Point)>> {
+    let table = place.client.table::<f64>("x", 1, DIMENSIONS, model)?;
+    let mut worker = place.client.worker()?;
+    let sigma = F / (L * (2.0 * (staleness(model) + 1.0) * workers as f64).sqrt());
+    let mut steps = Vec::with_capacity(clocks);
+    for clock in 0..clocks {
+        let mut view = [0.0; DIMENSIONS];
+        worker.get(&table, 0, &mut view)?;
+        place.node.compute(Duration::from_millis(1));
+        let a = point(place.number, clock);
+        let step = sigma / ((place.number + workers * clock + 1) as f64).sqrt();
+        let update: Point = std::array::from_fn(|i| -step * (view[i] - a[i]));
+        worker.inc(&table, 0, &update)?;
+        worker.clock()?;
+        steps.push((view, a));
+    }
+    Ok(steps)
+}
+
+fn cluster(workers: usize, core: Option<usize>) -> Cluster {
+    Cluster {
+        workers,
+        servers: 1,
+        fabric: Fabric::roce_25g(),
+        machines: Machines::Equal,
+        seed: 3,
+        cache: 64 << 10,
+        core,
+    }
+}
+
+fn trace(model: Model, workers: usize, clocks: usize, core: Option<usize>) -> Result<Trace> {
+    let simulated = cluster::run(&cluster(workers, core), move |place| work(place, workers, model, clocks))?;
+    let steps = (0..clocks * workers).map(|t| simulated.results[t % workers][t / workers]).collect();
+    Ok(Trace { model, workers, steps })
+}
+
+/// What an observer outside the cluster, to whom nothing takes time, knows under VAP.
+#[derive(Debug, Default)]
+struct Observed {
+    /// The sum of all updates, the moment they are made.
+    sum: Point,
+    /// Clocks of the workers.
+    clocks: Vec<usize>,
+    /// The greatest coordinate of a single update.
+    single: f64,
+    /// The greatest difference in a coordinate between a view and the sum, as part of what is allowed then.
+    greatest: f64,
+}
+
+/// Bound of VAP in the first clock: hardly more than the first updates.
+const V0: f32 = 0.02;
+
+/// How far views are from the sum of all updates under VAP, at most, as part of the bound: each worker's updates in transit
+/// are at most `max(v0 / sqrt(t), u)` in any coordinate, `u` of the greatest single update, and a view has all of its own worker's.
+fn value_bound(workers: usize, clocks: usize) -> Result<f64> {
+    let cluster = cluster(workers, None);
+    let observed = Arc::new(Mutex::new(Observed { clocks: vec![0; workers], ..Observed::default() }));
+    let inside = observed.clone();
+    let work = move |place: &Place| {
+        let model = Model::Vap { v0: V0 };
+        let table = place.client.table::<f64>("x", 1, DIMENSIONS, model)?;
+        let mut worker = place.client.worker()?;
+        let observe = || inside.lock().unwrap_or_else(PoisonError::into_inner);
+        // Steps as for s = 3, but for a later start, so that few single updates are above the bound.
+        let sigma = F / (L * (8.0 * workers as f64).sqrt());
+        for clock in 0..clocks {
+            let mut view = [0.0; DIMENSIONS];
+            worker.get(&table, 0, &mut view)?;
+            {
+                let mut observed = observe();
+                // What the slowest worker has in transit it may have added in the clock before.
+                let t = observed.clocks.iter().min().copied().unwrap_or(0).max(1);
+                let bound = (f64::from(V0) / (t as f64).sqrt()).max(observed.single);
+                let allowed = (workers - 1) as f64 * bound;
+                let far = view.iter().zip(&observed.sum).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
+                observed.greatest = observed.greatest.max(far / allowed);
+            }
+            place.node.compute(Duration::from_micros(50));
+            let a = point(place.number, clock);
+            let step = sigma / ((place.number + workers * (clock + 1)) as f64).sqrt();
+            let update: Point = std::array::from_fn(|i| -step * (view[i] - a[i]));
+            worker.inc(&table, 0, &update)?;
+            {
+                let mut observed = observe();
+                observed.sum.iter_mut().zip(update).for_each(|(sum, x)| *sum += x);
+                observed.single = update.iter().fold(observed.single, |most, x| most.max(x.abs()));
+            }
+            worker.clock()?;
+            observe().clocks[place.number] = clock + 1;
+        }
+        Ok(())
+    };
+    cluster::run(&cluster, work)?;
+    let greatest = observed.lock().unwrap_or_else(PoisonError::into_inner).greatest;
+    Ok(greatest)
+}
+
+/// Runs the experiment.
+///
+/// # Errors
+/// As [`cluster::run`].
+pub fn section(plan: &Plan) -> Result<Section> {
+    let (workers, clocks) = &plan.theory;
+    let most = *clocks.iter().max().context("the experiment about theory has no number of clocks")?;
+    let bounds: Vec<u32> = std::iter::once(0).chain(plan.few()).collect();
+    let jobs: Vec<(Model, usize)> = workers
+        .iter()
+        .flat_map(|&workers| bounds.iter().flat_map(move |&s| [(ssp(s), workers), (essp(s), workers)]))
+        .collect();
+    let traces: Vec<Trace> =
+        in_parallel(&jobs, |_, core, &(model, workers)| trace(model, workers, most, core))
+            .into_iter()
+            .collect::<Result<_>>()?;
+
+    let mut table = TextTable::new(["model", "P", "T", "R/T", "bound", "of the bound"]);
+    let (mut within, mut greatest, mut count) = (true, 0.0f64, 0);
+    for trace in &traces {
+        for clocks in clocks {
+            let updates = clocks * trace.workers;
+            let (regret, bound) = (trace.regret(updates), trace.bound(updates));
+            within &= regret <= bound;
+            greatest = greatest.max(regret / bound);
+            count += 1;
+            table.row([
+                trace.model.to_string(),
+                trace.workers.to_string(),
+                updates.to_string(),
+                format!("{regret:.5}"),
+                format!("{bound:.4}"),
+                format!("{:.4}", regret / bound),
+            ]);
+        }
+    }
+    let extremes =
+        traces.iter().map(Trace::extremes).fold((0.0f64, 0.0f64), |a, b| (a.0.max(b.0), a.1.max(b.1)));
+    let largest = *workers.iter().max().context("the experiment about theory has no number of workers")?;
+    let shown: Vec<&Trace> = traces.iter().filter(|trace| trace.workers == largest).collect();
+    let points = |value: &dyn Fn(usize) -> f64| -> Vec<(f64, f64)> {
+        (1..=most).step_by((most / 50).max(1)).map(|c| c * largest).map(|t| (t as f64, value(t))).collect()
+    };
+    let mut lines: Vec<Curve> = shown
+        .iter()
+        .filter(|trace| [0.0, staleness(ssp(bounds[bounds.len() - 1]))].contains(&staleness(trace.model)))
+        .map(|trace| Curve::new(trace.model.to_string(), points(&|t| trace.regret(t))))
+        .collect();
+    lines.extend([0, bounds[bounds.len() - 1]].map(|s| {
+        let trace = shown.iter().find(|trace| trace.model == ssp(s)).expect("it is among the jobs");
+        Curve::new(format!("bound for s={s}"), points(&|t| trace.bound(t)))
+    }));
+    let falling: Vec<Claim> = shown
+        .iter()
+        .filter(|trace| staleness(trace.model) == f64::from(bounds[bounds.len() - 1]))
+        .map(|trace| {
+            let claim = format!(
+                "under {} the views' mean square distance from the optimum falls, quarter by quarter",
+                trace.model
+            );
+            claims::falls(&claim, &trace.quarters(), 0.0)
+        })
+        .collect();
+    let mut all = vec![
+        Claim::new(
+            "R/T <= 4 F L sqrt(2 (s + 1) P / T), for every s, P, T",
+            format!("{count} cases, the greatest at {greatest:.4} of its bound"),
+            within,
+        ),
+        Claim::new(
+            "what the bound assumes was so: D(x, x*) <= F² and gradients of at most L",
+            format!("at most {:.3} for {}, and {:.3} for {L}", extremes.0, F * F, extremes.1),
+            extremes.0 <= F * F && extremes.1 <= L,
+        ),
+    ];
+    all.extend(falling);
+    let value = value_bound(workers[0], most)?;
+    all.push(Claim::new(
+        "VAP: no view is further from the sum of all updates than what others may have in transit, (P - 1) max(v0 / sqrt(t), u)",
+        format!("{} workers, v0 = {V0}: at most {value:.3} of it", workers[0]),
+        value > 0.0 && value <= 1.0,
+    ));
+    Ok(Section {
+        title: "Theory",
+        paper: "SGD under SSP (and so under ESSP) has a mean regret of at most 4FL sqrt(2(s+1)P/T) on convex functions, with steps \
+                sigma/sqrt(t), sigma = F/(L sqrt(2(s+1)P)); and near the optimum the variance of what workers see falls. VAP bounds \
+                what a view may lack by value.",
+        setup: format!(
+            "f_t(x) = |x - a_t|²/2 in {DIMENSIONS} dimensions, one update for each worker and clock, by the real server and client; \
+             F = {F}, L = {L}."
+        ),
+        figures: vec![Figure::new(
+            "Mean regret and its bound",
+            curves(Axis::logarithmic("updates T"), Axis::logarithmic("R/T"), &lines)?,
+        )],
+        table,
+        claims: all,
+        remarks: vec![
+            "The statement was checked by deriving it, not against the text of Ho et al. (2013). With x_t the sum of all updates \
+             before t: <x_t - x*, g_t> = η_t |g_t|²/2 + (D_t - D_{t+1})/η_t, whose sum over t is at most σL² sqrt(T) + F² \
+             sqrt(T)/σ. A view differs from x_t by at most 2(s+1)P updates, each of at most η L, which adds at most \
+             4(s+1)P L² σ sqrt(T), but for the first few t. With the σ above the sum is F L sqrt(2(s+1)PT) (1/(2(s+1)P) + 1 + 2), and the \
+             bracket is below 4."
+                .into(),
+        ],
+        data: json!(traces
+            .iter()
+            .map(|trace| {
+                let count = trace.steps.len();
+                (trace.model.to_string(), trace.workers, count, trace.regret(count), trace.bound(count))
+            })
+            .collect::<Vec<_>>()),
+    })
+}
