@@ -60,7 +60,9 @@ impl Costs {
         let accesses = tally.accesses();
         let total: f64 = tally.reports.iter().map(|report| report.seconds).sum();
         let clocks: u64 = tally.reports.iter().map(|report| report.clocks).sum();
-        let share = |part: f64| if total > 0.0 { (part / total).min(1.0) } else { 0.0 };
+        // Where updates wait for values, a client's timers may nest: shares are of all that was counted then.
+        let counted = total.max(accesses.seconds());
+        let share = |part: f64| if counted > 0.0 { part / counted } else { 0.0 };
         let (waiting, communication) = (share(accesses.waiting), share(accesses.communicating));
         Costs {
             seconds: tally.reports.iter().map(|report| report.seconds).fold(0.0, f64::max),
