@@ -10,14 +10,16 @@ use plotters::{
 };
 
 /// Okabe and Ito's colours, which are told apart with any kind of sight.
-pub const COLOURS: [RGBColor; 7] = [
+pub const COLOURS: [RGBColor; 9] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),
     RGBColor(213, 94, 0),
     RGBColor(204, 121, 167),
     RGBColor(86, 180, 233),
-    RGBColor(90, 90, 90),
+    RGBColor(120, 120, 120),
+    RGBColor(0, 0, 0),
+    RGBColor(240, 228, 66),
 ];
 const SIZE: (u32, u32) = (720, 400);
 const FONT: &str = "sans-serif";
@@ -163,6 +165,8 @@ pub fn bars(x: &str, y: &str, bars: &Bars) -> Result<String> {
         false => values.iter().copied().fold(0.0, f64::max),
     };
     let most = bars.groups.iter().map(|(_, values)| height(values)).fold(0.0, f64::max);
+    // The legend has its place above the bars.
+    let top = (most * (1.1 + 0.08 * bars.kinds.len() as f64)).max(1e-9);
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
@@ -172,7 +176,7 @@ pub fn bars(x: &str, y: &str, bars: &Bars) -> Result<String> {
             .margin(10)
             .x_label_area_size(44)
             .y_label_area_size(76)
-            .build_cartesian_2d(-0.5..groups as f64 - 0.5, 0.0..(most * 1.15).max(1e-9))
+            .build_cartesian_2d(-0.5..groups as f64 - 0.5, 0.0..top)
             .map_err(failed)?;
         let name = |place: &f64| {
             let near = (place - place.round()).abs() < 0.01 && *place > -0.4;
