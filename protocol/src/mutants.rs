@@ -35,6 +35,9 @@ pub enum Mutant {
     AskIgnored,
     GenerationIgnored,
     GapAccepted,
+    VisibleOnWrite,
+    ProofBeforeQueue,
+    BoundIgnored,
 }
 
 /// What a mutant is.
@@ -103,6 +106,12 @@ catalogue! {
         "END_OF_CLOCK goes with the first of several batches (client Engine::send_batch)"
     JoinAtHandshake "join-at-handshake" "3 SSP guarantee"
         "a client begins at the clock that the handshake told (client Core::join)"
+    VisibleOnWrite "visible-on-write" "VAP: visible is proved; transport rule 3"
+        "the completion of a WRITE behind the pushes is taken for that of a READ (server Peer::prove)"
+    ProofBeforeQueue "proof-before-queue" "VAP: visible is proved"
+        "the READ that proves pushes is posted while some of them still wait for room (server visible::follow_visible)"
+    BoundIgnored "bound-ignored" "VAP: the value bound"
+        "an update does not wait (client worker::admit)"
     AskIgnored "ask-ignored" "11 no reader starves"
         "a row that is asked for is not pushed (server poller::slot)"
 }

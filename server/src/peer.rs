@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use fervor_protocol::{
     ack::{BatchNumbers, Receives, ack_offset, ack_word},
     limits::ACK_RING,
+    mutants::{Mutant, mutant},
     wire::Hello,
 };
 use fervor_verbs::transport::{Connection, Payload, PostError, RemoteRegion, Sge};
@@ -164,6 +165,10 @@ impl<C: Connection> Peer<C> {
     /// Posts a READ of a word of the client's into `into`, behind all pushes so far. There is room.
     pub fn prove(&mut self, into: Sge<'_, C::Region>) -> Result<(), PostError> {
         self.unsignalled = false;
+        if mutant(Mutant::VisibleOnWrite) {
+            let remote = self.target.0.at(self.control);
+            return self.connection.write(Payload::Inline(&[]), remote, None, Some(PROOF_ID));
+        }
         self.connection.read(&[into], self.target.0.at(self.control), Some(PROOF_ID))
     }
 

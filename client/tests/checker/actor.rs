@@ -1,8 +1,13 @@
 //! A worker at work, and what is checked of each `get`.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError, atomic::Ordering},
+};
 
-use fervor_client::{Client, Element, ElementType, Table, TableOptions, Worker, WorkerStats};
+use fervor_client::{
+    Client, Element, ElementType, Model, Table, TableOptions, Worker, WorkerStats, value_bound,
+};
 use fervor_verbs::transport::Transport;
 
 use super::{
@@ -85,6 +90,8 @@ type Seen = (u64, Vec<i64>);
 struct Before {
     stats: WorkerStats,
     closed: Vec<bool>,
+    /// Per row, what each lane has made, if the table is value-bounded.
+    made: BTreeMap<u64, Vec<(i64, u64)>>,
 }
 
 /// A worker at work.
@@ -163,14 +170,14 @@ impl<T: Transport> Actor<T> {
         let width = table.width();
         match op {
             Op::Get { row, .. } => {
-                let before = self.before();
+                let before = self.before(number, &[*row]);
                 let mut copy = vec![E::default(); width];
                 self.worker.get(table, *row, &mut copy).unwrap();
                 let claim = self.claim(&before);
                 self.check(number, *row, &copy, claim, &before);
             }
             Op::GetMany { rows, .. } => {
-                let before = self.before();
+                let before = self.before(number, rows);
                 let mut copies = vec![E::default(); width * rows.len()];
                 self.worker.get_many(table, rows, &mut copies).unwrap();
                 // Which row has which claim is not told: all have the least at least.
@@ -184,6 +191,7 @@ impl<T: Transport> Actor<T> {
                 self.plan.columns(number, self.lane).for_each(|column| delta[column] = E::of(*by));
                 self.adding(number, *row, *by);
                 self.worker.inc(table, *row, &delta).unwrap();
+                self.made(number, *row);
             }
             Op::IncAt { row, by, .. } => {
                 // In two parts: a column may come more than once.
@@ -195,8 +203,15 @@ impl<T: Transport> Actor<T> {
                     .collect();
                 self.adding(number, *row, *by);
                 self.worker.inc_at(table, *row, &pairs).unwrap();
+                self.made(number, *row);
             }
         }
+    }
+
+    fn made(&self, table: usize, row: u64) {
+        let made = (self.own[table][row as usize], self.worker.now());
+        let place = &self.plan.made[table][row as usize][self.lane];
+        *place.lock().unwrap_or_else(PoisonError::into_inner) = made;
     }
 
     fn adding(&mut self, table: usize, row: u64, by: i64) {
@@ -204,9 +219,11 @@ impl<T: Transport> Actor<T> {
         self.plan.adding(table, row, self.lane, by);
     }
 
-    fn before(&self) -> Before {
+    fn before(&self, table: usize, rows: &[u64]) -> Before {
+        let bounded = matches!(self.plan.tables[table].model, Model::Vap { .. });
+        let made = rows.iter().filter(|_| bounded).map(|row| (*row, self.plan.made(table, *row)));
         let closed = self.plan.closed.iter().map(|closed| closed.load(Ordering::SeqCst));
-        Before { closed: closed.collect(), stats: self.worker.stats() }
+        Before { made: made.collect(), closed: closed.collect(), stats: self.worker.stats() }
     }
 
     /// The clock that the `get`s since `before` claim to be good for: the least of theirs.
@@ -247,7 +264,7 @@ impl<T: Transport> Actor<T> {
                 assert!(columns.iter().all(|c| *c == own), "OWN: {}: own, each once: {own}", what());
                 continue;
             }
-            let closed = model.staleness().is_none() && before.closed[lane.client];
+            let closed = model == Model::Async && before.closed[lane.client];
             let least = match (closed, plan.unreliable(other)) {
                 (true, _) => lane.total[table][row as usize],
                 (false, true) => 0,
@@ -256,10 +273,17 @@ impl<T: Transport> Actor<T> {
             let most = plan.added[table][row as usize][other].load(Ordering::SeqCst);
             assert!(columns.iter().all(|c| *c >= least), "MISSING: {}: not {least}..={most}", what());
             assert!(columns.iter().all(|c| *c <= most), "TOO MUCH: {}: not {least}..={most}", what());
+            if let (Some(made), false) = (before.made.get(&row), plan.unreliable(other)) {
+                let (made, at) = made[other];
+                let bound = value_bound(model, at + 1).max(Plan::greatest(row) as f64);
+                let seen = columns.iter().all(|c| *c as f64 + bound >= made as f64);
+                assert!(seen, "VALUE: {}: of {made} by clock {at} with bound {bound}", what());
+            }
             if !plan.in_parts(table) {
                 assert!(columns.iter().all(|c| *c == columns[0]), "TORN: {}: no snapshot", what());
+                // Under a value bound, updates go when they must, also within a clock.
                 assert!(
-                    lane.sums_to(table, row, columns[0]),
+                    !before.made.is_empty() || lane.sums_to(table, row, columns[0]),
                     "PART: {}: no sum at the end of a clock",
                     what()
                 );

@@ -17,6 +17,7 @@
 //! |---|---|---|---|
 //! | own | all that was added | the same | |
 //! | others' | what is stamped `< C`; the model wants `C >= c - s` | what has been added by now | a sum at the end of a clock |
+//! | others', under a value bound | what they had added before, less the bound | as above | |
 //! | others' who have closed, under Async | all that they ever added | the same | |
 //! | of one that was killed | nothing | what it had added | a sum at the end of a clock |
 //! | the rogue's | nothing | what it had sent | a sum at the end of a batch |

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -126,6 +126,8 @@ pub struct Plan {
     pub late: Option<Vec<Duration>>,
     /// Per table, row and lane, what has been added by now.
     pub added: Vec<Vec<Vec<AtomicI64>>>,
+    /// Per table, row and lane, what has been added by calls that have returned: the sum, and the clock of the last.
+    pub made: Vec<Vec<Vec<Mutex<(i64, u64)>>>>,
     /// Per client (the rogue is the last): it has been killed; it has closed, and all that it added is applied.
     pub dead: Vec<AtomicBool>,
     pub closed: Vec<AtomicBool>,
@@ -175,6 +177,10 @@ impl Plan {
             let row = || lanes.iter().map(|_| AtomicI64::new(0)).collect();
             (0..table.rows).map(|_| row()).collect()
         });
+        let made = tables.iter().map(|table| {
+            let row = || lanes.iter().map(|_| Mutex::default()).collect();
+            (0..table.rows).map(|_| row()).collect()
+        });
         let flags = || (0..=clients).map(|_| AtomicBool::new(false)).collect();
         let few = random.among(1..=4) as usize;
         let credits = match random.one_in(2) {
@@ -199,6 +205,7 @@ impl Plan {
             victim: dies.then_some(victim),
             late: random.one_in(4).then_some(lateness),
             added: added.collect(),
+            made: made.collect(),
             tables,
             lanes,
             rogue,
@@ -247,6 +254,17 @@ impl Plan {
         self.added[table][row as usize][lane].fetch_add(by, Ordering::SeqCst);
     }
 
+    /// What the lanes have added to `row` by now, with calls that have returned, and their clocks then.
+    pub fn made(&self, table: usize, row: u64) -> Vec<(i64, u64)> {
+        let made = &self.made[table][row as usize];
+        made.iter().map(|made| *made.lock().unwrap_or_else(PoisonError::into_inner)).collect()
+    }
+
+    /// The greatest update of `row` in one call.
+    pub fn greatest(row: u64) -> i64 {
+        3 + 5 * row as i64
+    }
+
     /// Whether nothing is promised of `lane`.
     pub fn unreliable(&self, lane: usize) -> bool {
         let client = self.lanes[lane].client;
@@ -282,6 +300,7 @@ fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
                 0 => Model::Bsp,
                 1..=3 => Model::Ssp { staleness },
                 4 => Model::Async,
+                5 => Model::Vap { v0: random.among(5..=60) as f32 },
                 _ => Model::Essp { staleness },
             };
             let wide = kind == Kind::Wide && number == 0;
