@@ -216,28 +216,19 @@ impl<T: Transport> Core<T> {
     }
 
     /// Has everything unsent sent. Returns, for each shard, the number of the batch up to which it is.
+    ///
+    /// It asks whoever drives the engine, and never needs it itself: a thread that sleeps with it may not let go for long.
     pub fn flush(&self) -> Result<Vec<u64>, Error> {
-        for link in &self.links {
-            link.flush.store(true, Ordering::Release);
-        }
-        let mut batches = None;
-        self.wait(For::Memory, || {
-            let Some(engine) = self.try_engine() else { return false };
-            let links = self.links.iter().enumerate();
-            batches = links.map(|(shard, link)| engine.flushed(shard, link)).collect::<Option<Vec<u64>>>();
-            batches.is_some()
-        })?;
-        Ok(batches.expect("it was waited for"))
+        let asked: Vec<u64> = self.links.iter().map(Link::ask_flush).collect();
+        let flushed = |(link, asked): (&Link, &u64)| link.flushed.load(Ordering::Acquire) >= *asked;
+        self.wait(For::Memory, || self.links.iter().zip(&asked).all(flushed))?;
+        Ok(self.links.iter().map(|link| link.posted.load(Ordering::Acquire)).collect())
     }
 
     /// Has everything unsent sent, and waits until all of it is acknowledged.
     pub fn drain(&self) -> Result<(), Error> {
-        for link in &self.links {
-            link.flush.store(true, Ordering::Release);
-        }
-        self.wait(For::Memory, || {
-            self.links.iter().all(|link| !link.flush.load(Ordering::Acquire)) && self.drained()
-        })
+        self.flush()?;
+        self.wait(For::Memory, || self.drained())
     }
 
     /// Leaves the vector clocks of all shards, after the last batch.

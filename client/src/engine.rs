@@ -12,6 +12,8 @@
 //! | `acknowledged` | by the holder, after the tables were told | by workers that cannot decide about a READ |
 //! | `due` | by the worker whose `clock()` raised the client's clock, after all was merged | by the holder, before it sends |
 //! | `announced` | by the holder, after the batch that ends the clock was posted | by that worker |
+//! | `flush` | by threads, after they merged | by the holder, before it looks for updates |
+//! | `posted`, then `flushed` | by the holder, after the batch was posted | by threads that asked |
 //! | `wishes` | by workers | by the holder |
 //!
 //! **Why nothing is late.** The batch that ends clock `c` is posted when, after `due >= c` was read, no unsent
@@ -71,8 +73,12 @@ pub struct Link {
     pub visible: AtomicU64,
     pub due: AtomicU64,
     pub announced: AtomicU64,
-    /// Everything unsent is to be sent, though no clock ends.
-    pub flush: AtomicBool,
+    /// How often everything unsent was asked to be sent, though no clock ends.
+    pub flush: AtomicU64,
+    /// All that was unsent when that had been asked so often is posted, in batches up to `posted`.
+    pub flushed: AtomicU64,
+    /// Number of the last batch posted.
+    pub posted: AtomicU64,
     pub wishes: Mutex<Vec<Wish>>,
     /// Why it is of no more use.
     pub end: OnceLock<Error>,
@@ -91,10 +97,22 @@ impl Link {
             visible: AtomicU64::new(0),
             due: AtomicU64::new(0),
             announced: AtomicU64::new(0),
-            flush: AtomicBool::new(false),
+            flush: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
+            posted: AtomicU64::new(0),
             wishes: Mutex::new(Vec::new()),
             end: OnceLock::new(),
         }
+    }
+
+    /// Asks for everything unsent to be sent. It is when `flushed` is what this returns, or more.
+    pub fn ask_flush(&self) -> u64 {
+        // SYNC POINT: releases what was merged.
+        self.flush.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    fn flush_wanted(&self) -> bool {
+        self.flush.load(Ordering::Acquire) > self.flushed.load(Ordering::Relaxed)
     }
 
     /// The shard's server is gone, as a completion says.
@@ -307,10 +325,9 @@ impl<T: Transport> Engine<T> {
             // SYNC POINT: all updates below `due` were merged before it was raised.
             let due = link.due.load(Ordering::Acquire);
             let clock = (due > link.announced.load(Ordering::Relaxed)).then_some(due);
-            // SYNC POINT: taken back before the updates are looked at, so that what is merged after stays announced.
             let outcome = if !wishes.is_empty() {
                 self.send_wishes(shard, &wishes).map(|()| true)
-            } else if link.flush.swap(false, Ordering::AcqRel) || clock.is_some() {
+            } else if clock.is_some() || link.flush_wanted() {
                 self.send_batch(shard, clock, around)
             } else if (channel.polled - channel.told) * 2 >= CLIENT_RECEIVES as u64 {
                 self.send(shard, Kind::Credit, &[]).map(|_| true)
@@ -348,6 +365,8 @@ impl<T: Transport> Engine<T> {
         let number = channel.batch + 1;
         let length = self.scratch.len().min(link.welcome.message_bytes as usize);
         let mut writer = BatchWriter::new(&mut self.scratch[..length]);
+        // SYNC POINT: what was merged before it was asked is seen below.
+        let wanted = link.flush.load(Ordering::Acquire);
         let (mut tables, mut all) = (Vec::new(), true);
         for (table, core) in around.tables.read().unwrap_or_else(PoisonError::into_inner).iter().enumerate() {
             let mut rows = Vec::new();
@@ -360,10 +379,8 @@ impl<T: Transport> Engine<T> {
             }
         }
         let clock = clock.filter(|_| all || mutant(Mutant::ClockEndsEarly));
-        if !all {
-            link.flush.store(true, Ordering::Release);
-        }
         if writer.records() == 0 && clock.is_none() {
+            link.flushed.store(wanted, Ordering::Release);
             return Ok(false);
         }
         channel.batch = number;
@@ -371,6 +388,10 @@ impl<T: Transport> Engine<T> {
         let length = writer.finish(sequence, channel.polled, number, clock);
         channel.told = channel.polled;
         self.post(shard, sequence, length, Some((number, tables)))?;
+        link.posted.store(number, Ordering::Release);
+        if all {
+            link.flushed.store(wanted, Ordering::Release);
+        }
         if let Some(clock) = clock {
             link.announced.store(clock, Ordering::Release);
         }
@@ -423,11 +444,6 @@ impl<T: Transport> Engine<T> {
         self.bytes_sent += length as u64;
         let piece = Sge { region: &self.outbox, offset, length };
         channel.connection.send(Payload::Gather(&[piece]), None, Some(sequence))
-    }
-
-    /// Number of the last batch to `shard`, if everything that was to be flushed is in it or those before.
-    pub fn flushed(&self, shard: usize, link: &Link) -> Option<u64> {
-        (!link.flush.load(Ordering::Acquire)).then_some(self.channels[shard].batch)
     }
 
     /// The answer to the request with that sequence, if it has come.

@@ -596,7 +596,7 @@ impl<T: Transport> Drop for Worker<T> {
         }
         let risen = lock(&self.core.clocks).leave(self.id);
         for link in &self.core.links {
-            link.flush.store(true, Ordering::Release);
+            link.ask_flush();
             if let Some(clock) = risen {
                 link.due.fetch_max(clock, Ordering::Release);
             }

@@ -107,6 +107,9 @@ pub enum Farewell {
     Gap,
 }
 
+/// What a lane has made of a row, and at which of its clocks.
+pub type Made = Mutex<(i64, u64)>;
+
 #[derive(Debug)]
 pub struct Plan {
     pub seed: u64,
@@ -127,7 +130,7 @@ pub struct Plan {
     /// Per table, row and lane, what has been added by now.
     pub added: Vec<Vec<Vec<AtomicI64>>>,
     /// Per table, row and lane, what has been added by calls that have returned: the sum, and the clock of the last.
-    pub made: Vec<Vec<Vec<Mutex<(i64, u64)>>>>,
+    pub made: Vec<Vec<Vec<Made>>>,
     /// Per client (the rogue is the last): it has been killed; it has closed, and all that it added is applied.
     pub dead: Vec<AtomicBool>,
     pub closed: Vec<AtomicBool>,
