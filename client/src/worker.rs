@@ -381,11 +381,14 @@ impl<T: Transport> Worker<T> {
                 transit.add(row, width, update());
                 return Ok(());
             }
+            let mut before = core.transport.now();
             if turn == 0 {
                 self.hand_over()?;
+                let sent = core.transport.now();
+                self.stats.communicating += sent - before;
+                before = sent;
             }
             turn += 1;
-            let before = core.transport.now();
             let transit = self.oplog(table).transit().expect("the table is value-bounded");
             core.wait(For::Event, || transit.retire(visible))?;
             self.stats.waiting += core.transport.now() - before;
@@ -402,9 +405,7 @@ impl<T: Transport> Worker<T> {
         for oplog in self.value_bounded() {
             oplog.merge();
         }
-        let before = self.core.transport.now();
         let batches = self.core.flush()?;
-        self.stats.communicating += self.core.transport.now() - before;
         let router = &self.core.router;
         for transit in self.oplogs.iter_mut().flatten().filter_map(|oplog| oplog.transit()) {
             transit.hand_over(|rows| {
@@ -552,13 +553,16 @@ impl<T: Transport> Worker<T> {
         loop {
             let known = self.core.links[shard].clock.load(Ordering::Acquire);
             // A subscribed slot is filled by the server anyway.
-            let slot = match self.take(table, row, State::Asked) {
-                Taken::New(slot) => Some(slot),
-                Taken::Present(slot) if table.cache.ask_again(slot, row) => {
+            // Where rows are pushed anyway the first push is the answer: a copy that is not kept up to date has no place
+            // in the cache of such a table.
+            let eager = table.schema().model.eager();
+            let slot = match self.take(table, row, if eager { State::Subscribed } else { State::Asked }) {
+                Taken::New(slot) if !eager => Some(slot),
+                Taken::Present(slot) if !eager && table.cache.ask_again(slot, row) => {
                     self.wish(table, row, slot, PUSH_ONCE);
                     Some(slot)
                 }
-                Taken::Present(_) | Taken::None => None,
+                Taken::New(_) | Taken::Present(_) | Taken::None => None,
             };
             if let Some(slot) = slot {
                 let mut header = Header::default();
