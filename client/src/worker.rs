@@ -1,7 +1,7 @@
 //! A worker: one logical thread of computation with its own clock.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fmt,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -12,7 +12,6 @@ use fervor_protocol::{
     mutants::{Mutant, mutant, pause},
     pending::Origin,
     row::Header,
-    value,
     wire::{PUSH_ONCE, SlotRecord},
 };
 use fervor_verbs::transport::{PostError, Transport, any::Host};
@@ -27,6 +26,8 @@ use crate::{
     reader::Reader,
     table::{Found, Incomplete, Table, TableCore},
 };
+
+mod bounded;
 
 /// READs of a row that stays torn before the server is asked for it.
 const TORN_READS: usize = 8;
@@ -359,61 +360,6 @@ impl<T: Transport> Worker<T> {
         if table.cached() && !table.schema().model.eager() {
             self.core.progress();
         }
-    }
-
-    /// Waits until an update of `row` keeps the value bound, and counts it as in transit.
-    #[cold]
-    fn admit<E: Element, I: Iterator<Item = (usize, E)>>(
-        &mut self,
-        table: &Table<E>,
-        row: u64,
-        update: impl Fn() -> I,
-    ) -> Result<(), Error> {
-        let width = table.width();
-        let bound = value::bound(table.schema().model, self.clock + 1);
-        let mut turn = 0;
-        loop {
-            let core = self.core.clone();
-            let visible = |shard: usize| core.links[shard].visible.load(Ordering::Acquire);
-            let transit = self.oplog(table).transit().expect("the table is value-bounded");
-            transit.retire(visible);
-            if transit.admits(row, width, update(), bound) || mutant(Mutant::BoundIgnored) {
-                transit.add(row, width, update());
-                return Ok(());
-            }
-            let mut before = core.transport.now();
-            if turn == 0 {
-                self.hand_over()?;
-                let sent = core.transport.now();
-                self.stats.communicating += sent - before;
-                before = sent;
-            }
-            turn += 1;
-            let transit = self.oplog(table).transit().expect("the table is value-bounded");
-            core.wait(For::Event, || transit.retire(visible))?;
-            self.stats.waiting += core.transport.now() - before;
-        }
-    }
-
-    /// The oplogs of value-bounded tables.
-    fn value_bounded(&mut self) -> impl Iterator<Item = &mut Box<dyn AnyOplog>> {
-        self.oplogs.iter_mut().flatten().filter_map(|oplog| oplog.transit().is_some().then_some(oplog))
-    }
-
-    /// Has the updates of value-bounded tables made so far sent, and notes after which batches they are visible.
-    fn hand_over(&mut self) -> Result<(), Error> {
-        for oplog in self.value_bounded() {
-            oplog.merge();
-        }
-        let batches = self.core.flush()?;
-        let router = &self.core.router;
-        for transit in self.oplogs.iter_mut().flatten().filter_map(|oplog| oplog.transit()) {
-            transit.hand_over(|rows| {
-                let shards: BTreeSet<usize> = rows.map(|row| router.locate(row).0).collect();
-                shards.into_iter().map(|shard| (shard, batches[shard])).collect()
-            });
-        }
-        Ok(())
     }
 
     fn wait_for(&mut self, shard: usize, needed: u64) -> Result<(), Error> {

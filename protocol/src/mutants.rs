@@ -36,7 +36,7 @@ pub enum Mutant {
     GenerationIgnored,
     GapAccepted,
     VisibleOnWrite,
-    ProofBeforeQueue,
+    QueuedNotProved,
     BoundIgnored,
 }
 
@@ -108,8 +108,8 @@ catalogue! {
         "a client begins at the clock that the handshake told (client Core::join)"
     VisibleOnWrite "visible-on-write" "VAP: visible is proved; transport rule 3"
         "the completion of a WRITE behind the pushes is taken for that of a READ (server Peer::prove)"
-    ProofBeforeQueue "proof-before-queue" "VAP: visible is proved"
-        "the READ that proves pushes is posted while some of them still wait for room (server visible::follow_visible)"
+    QueuedNotProved "queued-not-proved" "VAP: visible is proved"
+        "a push that waits for room is taken for visible (server push::push_row)"
     BoundIgnored "bound-ignored" "VAP: the value bound"
         "an update does not wait (client worker::admit)"
     AskIgnored "ask-ignored" "11 no reader starves"

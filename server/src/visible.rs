@@ -26,7 +26,6 @@
 
 use std::collections::VecDeque;
 
-use fervor_protocol::mutants::{Mutant, mutant};
 use fervor_verbs::transport::{ConnectionId, PostError, Sge, Transport};
 
 use crate::{poller::Poller, staging::Entry};
@@ -102,7 +101,7 @@ impl<T: Transport> Poller<T> {
     pub(crate) fn follow_visible(&mut self) {
         let lsn = self.shard.lsn();
         for peer in self.peers.values_mut().filter(|peer| !peer.condemned) {
-            let all_posted = peer.queue.is_empty() || mutant(Mutant::ProofBeforeQueue);
+            let all_posted = peer.queue.is_empty();
             let due = peer.visible.pushed && peer.visible.proof.is_none() && all_posted;
             if !due || !peer.has_room() {
                 continue;

@@ -1,0 +1,70 @@
+//! Updates of value-bounded tables: when they may be made, and what becomes of them. See [`fervor_protocol::value`].
+
+use std::{collections::BTreeSet, sync::atomic::Ordering};
+
+use fervor_protocol::{
+    Element,
+    mutants::{Mutant, mutant},
+    value,
+};
+use fervor_verbs::transport::Transport;
+
+use super::Worker;
+use crate::{core::For, error::Error, oplog::AnyOplog, table::Table};
+
+impl<T: Transport> Worker<T> {
+    /// Waits until an update of `row` keeps the value bound, and counts it as in transit.
+    #[cold]
+    pub(super) fn admit<E: Element, I: Iterator<Item = (usize, E)>>(
+        &mut self,
+        table: &Table<E>,
+        row: u64,
+        update: impl Fn() -> I,
+    ) -> Result<(), Error> {
+        let width = table.width();
+        let bound = value::bound(table.schema().model, self.clock + 1);
+        let mut turn = 0;
+        loop {
+            let core = self.core.clone();
+            let visible = |shard: usize| core.links[shard].visible.load(Ordering::Acquire);
+            let transit = self.oplog(table).transit().expect("the table is value-bounded");
+            transit.retire(visible);
+            if transit.admits(row, width, update(), bound) || mutant(Mutant::BoundIgnored) {
+                transit.add(row, width, update());
+                return Ok(());
+            }
+            let mut before = core.transport.now();
+            if turn == 0 {
+                self.hand_over()?;
+                let sent = core.transport.now();
+                self.stats.communicating += sent - before;
+                before = sent;
+            }
+            turn += 1;
+            let transit = self.oplog(table).transit().expect("the table is value-bounded");
+            core.wait(For::Event, || transit.retire(visible))?;
+            self.stats.waiting += core.transport.now() - before;
+        }
+    }
+
+    /// The oplogs of value-bounded tables.
+    pub(super) fn value_bounded(&mut self) -> impl Iterator<Item = &mut Box<dyn AnyOplog>> {
+        self.oplogs.iter_mut().flatten().filter_map(|oplog| oplog.transit().is_some().then_some(oplog))
+    }
+
+    /// Has the updates of value-bounded tables made so far sent, and notes after which batches they are visible.
+    pub(super) fn hand_over(&mut self) -> Result<(), Error> {
+        for oplog in self.value_bounded() {
+            oplog.merge();
+        }
+        let batches = self.core.flush()?;
+        let router = &self.core.router;
+        for transit in self.oplogs.iter_mut().flatten().filter_map(|oplog| oplog.transit()) {
+            transit.hand_over(|rows| {
+                let shards: BTreeSet<usize> = rows.map(|row| router.locate(row).0).collect();
+                shards.into_iter().map(|shard| (shard, batches[shard])).collect()
+            });
+        }
+        Ok(())
+    }
+}
