@@ -36,7 +36,6 @@ pub enum Mutant {
     GenerationIgnored,
     GapAccepted,
     VisibleOnWrite,
-    QueuedNotProved,
     BoundIgnored,
 }
 
@@ -108,8 +107,6 @@ catalogue! {
         "a client begins at the clock that the handshake told (client Core::join)"
     VisibleOnWrite "visible-on-write" "VAP: visible is proved; transport rule 3"
         "the completion of a WRITE behind the pushes is taken for that of a READ (server Peer::prove)"
-    QueuedNotProved "queued-not-proved" "VAP: visible is proved"
-        "a push that waits for room is taken for visible (server push::push_row)"
     BoundIgnored "bound-ignored" "VAP: the value bound"
         "an update does not wait (client worker::admit)"
     AskIgnored "ask-ignored" "11 no reader starves"

@@ -76,8 +76,7 @@ impl<T: Transport> Poller<T> {
         let value_bounded = self.shard.tables[table as usize].value_bounded();
         for (index, subscriber) in subscribers.iter_mut().enumerate() {
             let peer = self.peers.get_mut(&self.clients[&subscriber.client]).expect("a client has a peer");
-            let forgotten = mutant(Mutant::QueuedNotProved) && (subscriber.queued || !peer.has_room());
-            if value_bounded && !forgotten {
+            if value_bounded {
                 peer.visible.pushed();
             }
             if subscriber.queued {
