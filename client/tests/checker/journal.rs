@@ -1,7 +1,7 @@
 //! The last operations of all workers of a job, told when it fails.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fmt,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{Mutex, MutexGuard, PoisonError},
@@ -28,7 +28,7 @@ pub enum What {
     Event(String),
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Note {
     time: Duration,
     lane: usize,
@@ -40,6 +40,8 @@ struct Note {
 #[derive(Debug, Default)]
 pub struct Journal {
     notes: Mutex<VecDeque<Note>>,
+    /// The last one of each lane: what it waits in, if the job hangs.
+    last: Mutex<BTreeMap<usize, Note>>,
     complaints: Mutex<Vec<String>>,
 }
 
@@ -54,7 +56,9 @@ impl Journal {
         if notes.len() == KEPT {
             notes.pop_front();
         }
-        notes.push_back(Note { time, lane, clock, what });
+        let note = Note { time, lane, clock, what };
+        lock(&self.last).insert(lane, note.clone());
+        notes.push_back(note);
     }
 
     /// Runs `body`; if it panics, notes with which words.
@@ -81,17 +85,24 @@ impl fmt::Display for Journal {
             writeln!(f, "panicked: {complaint}")?;
         }
         writeln!(f, "last {} operations of the workers:", notes.len())?;
-        for Note { time, lane, clock, what } in &*notes {
-            write!(f, "{:>14.3} µs  lane {lane} at clock {clock}: ", time.as_nanos() as f64 / 1000.0)?;
-            match what {
-                What::Op(op) => writeln!(f, "{op:?}")?,
-                What::Got { table, row, claim, sums } => {
-                    writeln!(f, "  got table {table} row {row} as of clock {claim}; sums by lane {sums:?}")?;
-                }
-                What::Clock => writeln!(f, "clock()")?,
-                What::Event(text) => writeln!(f, "{text}")?,
-            }
-        }
+        notes.iter().try_for_each(|note| write!(f, "{note}"))?;
+        writeln!(f, "last operation of each worker:")?;
+        lock(&self.last).values().try_for_each(|note| write!(f, "{note}"))?;
         Ok(())
+    }
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Note { time, lane, clock, what } = self;
+        write!(f, "{:>14.3} µs  lane {lane} at clock {clock}: ", time.as_nanos() as f64 / 1000.0)?;
+        match what {
+            What::Op(op) => writeln!(f, "{op:?}"),
+            What::Got { table, row, claim, sums } => {
+                writeln!(f, "  got table {table} row {row} as of clock {claim}; sums by lane {sums:?}")
+            }
+            What::Clock => writeln!(f, "clock()"),
+            What::Event(text) => writeln!(f, "{text}"),
+        }
     }
 }
