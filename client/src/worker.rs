@@ -1,5 +1,7 @@
 //! A worker: one logical thread of computation with its own clock.
 
+// tidy: long, because a `get` and all that may happen at a miss are one story
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
