@@ -22,7 +22,7 @@
 //! What this provider makes of the freedom that the contract leaves:
 //! - Every request executes in the call that posts it; a SEND is complete when it is in the ring.
 //!   [`Connection::ring`] rings bells.
-//! - A post is also refused as full while the ring to the peer is; [`Connection::room`] counts both. The ring holds
+//! - A post is also refused as full while the ring to the peer is; [`room`](crate::transport::Connection::room) counts both. The ring holds
 //!   what the receiver's buffers or the sender's queue hold, up to 1 MiB, and two of the longest messages in any
 //!   case. When there is room again, the endpoint of the sender is woken.
 //! - A message without a receive buffer waits in the ring; nothing is lost. If its sender is gone it waits
