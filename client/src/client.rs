@@ -5,7 +5,7 @@ use std::{
     str::FromStr,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -137,6 +137,7 @@ impl<T: Transport> Client<T> {
             attach: endpoint.attach(),
             engine: Mutex::new(Engine::new(transport, endpoint, memory, connections, &links)?),
             signal: transport.signal(),
+            wanted: AtomicUsize::new(0),
             clocks: Mutex::new(Clocks::default()),
             tables: RwLock::new(Vec::new()),
             bytes_read: AtomicU64::new(0),
@@ -232,22 +233,8 @@ impl<T: Transport> Client<T> {
 
     /// Sends a request and waits for the answer; the inner error is the server's refusal.
     fn request(&self, shard: usize, kind: Kind, body: &[u8]) -> Result<Result<TableReply, String>, Error> {
-        let mut sequence = None;
-        self.core.wait(For::Memory, || {
-            if let Some(mut engine) = self.core.try_engine() {
-                sequence = engine.request(shard, kind, body);
-            }
-            sequence.is_some()
-        })?;
-        let sequence = sequence.expect("waited for");
-        let mut reply = None;
-        self.core.wait(For::Event, || {
-            if let Some(mut engine) = self.core.try_engine() {
-                reply = engine.reply(shard, sequence);
-            }
-            reply.is_some()
-        })?;
-        Ok(reply.expect("waited for"))
+        let sequence = self.core.with_engine(For::Memory, |engine| engine.request(shard, kind, body))?;
+        self.core.with_engine(For::Event, |engine| engine.reply(shard, sequence))
     }
 
     /// A new worker, at the client's clock. Make all workers of this process before the first of them ends a clock: one

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -87,6 +87,8 @@ pub struct Core<T: Transport> {
     pub router: Router,
     pub links: Vec<Link>,
     pub engine: Mutex<Engine<T>>,
+    /// Threads that need the engine itself ([`Core::with_engine`]): nobody sleeps with it meanwhile.
+    pub wanted: AtomicUsize,
     /// Ends the sleep of the thread that holds the engine.
     pub attach: T::Attach,
     /// Tells the threads that do not hold the engine that it did something.
@@ -139,7 +141,32 @@ impl<T: Transport> Core<T> {
     }
 
     /// Waits until `done`, driving the engine meanwhile, or until a server is lost.
-    pub fn wait(&self, what: For, mut done: impl FnMut() -> bool) -> Result<(), Error> {
+    pub fn wait(&self, what: For, done: impl FnMut() -> bool) -> Result<(), Error> {
+        self.wait_as(what, 0, done)
+    }
+
+    /// Waits until `attempt`, which is given the engine, has a result.
+    ///
+    /// Threads that wait for something else may hold the engine while they sleep. They are woken, and do not while
+    /// this thread is counted in `wanted`.
+    pub fn with_engine<R>(
+        &self,
+        what: For,
+        mut attempt: impl FnMut(&mut Engine<T>) -> Option<R>,
+    ) -> Result<R, Error> {
+        self.wanted.fetch_add(1, Ordering::SeqCst);
+        self.attach.wake();
+        let mut result = None;
+        let outcome = self.wait_as(what, 1, || {
+            result = self.try_engine().and_then(|mut engine| attempt(&mut engine));
+            result.is_some()
+        });
+        self.wanted.fetch_sub(1, Ordering::SeqCst);
+        outcome.map(|()| result.expect("it was waited for"))
+    }
+
+    /// As [`Core::wait`], by a thread that is counted `own` times in `wanted`.
+    fn wait_as(&self, what: For, own: usize, mut done: impl FnMut() -> bool) -> Result<(), Error> {
         let mut turn = 0;
         loop {
             if done() {
@@ -147,10 +174,11 @@ impl<T: Transport> Core<T> {
             }
             self.alive()?;
             let epoch = self.signal.epoch();
+            let sleepy = turn >= T::AWAKE_TURNS && self.wanted.load(Ordering::SeqCst) == own;
             match self.try_engine() {
                 Some(mut engine) => {
                     let work = engine.progress(&self.surroundings());
-                    if work == 0 && turn >= T::AWAKE_TURNS && !done() {
+                    if work == 0 && sleepy && !done() {
                         engine.endpoint.wait(if what == For::Event { SLEEP } else { NAP });
                     }
                     drop(engine);
@@ -161,10 +189,11 @@ impl<T: Transport> Core<T> {
                     }
                 }
                 None if turn == 0 => self.attach.wake(),
-                None if turn >= T::AWAKE_TURNS && !done() => self.signal.wait(epoch, SLEEP),
+                // Who needs the engine itself waits for it, not for what its holder does.
+                None if sleepy && own == 0 && !done() => self.signal.wait(epoch, SLEEP),
                 None => {}
             }
-            if turn < T::AWAKE_TURNS {
+            if !sleepy || own > 0 {
                 self.transport.relax(turn);
             }
             turn = turn.saturating_add(1);
@@ -228,20 +257,23 @@ impl<T: Transport> Core<T> {
     /// Has everything unsent sent, and waits until all of it is acknowledged.
     pub fn drain(&self) -> Result<(), Error> {
         self.flush()?;
-        self.wait(For::Memory, || self.drained())
+        self.drained()
     }
 
     /// Leaves the vector clocks of all shards, after the last batch.
     pub fn leave(&self) -> Result<(), Error> {
         for shard in 0..self.links.len() {
-            self.wait(For::Memory, || self.try_engine().is_some_and(|mut engine| engine.leave(shard)))?;
+            self.with_engine(For::Memory, |engine| engine.leave(shard).then_some(()))?;
         }
-        self.wait(For::Memory, || self.drained())
+        self.drained()
     }
 
-    /// Whether every message has been acknowledged.
-    fn drained(&self) -> bool {
-        self.try_engine().is_some_and(|engine| (0..self.links.len()).all(|shard| engine.drained(shard)))
+    /// Waits until every message has been acknowledged.
+    fn drained(&self) -> Result<(), Error> {
+        let shards = 0..self.links.len();
+        self.with_engine(For::Memory, |engine| {
+            shards.clone().all(|shard| engine.drained(shard)).then_some(())
+        })
     }
 
     /// Leaves a wish for `shard`, to be sent with the next progress.
