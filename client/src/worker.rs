@@ -357,7 +357,7 @@ impl<T: Transport> Worker<T> {
     /// Before READs under SSP: takes what has been said of the clocks. A copy is trusted for the clock that was known
     /// before its READ, so the later that is, the longer it serves.
     fn hear<E: Element>(&self, table: &TableCore<E>) {
-        if table.cached() && !table.schema().model.eager() {
+        if table.cached() && !table.schema().eager() {
             self.core.progress();
         }
     }
@@ -432,7 +432,7 @@ impl<T: Transport> Worker<T> {
                 self.stats.torn += 1;
                 return Ok(false);
             }
-            let keep = table.cached() && !table.schema().model.eager();
+            let keep = table.cached() && !table.schema().eager();
             let completed = table.complete_and(shard, row, &header, Origin::Read, into, |copy, included| {
                 if keep {
                     let header = table.seal_copy(&header, included, known);
@@ -441,7 +441,7 @@ impl<T: Transport> Worker<T> {
             });
             match completed {
                 Ok(()) => {
-                    if table.schema().model.eager() {
+                    if table.schema().eager() {
                         self.take(table, row, State::Subscribed);
                     }
                     return Ok(true);
@@ -501,7 +501,7 @@ impl<T: Transport> Worker<T> {
             // A subscribed slot is filled by the server anyway.
             // Where rows are pushed anyway the first push is the answer: a copy that is not kept up to date has no place
             // in the cache of such a table.
-            let eager = table.schema().model.eager();
+            let eager = table.schema().eager();
             let slot = match self.take(table, row, if eager { State::Subscribed } else { State::Asked }) {
                 Taken::New(slot) if !eager => Some(slot),
                 Taken::Present(slot) if !eager && table.cache.ask_again(slot, row) => {

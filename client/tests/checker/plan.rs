@@ -50,6 +50,15 @@ pub struct TablePlan {
     /// From one column that is somebody's to the next one; those between are nobody's and stay zero.
     pub spacing: usize,
     pub slots: usize,
+    /// Bytes per second of continuous pushes.
+    pub continuous: u64,
+}
+
+impl TablePlan {
+    /// Whether the server pushes changed rows.
+    pub fn pushed(&self) -> bool {
+        self.model.eager() || self.continuous > 0
+    }
 }
 
 /// What a worker does next.
@@ -325,6 +334,8 @@ fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
                     let bytes = (random.among(1..=4) as usize) << 14;
                     (model, 4, bytes / element.size() / lanes / 4)
                 }
+                // A bound that two updates of a row of the higher ones exceed.
+                Kind::Crowd if random.one_in(3) => (Model::Vap { v0: random.among(500..=4000) as f32 }, 1, 1),
                 Kind::Churn | Kind::Crowd => (Model::Essp { staleness }, 1, 1),
                 _ if wide => (model, least, 1),
                 _ => (model, random.among(1..=6) as usize, 1),
@@ -336,7 +347,22 @@ fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
                 Kind::Few | Kind::Wide | Kind::Storm => random.among(4..=rows.max(4) + 2),
             };
             let slots = slots as usize;
-            TablePlan { name: format!("table-{number}"), model, element, rows, each, spacing, slots }
+            let continuous = match model {
+                Model::Essp { .. } | Model::Async if random.one_in(3) => {
+                    [1_000_000, 50_000_000, 2_000_000_000, u64::MAX][random.among(0..=3) as usize]
+                }
+                _ => 0,
+            };
+            TablePlan {
+                name: format!("table-{number}"),
+                model,
+                element,
+                rows,
+                each,
+                spacing,
+                slots,
+                continuous,
+            }
         })
         .collect()
 }
