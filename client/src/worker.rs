@@ -441,8 +441,11 @@ impl<T: Transport> Worker<T> {
             });
             match completed {
                 Ok(()) => {
-                    if table.schema().eager() {
-                        self.take(table, row, State::Subscribed);
+                    if table.schema().eager()
+                        && let Taken::Present(_) = self.take(table, row, State::Subscribed)
+                    {
+                        // It was READ before, and its first push has not come: perhaps the wish has not gone.
+                        self.core.progress();
                     }
                     return Ok(true);
                 }
