@@ -314,7 +314,7 @@ impl<E: Element> TableCore<E> {
             // Every push of the rounds up to `known` is visible in a slot that is subscribed: see `server::push`.
             let clock =
                 if word.state() == State::Subscribed { header.clock.max(known) } else { header.clock };
-            if clock < needed {
+            if clock < needed && !mutant(Mutant::CopyTooOld) {
                 return Found::Miss;
             }
             if self.complete(shard, row, &header, Origin::Stated, into).is_ok() {

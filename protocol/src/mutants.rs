@@ -37,6 +37,7 @@ pub enum Mutant {
     GapAccepted,
     VisibleOnWrite,
     BoundIgnored,
+    CopyTooOld,
 }
 
 /// What a mutant is.
@@ -109,6 +110,8 @@ catalogue! {
         "the completion of a WRITE behind the pushes is taken for that of a READ (server Peer::prove)"
     BoundIgnored "bound-ignored" "VAP: the value bound"
         "an update does not wait (client worker::admit)"
+    CopyTooOld "copy-too-old" "3 SSP guarantee"
+        "a copy in the cache is used however old it is (client TableCore::look_up)"
     AskIgnored "ask-ignored" "11 no reader starves"
         "a row that is asked for is not pushed (server poller::slot)"
 }
