@@ -67,14 +67,14 @@ fn one_worker_on_a_server_draws_exactly_what_a_plain_thread_draws() {
 #[test]
 fn two_workers_come_as_far_as_one_thread() {
     let one = number(&run(&["--no-server", "--clients=1", "--epochs=80"])["log_likelihood"]);
-    let target = 1.015 * one;
+    let target = 1.012 * one;
     for model in [&["ssp"][..], &["essp"], &["vap", "--v0=1000"], &["vap", "--v0=20"]] {
         let goal = format!("--target-loglikelihood={target}");
         let results = run(&[&["--check", "--epochs=3000", &goal, "--model"], model].concat());
         assert!(results["seconds_to_target"].is_number(), "{model:?} has not come to {target}");
-        // When everything has settled it is still so, but for what was drawn last.
+        // That was a sum of what the workers saw, each at its own time. When all has settled it is about so.
         let last = number(&results["log_likelihood"]);
-        assert!(last > 1.02 * one, "{model:?}: {last}, and of one thread {one}");
+        assert!(last > 1.03 * one, "{model:?}: {last}, and of one thread {one}");
         assert_eq!(counted(&results), 20_000, "{model:?}");
     }
 }

@@ -10,11 +10,14 @@ use crate::{
     program::{Program, Server},
 };
 
-const LIMIT: Duration = Duration::from_secs(240);
+/// Ten times what a job takes on an idle machine.
+const LIMIT: Duration = Duration::from_secs(400);
 /// The demo's target: this part of the loss before the first epoch.
 const TARGET: f64 = 0.04;
-/// How far below one thread's log-likelihood a run may stay.
-const BELOW: f64 = 0.02;
+/// How far below one thread's log-likelihood a run may stay, as its workers see it.
+const BELOW: f64 = 0.012;
+/// The same when all has settled: the workers saw parts of it, each at its own time.
+const SETTLED_BELOW: f64 = 0.03;
 
 const SSP: &[&str] = &["ssp", "--staleness", "3"];
 const ESSP: &[&str] = &["essp", "--staleness", "3"];
@@ -55,11 +58,12 @@ fn run(arguments: &[&str]) -> Value {
     Program::bench(&[arguments, &["--json", json.path()]].concat()).finish(LIMIT);
     let report: Value = serde_json::from_slice(&fs::read(&json.0).expect("read the report")).expect("JSON");
     println!(
-        "{} {}: {} epochs in {:.1} s; bytes: {}; clock differentials: {}",
+        "{} {}: {} epochs in {:.1} s; time: {}; bytes: {}; clock differentials: {}",
         report["application"],
         report["model"],
         report["epochs"].as_array().expect("epochs").len() - 1,
         number(&report["seconds"]),
+        report["time"],
         report["bytes"],
         report["clock_differential"]
     );
@@ -118,18 +122,17 @@ fn mf_reaches_the_target_of_the_demo_when_packets_are_lost() {
 
 /// Learns topics until they fit as well as those of one thread, almost; stops there.
 fn find_topics(model: &[&str]) {
-    let job = ["lda", "--generate", "300x200:20000", "--topics", "20", "--beta", "0.05"];
+    let job = ["lda", "--generate", "300x200:20000", "--topics", "20", "--beta", "0.05", "--clocks-per-epoch", "5"];
     let one = run(&[&job[..], &["--no-server", "--clients", "1", "--epochs", "80"]].concat());
     let one = number(&one["log_likelihood"]);
-    // What was drawn last, after the target had been reached, may fit a little less well.
-    let target = format!("--target-loglikelihood={}", (1.0 + 0.75 * BELOW) * one);
+    let target = format!("--target-loglikelihood={}", (1.0 + BELOW) * one);
     // A worker of VAP may be far ahead of another, so it goes on until both are there: passes say nothing.
     let job = [&job[..], &["--epochs", "1000", &target]].concat();
     let report = over_rdma(&job, model, &Server::start(2));
     let last = number(&report["log_likelihood"]);
     println!("log-likelihood {last:.5e}, of one thread {one:.5e}: {:+.2} %", 100.0 * (1.0 - last / one));
     assert!(report["seconds_to_target"].is_number(), "{model:?} has not come to {target}: {last}");
-    assert!(last > (1.0 + BELOW) * one, "{model:?}: {last}, and of one thread {one}");
+    assert!(last > (1.0 + SETTLED_BELOW) * one, "{model:?}: {last}, and of one thread {one}");
 }
 
 #[test]
@@ -144,5 +147,5 @@ fn lda_comes_as_far_as_one_thread_under_essp() {
 
 #[test]
 fn lda_comes_as_far_as_one_thread_under_a_value_bound() {
-    find_topics(&["vap", "--v0", "100"]);
+    find_topics(&["vap", "--v0", "1000"]);
 }
