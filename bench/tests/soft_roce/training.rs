@@ -122,7 +122,8 @@ fn mf_reaches_the_target_of_the_demo_when_packets_are_lost() {
 
 /// Learns topics until they fit as well as those of one thread, almost; stops there.
 fn find_topics(model: &[&str]) {
-    let job = ["lda", "--generate", "300x200:20000", "--topics", "20", "--beta", "0.05", "--clocks-per-epoch", "5"];
+    let job =
+        ["lda", "--generate", "300x200:20000", "--topics", "20", "--beta", "0.05", "--clocks-per-epoch", "5"];
     let one = run(&[&job[..], &["--no-server", "--clients", "1", "--epochs", "80"]].concat());
     let one = number(&one["log_likelihood"]);
     let target = format!("--target-loglikelihood={}", (1.0 + BELOW) * one);
