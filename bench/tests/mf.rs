@@ -27,7 +27,7 @@ fn every_model_trains_and_reports() {
     let models = [("bsp", Some(0)), ("ssp", Some(3)), ("essp", Some(3)), ("async", None), ("vap", None)];
     for (model, staleness) in models {
         let name = format!("--model={model}");
-        let mut arguments = vec![&*name, "--epochs=20", "--clients=2", "--workers=2", "--shards=2"];
+        let mut arguments = vec![&*name, "--epochs=20", "--workers=2", "--shards=2", "--check"];
         arguments.extend((model == "vap").then_some("--v0=2"));
         let results = run(&arguments);
         assert_eq!(results["application"], "mf");

@@ -158,3 +158,25 @@ impl Arguments {
         self.0.extend(set.then(|| OsString::from(format!("--{name}"))));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::FromArgMatches as _;
+
+    use super::*;
+
+    #[test]
+    fn a_job_that_is_checked_has_checked_clients() {
+        let command = JobOptions::augment_args(clap::Command::new("job").no_binary_name(true));
+        for check in [false, true] {
+            let arguments = check.then_some("--check");
+            let matches = command.clone().try_get_matches_from(arguments).unwrap();
+            let options = JobOptions::from_arg_matches(&matches).unwrap();
+            assert_eq!(options.client_options(1, 1).check, check);
+            let mut arguments = Arguments::default();
+            options.put(0, "job", &["shm:///s".into()], &mut arguments);
+            let matches = command.clone().try_get_matches_from(arguments.0).unwrap();
+            assert_eq!(JobOptions::from_arg_matches(&matches).unwrap().check, check);
+        }
+    }
+}
