@@ -10,7 +10,7 @@ use crate::{
     program::{Program, Server},
 };
 
-/// Ten times what a job takes on an idle machine.
+/// A job takes seconds on an idle machine, and minutes beside others.
 const LIMIT: Duration = Duration::from_secs(400);
 /// The demo's target: this part of the loss before the first epoch.
 const TARGET: f64 = 0.04;
