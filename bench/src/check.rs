@@ -192,7 +192,8 @@ struct Counts {
 
 fn client(job: &Job, urls: &[String], index: u16, clients: u16, workers: u16) -> Result<Vec<Counts>> {
     let made = || -> Result<_> {
-        let client = Client::connect_with(urls, ClientOptions { clients, ..ClientOptions::default() })?;
+        let client =
+            Client::connect_with(urls, ClientOptions { clients, check: true, ..ClientOptions::default() })?;
         let table = client.table::<i64>(&job.name, job.rows, job.width, job.model)?;
         let workers = (0..workers).map(|_| client.worker()).collect::<Result<Vec<_>, _>>()?;
         Ok((client, table, workers))

@@ -320,7 +320,7 @@ impl<E: Element> TableCore<E> {
             // Async there are pushes, if they are asked for, but no rounds.)
             let in_rounds = word.state() == State::Subscribed && self.schema.model.eager();
             let clock = if in_rounds { header.clock.max(known) } else { header.clock };
-            if clock < needed {
+            if clock < needed && !mutant(Mutant::CopyTooOld) {
                 return Found::Miss;
             }
             if self.complete(shard, row, &header, Origin::Stated, into).is_ok() {

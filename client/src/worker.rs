@@ -142,8 +142,7 @@ impl<T: Transport> Worker<T> {
                 clock
             }
         };
-        self.finish(table, row, shard, clock, into);
-        Ok(())
+        self.finish(table, row, shard, clock, into)
     }
 
     /// Reads `rows` one after the other into `into`, which has the table's width for each; what has to be READ is in flight together.
@@ -176,7 +175,7 @@ impl<T: Transport> Worker<T> {
             match core.cached().then(|| core.look_up(shard, row, needed, known, copy)) {
                 Some(Found::Hit(clock)) => {
                     self.stats.hits += 1;
-                    self.finish(core, row, shard, clock, copy);
+                    self.finish(core, row, shard, clock, copy)?;
                 }
                 Some(Found::Miss) | None => missed.push(place),
             }
@@ -224,7 +223,7 @@ impl<T: Transport> Worker<T> {
                 true => known[shard],
                 false => self.miss(table, row, shard, index, copy)?,
             };
-            self.finish(table, row, shard, clock, copy);
+            self.finish(table, row, shard, clock, copy)?;
         }
         Ok(())
     }
@@ -340,18 +339,37 @@ impl<T: Transport> Worker<T> {
         shard: usize,
         clock: u64,
         copy: &mut [E],
-    ) {
+    ) -> Result<(), Error> {
         if let Some(Some(oplog)) = self.oplogs.get_mut(table.number()) {
             let oplog: &mut Oplog<E> =
                 oplog.as_any().downcast_mut().expect("a table's number stands for its element type");
             oplog.add_to(shard, row, copy);
         }
-        self.stats.violations += u64::from(clock < clock::needed(table.schema().model, self.clock));
+        let needed = clock::needed(table.schema().model, self.clock);
         let differential = clock::differential(clock, self.clock);
         match self.recent.get_mut((differential + RECENT) as usize) {
             Some(count) => *count += 1,
             None => *self.stats.clock_differential.entry(differential).or_insert(0) += 1,
         }
+        if clock < needed { self.violated(table, row, clock, needed) } else { Ok(()) }
+    }
+
+    /// A copy is older than the model allows, which never happens.
+    #[cold]
+    fn violated<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        row: u64,
+        copy: u64,
+        needed: u64,
+    ) -> Result<(), Error> {
+        self.stats.violations += 1;
+        if !self.core.options.check {
+            return Ok(());
+        }
+        let (schema, worker, clock) = (table.schema(), self.id, self.clock);
+        let (table, model) = (schema.name.clone(), schema.model.to_string());
+        Err(Error::Stale { worker, clock, table, row, copy, model, needed })
     }
 
     /// Before READs under SSP: takes what has been said of the clocks. A copy is trusted for the clock that was known

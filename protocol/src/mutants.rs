@@ -39,6 +39,7 @@ pub enum Mutant {
     BoundIgnored,
     QueuedUnproved,
     RankingForgotten,
+    CopyTooOld,
 }
 
 /// What a mutant is.
@@ -115,6 +116,8 @@ catalogue! {
         "a push that waits in the queue is not waited for (server push::push_row)"
     RankingForgotten "ranking-forgotten" "3 SSP guarantee"
         "a row is clean although a client could not take it between rounds (server push_continuously)"
+    CopyTooOld "copy-too-old" "3 SSP guarantee"
+        "a copy in the cache is used however old it is (client TableCore::look_up)"
     AskIgnored "ask-ignored" "11 no reader starves"
         "a row that is asked for is not pushed (server poller::slot)"
 }

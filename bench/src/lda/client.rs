@@ -67,6 +67,6 @@ fn train(
 
 /// The share of the worker with this number.
 pub fn share(options: &LdaOptions, corpus: &Corpus, number: usize) -> Share {
-    let (workers, clocks) = (options.job.all_workers(), options.clocks_per_epoch as usize);
-    Share::new(corpus, number, workers, clocks, options.topics as usize, options.seed)
+    let (workers, clocks) = (options.job.all_workers(), options.job.clocks_per_epoch as usize);
+    Share::new(corpus, number, workers, clocks, options.topics as usize, options.job.seed)
 }

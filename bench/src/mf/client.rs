@@ -56,8 +56,8 @@ fn train(
     let seats = job
         .workers_of(index)
         .map(|number| {
-            let clocks = options.clocks_per_epoch as usize;
-            let share = plan::share(ratings, number, job.all_workers(), clocks, options.seed);
+            let clocks = options.job.clocks_per_epoch as usize;
+            let share = plan::share(ratings, number, job.all_workers(), clocks, options.job.seed);
             Ok((share, client.worker()?))
         })
         .collect::<Result<Vec<_>>>()?;
