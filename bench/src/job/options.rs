@@ -124,6 +124,7 @@ impl JobOptions {
         arguments.put_some("cache", self.cache.as_ref());
         arguments.put_some("staleness", self.model.staleness.as_ref());
         arguments.put_some("v0", self.model.v0.as_ref());
+        arguments.put_some("continuous", self.model.continuous.as_ref());
         arguments.flag("check", self.check);
         arguments.flag("tell-parent", true);
     }

@@ -57,6 +57,8 @@ pub struct Run {
     pub staleness: Option<u32>,
     /// The bound in the first clock, under `vap`.
     pub v0: Option<f32>,
+    /// Bytes per second that each shard may push besides rounds.
+    pub continuous: Option<u64>,
     /// Client processes.
     pub clients: u16,
     /// Worker threads of each.
@@ -103,6 +105,7 @@ impl Run {
             model: options.model_name(),
             staleness: options.staleness(),
             v0: options.model.v0,
+            continuous: options.model.continuous.filter(|_| !options.no_server),
             clients: options.clients,
             workers: options.workers,
             client_index,

@@ -51,7 +51,8 @@ fn train(
     let (job, prior) = (&options.job, &training.prior);
     let client = Client::connect_with(&job.server, job.client_options(prior.words as u64, prior.topics))?;
     let name = job.job.as_deref().unwrap_or("lda");
-    let tables = Tables::open(&client, name, prior, job.all_workers(), job.model.model())?;
+    let (workers, model) = (job.all_workers(), job.model.model());
+    let tables = Tables::open_with(&client, name, prior, workers, model, job.model.table())?;
     let seats = job
         .workers_of(index)
         .map(|number| Ok((share(options, corpus, number), client.worker()?)))

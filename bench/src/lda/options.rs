@@ -10,7 +10,10 @@ use super::{
     sampler::Prior,
     trainer::Training,
 };
-use crate::job::{JobOptions, options::Arguments};
+use crate::{
+    job::{JobOptions, options::Arguments},
+    model::ModelName,
+};
 
 /// Options of `fervor-bench lda`.
 #[derive(Debug, Clone, Args)]
@@ -57,6 +60,11 @@ impl LdaOptions {
     /// Values that make no sense, alone or together.
     pub fn validate(&self) -> Result<()> {
         self.job.validate()?;
+        ensure!(
+            self.job.model.continuous.is_none() || self.job.model.model == ModelName::Essp,
+            "--continuous goes with --model essp here: under async, copies would not be up to date even when all counts \
+             have settled, and the account at the end would not come out"
+        );
         for (name, value) in [("alpha", self.alpha), ("beta", self.beta)] {
             ensure!(
                 value.is_finite() && value > 0.0,

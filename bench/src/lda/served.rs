@@ -26,7 +26,7 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
-use fervor_client::{Client, Error, Model, Table, Worker};
+use fervor_client::{Client, Error, Model, Table, TableOptions, Worker};
 use fervor_verbs::transport::Transport;
 
 use super::{
@@ -63,7 +63,24 @@ impl Tables {
         workers: usize,
         model: Model,
     ) -> Result<Self> {
-        let open = |name: &str, rows| client.table(&format!("{job}/{name}"), rows, prior.topics, model);
+        Self::open_with(client, job, prior, workers, model, TableOptions::default())
+    }
+
+    /// As [`Tables::open`]; what `options` say holds for the counts.
+    ///
+    /// # Errors
+    /// As [`Tables::open`].
+    pub fn open_with<T: Transport>(
+        client: &Client<T>,
+        job: &str,
+        prior: &Prior,
+        workers: usize,
+        model: Model,
+        options: TableOptions,
+    ) -> Result<Self> {
+        let open = |name: &str, rows| {
+            client.table_with(&format!("{job}/{name}"), rows, prior.topics, model, options)
+        };
         Ok(Tables {
             totals: open("totals", 1)?,
             words: open("words", prior.words as u64)?,
