@@ -7,9 +7,9 @@ use serde_json::json;
 use super::{
     claims::Claim,
     figures::{Axis, Curve, curves},
-    mf::MfRun,
     runs::{Runs, Spec},
-    section::{Experiment, Figure, Plan, Section, essp, seconds},
+    section::{App, Experiment, Figure, Plan, Section, essp, seconds},
+    training::Run,
 };
 use crate::report::{TextTable, percent};
 
@@ -26,12 +26,12 @@ fn fabrics() -> [Fabric; 2] {
 }
 
 fn run(plan: &Plan, fabric: &Fabric, workers: usize) -> Spec {
-    let charge = plan.charge.mul_f64(plan.workers as f64 / workers as f64);
-    Spec { workers, charge, fabric: fabric.clone(), ..plan.run(essp(STALENESS)) }
+    let charge = plan.scale.1 / workers as u32;
+    Spec { workers, charge, fabric: fabric.clone(), ..plan.run(App::Mf, essp(STALENESS)) }
 }
 
 fn specs(plan: &Plan) -> Vec<Spec> {
-    let of = |fabric: Fabric| plan.scale.iter().map(move |&workers| run(plan, &fabric, workers));
+    let of = |fabric: Fabric| plan.scale.0.iter().map(move |&workers| run(plan, &fabric, workers));
     fabrics().into_iter().flat_map(of).collect()
 }
 
@@ -43,20 +43,20 @@ struct Scaling<'a> {
 }
 
 impl<'a> Scaling<'a> {
-    fn of(&self, workers: usize) -> &'a MfRun {
+    fn of(&self, workers: usize) -> &'a Run {
         self.runs.get(&run(self.plan, &self.fabric, workers))
     }
 
     fn fewest(&self) -> usize {
-        self.plan.scale[0]
+        self.plan.scale.0[0]
     }
 
     fn time(&self, workers: usize) -> Option<f64> {
-        self.of(workers).seconds_to(self.plan.target * self.of(workers).initial)
+        self.of(workers).seconds_to(self.plan.mf.target * self.of(workers).initial)
     }
 
     fn clocks(&self, workers: usize) -> Option<usize> {
-        self.of(workers).clocks_to(self.plan.target * self.of(workers).initial)
+        self.of(workers).clocks_to(self.plan.mf.target * self.of(workers).initial)
     }
 
     /// The speed-up as part of what it could be, compared with the fewest workers.
@@ -69,12 +69,12 @@ impl<'a> Scaling<'a> {
     fn busy(&self, workers: usize) -> f64 {
         let run = self.of(workers);
         let bits = self.fabric.bandwidth as f64 * self.runs.servers() as f64;
-        8.0 * run.bytes_per_clock * self.plan.clocks as f64 / run.seconds / bits
+        8.0 * run.bytes_per_clock * self.plan.mf.clocks as f64 / run.seconds / bits
     }
 
     /// Where it stops scaling, and why.
     fn remark(&self) -> String {
-        let (name, scale) = (self.fabric.name, &self.plan.scale);
+        let (name, scale) = (self.fabric.name, &self.plan.scale.0);
         let Some(&workers) = scale.iter().find(|&&workers| self.efficiency(workers) < SCALES) else {
             return format!(
                 "On {name} it scales to {} workers: to {} of perfect speed-up.",
@@ -112,7 +112,7 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
         "MB per clock",
         "servers' NICs",
     ]);
-    for (scaling, &workers) in all.iter().flat_map(|scaling| plan.scale.iter().map(move |w| (scaling, w))) {
+    for (scaling, &workers) in all.iter().flat_map(|scaling| plan.scale.0.iter().map(move |w| (scaling, w))) {
         let run = scaling.of(workers);
         table.row([
             scaling.fabric.name.to_owned(),
@@ -127,7 +127,7 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
         ]);
     }
     let points = |value: &dyn Fn(usize) -> Option<f64>| -> Vec<(f64, f64)> {
-        plan.scale.iter().filter_map(|&w| Some((w as f64, value(w)?))).collect()
+        plan.scale.0.iter().filter_map(|&w| Some((w as f64, value(w)?))).collect()
     };
     let fast = &all[0];
     let perfect = |workers: usize| Some(fast.time(fast.fewest())? * fast.fewest() as f64 / workers as f64);
@@ -136,8 +136,8 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
     times.push(Curve::new("perfect", points(&perfect)));
     let messages = Curve::new("ESSP", points(&|w| Some(fast.of(w).messages_per_clock)));
     let found: Vec<String> =
-        plan.scale.iter().map(|&w| format!("{w} workers: {} s", seconds(fast.time(w)))).collect();
-    let mut steps = plan.scale.windows(2).filter(|pair| pair[1] <= plan.workers);
+        plan.scale.0.iter().map(|&w| format!("{w} workers: {} s", seconds(fast.time(w)))).collect();
+    let mut steps = plan.scale.0.windows(2).filter(|pair| pair[1] <= plan.workers);
     let mut figures = vec![Figure::new(
         "Messages per clock",
         curves(Axis::logarithmic("workers"), Axis::logarithmic("messages per clock"), &[messages])?,
@@ -152,7 +152,7 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
         paper: "With more machines the same job is done sooner.",
         setup: format!(
             "The same ratings, dealt to {:?} workers, under ESSP({STALENESS}); {} servers.",
-            plan.scale,
+            plan.scale.0,
             runs.servers()
         ),
         figures,
@@ -174,7 +174,7 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
                     let of = |&w: &usize| {
                         (scaling.fabric.name, w, scaling.time(w), scaling.of(w).messages_per_clock)
                     };
-                    plan.scale.iter().map(of).collect::<Vec<_>>()
+                    plan.scale.0.iter().map(of).collect::<Vec<_>>()
                 })
                 .collect::<Vec<_>>()
         ),
