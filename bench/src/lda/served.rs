@@ -100,6 +100,11 @@ impl Tables {
         })
     }
 
+    /// Fetches so many rows together, instead of about as many as have [`RUN`] counts.
+    pub fn in_runs_of(self, rows: usize) -> Self {
+        Tables { run: rows, ..self }
+    }
+
     /// Adds the topics that the tokens of `sampler` have, and waits until all workers have done that.
     ///
     /// # Errors

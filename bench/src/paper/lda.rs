@@ -27,6 +27,9 @@ use crate::lda::{
 
 /// Clocks of a pass.
 pub const PARTS: usize = 1;
+/// Words whose rows are fetched together: few, as the vocabulary is small. (A clock of a real job has many fetches: it is not all
+/// computed with what was to be had at its beginning.)
+const RUN: usize = 8;
 /// Concentration of documents' topics and of topics' words.
 const CONCENTRATION: f64 = 0.1;
 
@@ -102,7 +105,7 @@ impl Application for Input {
         workers: usize,
         model: Model,
     ) -> Result<Topics> {
-        let tables = Tables::open(&place.client, "lda", &self.prior, workers, model)?;
+        let tables = Tables::open(&place.client, "lda", &self.prior, workers, model)?.in_runs_of(RUN);
         let mut sampler = self.sampler(place.number, workers);
         tables.start(worker, &mut sampler)?;
         Ok(Topics { tables, sampler, likelihood: Likelihood::new(self.prior) })

@@ -66,6 +66,16 @@ impl Input {
         all
     }
 
+    /// How many factors of columns so many workers change in a clock, all together.
+    pub fn updates(&self, workers: usize) -> usize {
+        (0..workers).map(|worker| plan::share(&self.ratings, worker, workers, 1, 1).whole.groups.len()).sum()
+    }
+
+    /// Bytes of a factor.
+    pub fn factor(&self) -> usize {
+        size_of::<f32>() * self.rank
+    }
+
     /// What a step for one rating costs on this machine.
     pub fn measure(&self) -> Duration {
         let share = plan::share(&self.ratings, 0, 1, 1, 1);
@@ -127,7 +137,7 @@ impl Application for Factorisation {
     }
 
     fn cache(&self) -> usize {
-        let stride = (32 + 4 * self.input.rank).next_multiple_of(64);
+        let stride = (32 + self.input.factor()).next_multiple_of(64);
         (64 << 10) + 2 * self.input.ratings.columns as usize * stride
     }
 }

@@ -11,7 +11,7 @@
 //! | [`shares`] | 2: computing, waiting, communication against s |
 //! | [`convergence`] | 3: convergence by clock and by time |
 //! | [`robustness`] | 4: step sizes at which staleness hurts |
-//! | [`theory`] | 5: regret on convex functions |
+//! | [`theory`], [`value`] | 5: regret on convex functions; VAP's bound |
 //! | [`scale`] | 6: more and more workers |
 //! | [`stragglers`] | 7: a slow worker, and pauses |
 //! | [`real`] | `--real`: on this machine |
@@ -46,6 +46,7 @@ pub mod shares;
 pub mod stragglers;
 pub mod theory;
 pub mod training;
+pub mod value;
 
 use page::Preface;
 use runs::{Runs, Spec};

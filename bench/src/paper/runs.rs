@@ -139,6 +139,14 @@ impl Runs {
         training::run(&cluster, &application, Job { model, clocks, charge })
     }
 
+    /// The ratings of a seed with which there was a run.
+    ///
+    /// # Panics
+    /// When there was none.
+    pub fn ratings(&self, seed: u64) -> &mf::Input {
+        &self.ratings[&seed]
+    }
+
     /// Server nodes of each run.
     pub fn servers(&self) -> usize {
         self.servers

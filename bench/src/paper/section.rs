@@ -106,17 +106,17 @@ impl Plan {
                 clocks: 66,
                 charge: Duration::from_millis(40),
                 target: 0.1,
-                vap: vec![0.3, 0.03],
+                vap: vec![0.3, 0.1],
             },
-            corpus: (640, 400, 25_600),
+            corpus: (1280, 300, 102_400),
             topics: 20,
             lda: Course {
-                clocks: 66,
+                clocks: 40,
                 charge: Duration::from_millis(40),
-                target: 0.9,
-                vap: vec![300.0],
+                target: 0.8,
+                vap: vec![100.0],
             },
-            scale: (vec![1, 4, 16, 64, 256], Duration::from_millis(64)),
+            scale: (vec![1, 4, 16, 64, 256], Duration::from_millis(32)),
             theory: (vec![4, 16, 64], vec![25, 50, 100, 200]),
         }
     }
@@ -130,7 +130,7 @@ impl Plan {
             step: 0.01,
             steps: vec![0.005, 0.01, 0.015],
             mf: Course { clocks: 33, target: 0.12, vap: vec![0.3], ..full.mf },
-            lda: Course { clocks: 33, ..full.lda },
+            lda: Course { clocks: 24, vap: vec![], ..full.lda },
             scale: (vec![1, 4, 16, 64], full.scale.1),
             theory: (vec![4, 16], vec![25, 50, 100]),
             ..full

@@ -92,7 +92,7 @@ impl<'a> Shares<'a> {
             .map(|model| self.of(model).shares()[1])
             .collect();
         let text = format!("{}: from BSP on, waiting falls as ESSP's s grows (parts of time)", self.app);
-        vec![
+        let mut claims = vec![
             self.essp_not_above(
                 "ESSP(s) loses no more to waiting and communication together than SSP(s)",
                 |model| self.lost(model),
@@ -104,8 +104,11 @@ impl<'a> Shares<'a> {
                 true,
             ),
             claims::falls(&text, &waiting, 0.1),
-            self.ideal_costs(),
-        ]
+        ];
+        if self.plan.value_bounded(self.app).next().is_some() {
+            claims.push(self.ideal_costs());
+        }
+        claims
     }
 
     /// What the paper calls VAP impractical for.

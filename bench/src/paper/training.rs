@@ -16,13 +16,10 @@ use std::{
 
 use anyhow::Result;
 use fervor_client::{Model, Worker};
-use fervor_verbs::transport::{
-    Transport as _,
-    sim::{Node, Sent},
-};
+use fervor_verbs::transport::{Transport as _, sim::Node};
 use serde::Serialize;
 
-use super::cluster::{self, Cluster, Place};
+use super::cluster::{self, Cluster, Place, Traffic};
 use crate::job::Accesses;
 
 /// How it is trained.
@@ -129,7 +126,7 @@ struct Lack {
 struct Worked {
     start: Duration,
     end: Duration,
-    sent: (Sent, Sent),
+    traffic: (Traffic, Traffic),
     computing: Duration,
     accesses: Accesses,
     lack: Lack,
@@ -168,10 +165,23 @@ pub struct Run {
     pub messages_per_clock: f64,
     /// Bytes on the network per clock of the job.
     pub bytes_per_clock: f64,
+    /// What the servers were busy with.
+    pub servers: Servers,
     /// Events of the simulation.
     pub events: u64,
     /// Hash of its history.
     pub hash: u64,
+}
+
+/// Parts of a run's time in which the busiest server was at work.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Servers {
+    /// Its NIC, sending.
+    pub sending: f64,
+    /// Its NIC, receiving.
+    pub receiving: f64,
+    /// Its threads.
+    pub threads: f64,
 }
 
 impl Run {
@@ -258,7 +268,7 @@ fn work<A: Application>(
     };
     let before = Accesses::from(worker.stats());
     let mut worked = Worked { initial: learner.objective(&watch.sums()), ..Worked::default() };
-    (worked.start, worked.sent.0) = (node.now(), place.sim.sent());
+    (worked.start, worked.traffic.0) = (node.now(), place.traffic());
     for clock in 0..job.clocks {
         learner.learn(&mut worker, clock, &mut watch)?;
         worker.clock()?;
@@ -269,7 +279,7 @@ fn work<A: Application>(
             break;
         }
     }
-    (worked.end, worked.sent.1) = (node.now(), place.sim.sent());
+    (worked.end, worked.traffic.1) = (node.now(), place.traffic());
     (worked.computing, worked.lack) = (watch.computing, watch.lack);
     worked.accesses = Accesses::from(worker.stats()).since(&before);
     Ok(worked)
@@ -300,11 +310,18 @@ fn sum_up(workers: &[Worked], clocks: usize) -> Run {
         lack.reads += worker.lack.reads;
     }
     run.lack = lack.sum / lack.reads.max(1) as f64;
-    let sent = |of: fn(&Worked) -> Sent| workers.iter().map(of);
-    let first = sent(|worker| worker.sent.0).min_by_key(|sent| sent.messages).unwrap_or_default();
-    let last = sent(|worker| worker.sent.1).max_by_key(|sent| sent.messages).unwrap_or_default();
-    run.messages_per_clock = (last.messages - first.messages) as f64 / clocks as f64;
-    run.bytes_per_clock = (last.bytes - first.bytes) as f64 / clocks as f64;
+    let traffic = |of: fn(&Worked) -> Traffic| workers.iter().map(of);
+    let first = traffic(|worked| worked.traffic.0).min_by_key(|t| t.sent.messages).unwrap_or_default();
+    let last = traffic(|worked| worked.traffic.1).max_by_key(|t| t.sent.messages).unwrap_or_default();
+    run.messages_per_clock = (last.sent.messages - first.sent.messages) as f64 / clocks as f64;
+    run.bytes_per_clock = (last.sent.bytes - first.sent.bytes) as f64 / clocks as f64;
+    let part =
+        |of: fn(Traffic) -> Duration| of(last).saturating_sub(of(first)).as_secs_f64() / run.seconds.max(1e-9);
+    run.servers = Servers {
+        sending: part(|traffic| traffic.busiest.sending),
+        receiving: part(|traffic| traffic.busiest.receiving),
+        threads: part(|traffic| traffic.busiest.threads),
+    };
     run
 }
 
