@@ -6,12 +6,14 @@ use serde_json::json;
 
 use super::{
     claims::{self, Claim, Spread},
-    figures::{Axis, Curve, curves},
     runs::{Runs, Spec},
     section::{App, Experiment, Figure, Plan, Section, essp, ssp},
     training::Run,
 };
-use crate::report::TextTable;
+use crate::{
+    figures::{Axis, Curve, curves},
+    report::TextTable,
+};
 
 /// See the module.
 pub const EXPERIMENT: Experiment = Experiment { specs, section };
@@ -107,10 +109,7 @@ impl<'a> Convergence<'a> {
             Curve::new(name, plan.staleness.iter().filter_map(time))
         };
         let mut figures = vec![
-            Figure::new(
-                format!("{app} by clock"),
-                curves(Axis::even("clocks"), axis(app), &all(by_clock))?,
-            ),
+            Figure::new(format!("{app} by clock"), curves(Axis::even("clocks"), axis(app), &all(by_clock))?),
             Figure::new(format!("{app} by time"), curves(Axis::even("seconds"), axis(app), &all(by_time))?),
         ];
         // Where nobody has reached the target there is nothing to draw, and the claims say so.
@@ -178,10 +177,15 @@ impl<'a> Convergence<'a> {
         };
         let all = || self.plan.value_bounded(self.app);
         Claim::new(
-            format!("{}: VAP, the ideal, needs no more than 5 % more clocks to the target than BSP", self.app),
+            format!(
+                "{}: VAP, the ideal, needs no more than 5 % more clocks to the target than BSP",
+                self.app
+            ),
             std::iter::once(Model::Bsp).chain(all()).map(text).collect::<Vec<_>>().join(", "),
             all().all(|model| {
-                clocks(model).zip(clocks(Model::Bsp)).is_some_and(|(vap, bsp)| vap as f64 <= 1.05 * bsp as f64)
+                clocks(model)
+                    .zip(clocks(Model::Bsp))
+                    .is_some_and(|(vap, bsp)| vap as f64 <= 1.05 * bsp as f64)
             }),
         )
     }
@@ -199,9 +203,7 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
     ]);
     both.iter().for_each(|one| one.rows(&mut table));
     let figures = both.iter().map(Convergence::figures).collect::<Result<Vec<_>>>()?;
-    let data = |one: &Convergence<'_>| {
-        json!({ "application": one.app, "bsp": one.seconds(Model::Bsp), "s, ssp, essp": one.pairs(|m| one.seconds(m)) })
-    };
+    let data = |one: &Convergence<'_>| json!({ "application": one.app, "bsp": one.seconds(Model::Bsp), "s, ssp, essp": one.pairs(|m| one.seconds(m)) });
     Ok(Section {
         title: "Convergence",
         paper: "Per iteration ESSP converges as fast as BSP or nearly so, whatever s is, while SSP needs more iterations as s grows; \

@@ -6,12 +6,14 @@ use serde_json::json;
 
 use super::{
     claims::{self, Claim},
-    figures::{Axis, Bars, Curve, bars, curves},
     runs::{Runs, Spec},
     section::{App, Experiment, Figure, Plan, Section, essp, ssp},
     training::Run,
 };
-use crate::report::{TextTable, percent};
+use crate::{
+    figures::{Axis, Bars, Curve, bars, curves},
+    report::{TextTable, percent},
+};
 
 /// See the module.
 pub const EXPERIMENT: Experiment = Experiment { specs, section };
@@ -29,7 +31,11 @@ fn freshest<'a>(plan: &Plan, of: &dyn Fn(Model) -> &'a Run) -> Claim {
     let text = |model: Model| format!("{model}: {:.2e}", of(model).lack);
     Claim::new(
         "VAP, the ideal: by value a read lacks less than under SSP(s) and ESSP(s), at every s",
-        format!("{}; the least of the others: {}", bounded.iter().map(|&m| text(m)).collect::<Vec<_>>().join(", "), text(least)),
+        format!(
+            "{}; the least of the others: {}",
+            bounded.iter().map(|&m| text(m)).collect::<Vec<_>>().join(", "),
+            text(least)
+        ),
         bounded.iter().all(|&model| of(model).lack < of(least).lack),
     )
 }

@@ -45,12 +45,12 @@ impl Input {
     /// Documents around planted topics.
     pub fn new(size: &Planted, topics: usize, seed: u64) -> Self {
         let corpus = size.corpus(seed);
-        let prior =
-            Prior { topics, words: corpus.words(), alpha: CONCENTRATION, beta: CONCENTRATION };
+        let prior = Prior { topics, words: corpus.words(), alpha: CONCENTRATION, beta: CONCENTRATION };
         Self { corpus, prior, seed }
     }
 
-    fn sampler(&self, worker: usize, workers: usize) -> Sampler {
+    /// The sampler of a worker, of so many.
+    pub fn sampler(&self, worker: usize, workers: usize) -> Sampler {
         let share = Share::new(&self.corpus, worker, workers, PARTS, self.prior.topics, self.seed);
         Sampler::new(self.prior, share, self.seed)
     }

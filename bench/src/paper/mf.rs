@@ -161,12 +161,7 @@ pub struct Factors {
 impl Learner for Factors {
     type Sums = Vec<f32>;
 
-    fn learn(
-        &mut self,
-        worker: &mut Worker<Node>,
-        _clock: usize,
-        watch: &mut Watch<Vec<f32>>,
-    ) -> Result<()> {
+    fn learn(&mut self, worker: &mut Worker<Node>, _clock: usize, watch: &mut Watch<Vec<f32>>) -> Result<()> {
         let Self { table, step, share, left, initial, rows, gained, factor } = self;
         let rank = factor.len();
         // Shares differ by the ratings of a row: nobody is slow for that.

@@ -33,7 +33,6 @@ pub mod claims;
 pub mod cluster;
 pub mod convergence;
 pub mod differentials;
-pub mod figures;
 pub mod lda;
 pub mod mf;
 pub mod page;
@@ -114,16 +113,15 @@ pub fn run(options: &PaperOptions) -> Result<Vec<Section>> {
         "{:?} for a rating, {:?} for a token; here and now they were measured as {:?} and {:?}",
         costs.rating, costs.token, measured.rating, measured.token
     );
-    let real = options.real.then_some(options.quick);
-    run_plan(&plan, &note, &options.out, real)
+    run_plan(&plan, &note, &options.out, options.real)
 }
 
-/// As [`run`], with a plan, and what there is to say about what computing costs. `real`: on this machine, too, and whether
-/// quickly.
+/// As [`run`], with a plan, and what there is to say about what computing costs. `real`: on this machine,
+/// too.
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_plan(plan: &Plan, costs: &str, out: &Path, real: Option<bool>) -> Result<Vec<Section>> {
+pub fn run_plan(plan: &Plan, costs: &str, out: &Path, real: bool) -> Result<Vec<Section>> {
     let start = Instant::now();
     more_files();
     let preface_parameters = parameters(plan, costs);
@@ -146,9 +144,9 @@ pub fn run_plan(plan: &Plan, costs: &str, out: &Path, real: Option<bool>) -> Res
         experiments.iter().map(|experiment| (experiment.section)(plan, &runs)).collect::<Result<_>>()?;
     println!("{:>4} s  theory", start.elapsed().as_secs());
     sections.insert(4, theory::section(plan)?);
-    if let Some(quick) = real {
+    if real {
         println!("{:>4} s  on this machine", start.elapsed().as_secs());
-        sections.push(real::section(quick)?);
+        sections.push(real::section()?);
     }
     let preface = Preface {
         machine: format!(

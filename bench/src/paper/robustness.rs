@@ -6,12 +6,14 @@ use serde_json::json;
 
 use super::{
     claims::Claim,
-    figures::{Axis, Curve, curves},
     runs::{Runs, Spec},
     section::{App, Experiment, Figure, Plan, Section, essp, ssp},
     training::Run,
 };
-use crate::report::TextTable;
+use crate::{
+    figures::{Axis, Curve, curves},
+    report::TextTable,
+};
 
 /// See the module.
 pub const EXPERIMENT: Experiment = Experiment { specs, section };

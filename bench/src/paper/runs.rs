@@ -84,11 +84,7 @@ impl Runs {
     ///
     /// # Errors
     /// The first failure.
-    pub fn simulate(
-        plan: &Plan,
-        specs: &[Spec],
-        told: impl Fn(usize, usize, &Spec) + Sync,
-    ) -> Result<Self> {
+    pub fn simulate(plan: &Plan, specs: &[Spec], told: impl Fn(usize, usize, &Spec) + Sync) -> Result<Self> {
         let mut runs = Self {
             servers: plan.servers,
             ratings: BTreeMap::new(),

@@ -12,13 +12,15 @@ use serde_json::json;
 
 use super::{
     claims::Claim,
-    figures::{Axis, Curve, curves},
     mf,
     runs::{Runs, Spec},
     section::{App, Experiment, Figure, Plan, Section, essp, seconds},
     training::Run,
 };
-use crate::report::{TextTable, percent};
+use crate::{
+    figures::{Axis, Curve, curves},
+    report::{TextTable, percent},
+};
 
 /// See the module.
 pub const EXPERIMENT: Experiment = Experiment { specs, section };
@@ -148,11 +150,14 @@ impl<'a> Scaling<'a> {
         let (name, most) = (self.fabric.name, self.most());
         let Some(workers) = self.end() else {
             let part = percent(self.efficiency(most));
-            return format!("On {name} it scales to {most} workers: their clocks are at {part} of perfect speed-up.");
+            return format!(
+                "On {name} it scales to {most} workers: their clocks are at {part} of perfect speed-up."
+            );
         };
         let before = self.plan.scale.0.iter().take_while(|&&w| w != workers).last().unwrap_or(&workers);
         let ((part, busiest), (limit, limiting)) = (self.busiest(workers), self.limits(workers).greatest());
-        let times = self.clocks(workers).zip(self.clocks(*before)).map(|(many, few)| many as f64 / few as f64);
+        let times =
+            self.clocks(workers).zip(self.clocks(*before)).map(|(many, few)| many as f64 / few as f64);
         format!(
             "On {name} it scales to {before} workers. With {workers} a clock takes {:.3} ms, {} of perfect speed-up. Busiest was {busiest}, \
              {} of the time; by the model's parameters the limit is {limiting}: {:.3} ms, while a worker computes for {:.3} ms. The \
@@ -197,7 +202,9 @@ impl<'a> Scaling<'a> {
     fn explained(&self) -> Claim {
         let all = &self.plan.scale.0;
         let times = |workers: usize| self.clock(workers) / self.limits(workers).greatest().0;
-        let each = all.iter().map(|&w| format!("{w} workers: {:.2} times {}", times(w), self.limits(w).greatest().1));
+        let each = all
+            .iter()
+            .map(|&w| format!("{w} workers: {:.2} times {}", times(w), self.limits(w).greatest().1));
         Claim::new(
             format!(
                 "on {} a clock takes as long as what limits it by the model's parameters, and at most {EXPLAINED} times that",
@@ -256,9 +263,8 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
     }
     let found: Vec<String> =
         plan.scale.0.iter().map(|&w| format!("{w} workers: {} s", seconds(fast.time(w)))).collect();
-    let sooner = |pair: &[usize]| {
-        fast.time(pair[0]).zip(fast.time(pair[1])).is_some_and(|(fewer, more)| more < fewer)
-    };
+    let sooner =
+        |pair: &[usize]| fast.time(pair[0]).zip(fast.time(pair[1])).is_some_and(|(fewer, more)| more < fewer);
     let data = |one: &Scaling<'_>| -> Vec<_> {
         let of = |&w: &usize| (one.fabric.name, w, one.time(w), one.clock(w), one.of(w).messages_per_clock);
         plan.scale.0.iter().map(of).collect()

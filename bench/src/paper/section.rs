@@ -102,20 +102,10 @@ impl Plan {
             rank: 16,
             step: 0.005,
             steps: vec![0.0025, 0.005, 0.01, 0.015],
-            mf: Course {
-                clocks: 66,
-                charge: Duration::from_millis(40),
-                target: 0.1,
-                vap: vec![0.3, 0.1],
-            },
+            mf: Course { clocks: 66, charge: Duration::from_millis(40), target: 0.1, vap: vec![0.3, 0.1] },
             corpus: (1280, 300, 102_400),
             topics: 20,
-            lda: Course {
-                clocks: 40,
-                charge: Duration::from_millis(40),
-                target: 0.8,
-                vap: vec![100.0],
-            },
+            lda: Course { clocks: 40, charge: Duration::from_millis(40), target: 0.8, vap: vec![100.0] },
             scale: (vec![1, 4, 16, 64, 256], Duration::from_millis(32)),
             theory: (vec![4, 16, 64], vec![25, 50, 100, 200]),
         }

@@ -9,12 +9,14 @@ use serde_json::json;
 
 use super::{
     claims::{self, Claim},
-    figures::{Bars, bars},
     runs::{Runs, Spec},
     section::{App, Experiment, Figure, Plan, Section, essp, ssp},
     training::Run,
 };
-use crate::report::{TextTable, percent};
+use crate::{
+    figures::{Bars, bars},
+    report::{TextTable, percent},
+};
 
 /// See the module.
 pub const EXPERIMENT: Experiment = Experiment { specs, section };
@@ -118,10 +120,15 @@ impl<'a> Shares<'a> {
         let least = self.lost(essp(self.plan.staleness[0]));
         Claim::new(
             format!("{}: VAP's bound has to be waited for: more is lost than under any ESSP(s)", self.app),
-            format!("{}; ESSP({}): {}", each.collect::<Vec<_>>().join(", "), self.plan.staleness[0], percent(least)),
-            self.plan.value_bounded(self.app).all(|vap| {
-                self.plan.staleness.iter().all(|&s| self.lost(vap) > self.lost(essp(s)))
-            }),
+            format!(
+                "{}; ESSP({}): {}",
+                each.collect::<Vec<_>>().join(", "),
+                self.plan.staleness[0],
+                percent(least)
+            ),
+            self.plan
+                .value_bounded(self.app)
+                .all(|vap| self.plan.staleness.iter().all(|&s| self.lost(vap) > self.lost(essp(s)))),
         )
     }
 }

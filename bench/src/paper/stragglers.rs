@@ -8,12 +8,14 @@ use super::{
     claims::{self, Claim},
     cluster::{Machines, PAUSE, PAUSE_EVERY, SLOWNESS},
     convergence::{axis, by_time},
-    figures::{Axis, Bars, bars, curves},
     runs::{Runs, Spec},
     section::{App, Experiment, Figure, Plan, Section, essp, seconds},
     training::Run,
 };
-use crate::report::{TextTable, percent};
+use crate::{
+    figures::{Axis, Bars, bars, curves},
+    report::{TextTable, percent},
+};
 
 /// See the module.
 pub const EXPERIMENT: Experiment = Experiment { specs, section };
@@ -119,7 +121,10 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
         ),
         figures: vec![
             Figure::new("Time to target with stragglers", bars("model (none: never)", "seconds", &times)?),
-            Figure::new("Loss by time with random pauses", curves(Axis::even("seconds"), axis(App::Mf), &pausing)?),
+            Figure::new(
+                "Loss by time with random pauses",
+                curves(Axis::even("seconds"), axis(App::Mf), &pausing)?,
+            ),
         ],
         table,
         claims: all.claims(),

@@ -17,12 +17,14 @@ use serde_json::json;
 use super::{
     claims::{self, Claim},
     cluster::{self, Cluster, Machines, Place},
-    figures::{Axis, Curve, curves},
     runs::in_parallel,
     section::{Figure, Plan, Section, essp, ssp},
     value,
 };
-use crate::report::TextTable;
+use crate::{
+    figures::{Axis, Curve, curves},
+    report::TextTable,
+};
 
 /// Coordinates of a point.
 pub const DIMENSIONS: usize = 8;

@@ -70,12 +70,8 @@ pub trait Learner {
     ///
     /// # Errors
     /// What the client says.
-    fn learn(
-        &mut self,
-        worker: &mut Worker<Node>,
-        clock: usize,
-        watch: &mut Watch<Self::Sums>,
-    ) -> Result<()>;
+    fn learn(&mut self, worker: &mut Worker<Node>, clock: usize, watch: &mut Watch<Self::Sums>)
+    -> Result<()>;
 
     /// The worker's part of the objective.
     fn objective(&self, sums: &Self::Sums) -> f64;
@@ -315,8 +311,9 @@ fn sum_up(workers: &[Worked], clocks: usize) -> Run {
     let last = traffic(|worked| worked.traffic.1).max_by_key(|t| t.sent.messages).unwrap_or_default();
     run.messages_per_clock = (last.sent.messages - first.sent.messages) as f64 / clocks as f64;
     run.bytes_per_clock = (last.sent.bytes - first.sent.bytes) as f64 / clocks as f64;
-    let part =
-        |of: fn(Traffic) -> Duration| of(last).saturating_sub(of(first)).as_secs_f64() / run.seconds.max(1e-9);
+    let part = |of: fn(Traffic) -> Duration| {
+        of(last).saturating_sub(of(first)).as_secs_f64() / run.seconds.max(1e-9)
+    };
     run.servers = Servers {
         sending: part(|traffic| traffic.busiest.sending),
         receiving: part(|traffic| traffic.busiest.receiving),

@@ -67,7 +67,13 @@ fn greatest(a: &[f64], b: &[f64]) -> f64 {
 }
 
 /// What one worker does.
-fn work(place: &Place, v0: f32, workers: usize, clocks: usize, known: &Mutex<Vec<Known>>) -> Result<Measured> {
+fn work(
+    place: &Place,
+    v0: f32,
+    workers: usize,
+    clocks: usize,
+    known: &Mutex<Vec<Known>>,
+) -> Result<Measured> {
     let know = || known.lock().unwrap_or_else(PoisonError::into_inner);
     let table = place.client.table::<f64>("rows", workers as u64, DIMENSIONS, Model::Vap { v0 })?;
     let mut worker = place.client.worker()?;
@@ -84,7 +90,9 @@ fn work(place: &Place, v0: f32, workers: usize, clocks: usize, known: &Mutex<Vec
             let view = sum(&rows);
             {
                 let known = know();
-                for (known, row) in known.iter().zip(rows.chunks_exact(DIMENSIONS)).filter(|(k, _)| k.clock > 0) {
+                for (known, row) in
+                    known.iter().zip(rows.chunks_exact(DIMENSIONS)).filter(|(k, _)| k.clock > 0)
+                {
                     let bound = (f64::from(v0) / (known.clock as f64).sqrt()).max(known.single);
                     measured.greatest = measured.greatest.max(greatest(&known.sum, row) / bound);
                 }
@@ -128,8 +136,9 @@ fn bounded(v0: f32, workers: usize, clocks: usize, core: Option<usize>) -> Resul
 /// # Errors
 /// As [`cluster::run`].
 pub fn claims(workers: usize, clocks: usize) -> Result<[Claim; 2]> {
-    let all: Vec<Bounded> =
-        in_parallel(&BOUNDS, |_, core, &v0| bounded(v0, workers, clocks, core)).into_iter().collect::<Result<_>>()?;
+    let all: Vec<Bounded> = in_parallel(&BOUNDS, |_, core, &v0| bounded(v0, workers, clocks, core))
+        .into_iter()
+        .collect::<Result<_>>()?;
     let each = |of: &dyn Fn(&Bounded) -> String| {
         all.iter().map(|one| format!("v0 = {}: {}", one.v0, of(one))).collect::<Vec<_>>().join("; ")
     };
@@ -137,7 +146,10 @@ pub fn claims(workers: usize, clocks: usize) -> Result<[Claim; 2]> {
     Ok([
         Claim::new(
             "VAP: no read lacks more of a worker's updates than may be in transit, max(v0 / sqrt(t), u) in any element",
-            format!("{workers} workers, the most as part of that: {}", each(&|one| format!("{:.3}", one.greatest))),
+            format!(
+                "{workers} workers, the most as part of that: {}",
+                each(&|one| format!("{:.3}", one.greatest))
+            ),
             all.iter().all(|one| one.greatest > 0.0 && one.greatest <= 1.0),
         ),
         Claim::new(
