@@ -6,7 +6,7 @@ use fervor_bench::paper::{
     self, claims,
     cluster::{Cluster, Machines},
     mf::Factorisation,
-    section::{Course, Plan, essp},
+    section::{Course, Plan, Scale, essp},
     training::{self, Application, Job, Run},
 };
 use fervor_client::Model;
@@ -29,7 +29,7 @@ fn tiny() -> Plan {
         corpus: (24, 40, 1_200),
         topics: 5,
         lda: Course { target: 0.5, vap: vec![20.0], ..course },
-        scale: (vec![1, 3], Duration::from_millis(32)),
+        scale: Scale { workers: vec![1, 3], computing: Duration::from_millis(32), clocks: 8, step: 0.02 },
         theory: (vec![3], vec![10, 20]),
     }
 }

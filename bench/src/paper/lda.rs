@@ -2,10 +2,7 @@
 //!
 //! A worker draws new topics for a part of its tokens in each clock, a pass takes [`PARTS`] of them.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use anyhow::Result;
 use fervor_client::{Model, Worker};
@@ -13,7 +10,7 @@ use fervor_verbs::transport::sim::Node;
 
 use super::{
     cluster::Place,
-    training::{Application, Learner, Watch},
+    training::{Application, Learner, Watch, best_of},
 };
 use crate::lda::{
     corpus::{Corpus, Planted},
@@ -56,21 +53,15 @@ impl Input {
     }
 
     /// What drawing a topic for one token costs on this machine.
-    ///
-    /// # Errors
-    /// None: there is no server.
-    pub fn measure(&self) -> Result<Duration> {
+    pub fn measure(&self) -> Duration {
         let mut sampler = self.sampler(0, 1);
         let matrix = Matrix::new(&self.prior, 1);
-        (&mut &matrix).start(&mut sampler)?;
-        let passes = 10;
-        let start = Instant::now();
-        for _ in 0..passes {
-            for part in 0..PARTS {
-                (&mut &matrix).sample(&mut sampler, part)?;
-            }
-        }
-        Ok(start.elapsed() / (passes * self.corpus.tokens() as u32))
+        let mut counts = &matrix;
+        counts.start(&mut sampler).expect("no server can fail");
+        let pass = || {
+            (0..PARTS).for_each(|part| counts.sample(&mut sampler, part).expect("no server can fail"));
+        };
+        best_of(20, pass) / self.corpus.tokens() as u32
     }
 }
 

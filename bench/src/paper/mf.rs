@@ -4,10 +4,7 @@
 //! on copies, and adds what changed. The table has what the factors have gained on their initial values, which every
 //! worker knows; so nobody has to write them first.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use anyhow::Result;
 use fervor_client::{Model, Table, Worker};
@@ -15,7 +12,7 @@ use fervor_verbs::transport::sim::Node;
 
 use super::{
     cluster::Place,
-    training::{Application, Learner, Watch},
+    training::{Application, Learner, Watch, best_of},
 };
 use crate::{
     data::{Planted, Ratings},
@@ -80,19 +77,13 @@ impl Input {
     pub fn measure(&self) -> Duration {
         let share = plan::share(&self.ratings, 0, 1, 1, 1);
         let (mut left, mut right) = (self.rows(&share), self.columns());
-        let passes = 20;
-        let start = Instant::now();
-        for _ in 0..passes {
+        let pass = || {
             for (group, entries) in share.whole.iter() {
-                sgd::train(
-                    &mut left,
-                    &mut right[group.column as usize * self.rank..][..self.rank],
-                    entries,
-                    1e-6,
-                );
+                let factor = &mut right[group.column as usize * self.rank..][..self.rank];
+                sgd::train(&mut left, factor, entries, 1e-6);
             }
-        }
-        start.elapsed() / (passes * share.whole.entries.len() as u32)
+        };
+        best_of(20, pass) / share.whole.entries.len() as u32
     }
 }
 

@@ -14,7 +14,7 @@ use super::{
     claims::Claim,
     mf,
     runs::{Runs, Spec},
-    section::{App, Experiment, Figure, Plan, Section, essp, seconds},
+    section::{App, Experiment, Figure, Plan, Scale, Section, essp, seconds},
     training::Run,
 };
 use crate::{
@@ -41,12 +41,13 @@ fn fabrics() -> [Fabric; 2] {
 }
 
 fn run(plan: &Plan, fabric: &Fabric, workers: usize) -> Spec {
-    let charge = plan.scale.1 / workers as u32;
-    Spec { workers, charge, fabric: fabric.clone(), ..plan.run(App::Mf, essp(STALENESS)) }
+    let charge = plan.scale.computing / workers as u32;
+    let Scale { clocks, step, .. } = plan.scale;
+    Spec { workers, charge, clocks, step, fabric: fabric.clone(), ..plan.run(App::Mf, essp(STALENESS)) }
 }
 
 fn specs(plan: &Plan) -> Vec<Spec> {
-    let of = |fabric: Fabric| plan.scale.0.iter().map(move |&workers| run(plan, &fabric, workers));
+    let of = |fabric: Fabric| plan.scale.workers.iter().map(move |&workers| run(plan, &fabric, workers));
     fabrics().into_iter().flat_map(of).collect()
 }
 
@@ -69,7 +70,7 @@ impl Limits {
         let wire = Duration::from_secs_f64(pushed as f64 / fabric.bandwidth as f64);
         let applied = fabric.per_kib.mul_f64((HEADERS.1 + input.factor()) as f64 / 1024.0);
         Self {
-            computing: (plan.scale.1 / workers as u32).as_secs_f64(),
+            computing: (plan.scale.computing / workers as u32).as_secs_f64(),
             sending: updates * wire.max(fabric.per_message).as_secs_f64(),
             thread: updates * (POST + applied).as_secs_f64(),
         }
@@ -99,11 +100,11 @@ impl<'a> Scaling<'a> {
     }
 
     fn fewest(&self) -> usize {
-        self.plan.scale.0[0]
+        self.plan.scale.workers[0]
     }
 
     fn most(&self) -> usize {
-        self.plan.scale.0[self.plan.scale.0.len() - 1]
+        self.plan.scale.workers[self.plan.scale.workers.len() - 1]
     }
 
     fn limits(&self, workers: usize) -> Limits {
@@ -120,7 +121,7 @@ impl<'a> Scaling<'a> {
 
     /// What a clock takes, in seconds.
     fn clock(&self, workers: usize) -> f64 {
-        self.of(workers).seconds / self.plan.mf.clocks as f64
+        self.of(workers).seconds / self.plan.scale.clocks as f64
     }
 
     /// How often a clock is as short as it could be, compared with the fewest workers.
@@ -142,7 +143,7 @@ impl<'a> Scaling<'a> {
 
     /// The first number of workers to which it does not scale.
     fn end(&self) -> Option<usize> {
-        self.plan.scale.0.iter().copied().find(|&workers| self.efficiency(workers) < SCALES)
+        self.plan.scale.workers.iter().copied().find(|&workers| self.efficiency(workers) < SCALES)
     }
 
     /// Where it stops scaling, and why.
@@ -154,25 +155,30 @@ impl<'a> Scaling<'a> {
                 "On {name} it scales to {most} workers: their clocks are at {part} of perfect speed-up."
             );
         };
-        let before = self.plan.scale.0.iter().take_while(|&&w| w != workers).last().unwrap_or(&workers);
+        let before = self.plan.scale.workers.iter().take_while(|&&w| w != workers).last().unwrap_or(&workers);
         let ((part, busiest), (limit, limiting)) = (self.busiest(workers), self.limits(workers).greatest());
         let times =
             self.clocks(workers).zip(self.clocks(*before)).map(|(many, few)| many as f64 / few as f64);
+        let target = match times {
+            Some(times) => format!("takes {times:.2} times as many clocks as with {before}"),
+            None => format!("is not reached in {} clocks", self.plan.scale.clocks),
+        };
         format!(
             "On {name} it scales to {before} workers. With {workers} a clock takes {:.3} ms, {} of perfect speed-up. Busiest was {busiest}, \
              {} of the time; by the model's parameters the limit is {limiting}: {:.3} ms, while a worker computes for {:.3} ms. The \
-             target takes {} as many clocks as with {before}.",
+             target {target}: who computes so shortly reads what is old by more clocks (a mean differential of {:.2}, after {:.2}).",
             1e3 * self.clock(workers),
             percent(self.efficiency(workers)),
             percent(part),
             1e3 * limit,
             1e3 * self.limits(workers).computing,
-            times.map_or("more than".into(), |times| format!("{times:.2} times")),
+            self.of(workers).mean_differential(),
+            self.of(*before).mean_differential(),
         )
     }
 
     fn rows(&self, table: &mut TextTable) {
-        for &workers in &self.plan.scale.0 {
+        for &workers in &self.plan.scale.workers {
             let (run, limits) = (self.of(workers), self.limits(workers));
             let ms = |seconds: f64| format!("{:.3}", 1e3 * seconds);
             table.row([
@@ -195,12 +201,12 @@ impl<'a> Scaling<'a> {
     }
 
     fn points(&self, value: impl Fn(usize) -> Option<f64>) -> Vec<(f64, f64)> {
-        self.plan.scale.0.iter().filter_map(|&w| Some((w as f64, value(w)?))).collect()
+        self.plan.scale.workers.iter().filter_map(|&w| Some((w as f64, value(w)?))).collect()
     }
 
     /// A clock takes no less than its greatest limit, and not much more.
     fn explained(&self) -> Claim {
-        let all = &self.plan.scale.0;
+        let all = &self.plan.scale.workers;
         let times = |workers: usize| self.clock(workers) / self.limits(workers).greatest().0;
         let each = all
             .iter()
@@ -262,12 +268,12 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
         figures.insert(0, Figure::new("Time to target against workers", svg));
     }
     let found: Vec<String> =
-        plan.scale.0.iter().map(|&w| format!("{w} workers: {} s", seconds(fast.time(w)))).collect();
+        plan.scale.workers.iter().map(|&w| format!("{w} workers: {}", seconds(fast.time(w)))).collect();
     let sooner =
         |pair: &[usize]| fast.time(pair[0]).zip(fast.time(pair[1])).is_some_and(|(fewer, more)| more < fewer);
     let data = |one: &Scaling<'_>| -> Vec<_> {
         let of = |&w: &usize| (one.fabric.name, w, one.time(w), one.clock(w), one.of(w).messages_per_clock);
-        plan.scale.0.iter().map(of).collect()
+        plan.scale.workers.iter().map(of).collect()
     };
     Ok(Section {
         title: "Scale",
@@ -275,9 +281,9 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
         setup: format!(
             "MF: the same ratings, dealt to {:?} workers, under ESSP({STALENESS}); {} servers. All workers together compute for {} ms in \
              a clock: so little that it does not scale for ever.",
-            plan.scale.0,
+            plan.scale.workers,
             runs.servers(),
-            plan.scale.1.as_millis()
+            plan.scale.computing.as_millis()
         ),
         figures,
         table,
@@ -287,7 +293,7 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
                 fast.fabric.name, plan.workers
             ),
             found.join(", "),
-            plan.scale.0.windows(2).filter(|pair| pair[1] <= plan.workers).all(sooner),
+            plan.scale.workers.windows(2).filter(|pair| pair[1] <= plan.workers).all(sooner),
         )]
         .into_iter()
         .chain(all.iter().map(Scaling::explained))

@@ -54,6 +54,19 @@ pub struct Course {
     pub vap: Vec<f32>,
 }
 
+/// What the experiment about scale does.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Scale {
+    /// Numbers of workers.
+    pub workers: Vec<usize>,
+    /// What all workers together compute in a clock.
+    pub computing: Duration,
+    /// Clocks of a run.
+    pub clocks: usize,
+    /// Size of a step.
+    pub step: f32,
+}
+
 /// How much is done.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plan {
@@ -83,8 +96,8 @@ pub struct Plan {
     pub topics: usize,
     /// LDA.
     pub lda: Course,
-    /// Numbers of workers of the experiment about scale, and what all of them together compute in a clock.
-    pub scale: (Vec<usize>, Duration),
+    /// The experiment about scale.
+    pub scale: Scale,
     /// Numbers of workers, and clocks, of the experiment about theory.
     pub theory: (Vec<usize>, Vec<usize>),
 }
@@ -106,7 +119,12 @@ impl Plan {
             corpus: (1280, 300, 102_400),
             topics: 20,
             lda: Course { clocks: 40, charge: Duration::from_millis(40), target: 0.8, vap: vec![100.0] },
-            scale: (vec![1, 4, 16, 64, 256], Duration::from_millis(32)),
+            scale: Scale {
+                workers: vec![1, 4, 16, 64, 256],
+                computing: Duration::from_millis(32),
+                clocks: 100,
+                step: 0.005,
+            },
             theory: (vec![4, 16, 64], vec![25, 50, 100, 200]),
         }
     }
@@ -117,11 +135,12 @@ impl Plan {
         Self {
             staleness: vec![1, 3, 10],
             seeds: 3,
+            matrix: (512, 96, 12_800),
             step: 0.01,
             steps: vec![0.005, 0.01, 0.015],
             mf: Course { clocks: 33, target: 0.12, vap: vec![0.3], ..full.mf },
             lda: Course { clocks: 24, vap: vec![], ..full.lda },
-            scale: (vec![1, 4, 16, 64], full.scale.1),
+            scale: Scale { workers: vec![1, 4, 16, 64], ..full.scale },
             theory: (vec![4, 16], vec![25, 50, 100]),
             ..full
         }
@@ -193,11 +212,11 @@ impl Plan {
         self.models().into_iter().chain(self.value_bounded(app)).collect()
     }
 
-    /// BSP, the models with a few values of s, VAP: what figures show.
+    /// BSP, the models with a few values of s, VAP with its first bound: what figures show.
     pub fn shown(&self, app: App) -> Vec<Model> {
         let both = |s: u32| [ssp(s), essp(s)];
         let few = self.few().into_iter().flat_map(both);
-        std::iter::once(Model::Bsp).chain(few).chain(self.value_bounded(app)).collect()
+        std::iter::once(Model::Bsp).chain(few).chain(self.value_bounded(app).take(1)).collect()
     }
 
     /// The values of s that are shown where all would be too many: the least, one between, the greatest.

@@ -120,20 +120,21 @@ fn work(place: &Place, workers: usize, model: Model, clocks: usize) -> Result<Ve
 }
 
 /// The cluster that it runs on.
-pub fn cluster(workers: usize, core: Option<usize>) -> Cluster {
+pub fn cluster(workers: usize, seed: u64, core: Option<usize>) -> Cluster {
     Cluster {
         workers,
         servers: 1,
         fabric: Fabric::roce_25g(),
         machines: Machines::Equal,
-        seed: 3,
+        seed,
         cache: 64 << 10,
         core,
     }
 }
 
-fn trace(model: Model, workers: usize, clocks: usize, core: Option<usize>) -> Result<Trace> {
-    let simulated = cluster::run(&cluster(workers, core), move |place| work(place, workers, model, clocks))?;
+fn trace(model: Model, workers: usize, clocks: usize, seed: u64, core: Option<usize>) -> Result<Trace> {
+    let simulated =
+        cluster::run(&cluster(workers, seed, core), move |place| work(place, workers, model, clocks))?;
     let steps = (0..clocks * workers).map(|t| simulated.results[t % workers][t / workers]).collect();
     Ok(Trace { model, workers, steps })
 }
@@ -151,7 +152,7 @@ pub fn section(plan: &Plan) -> Result<Section> {
         .flat_map(|&workers| bounds.iter().flat_map(move |&s| [(ssp(s), workers), (essp(s), workers)]))
         .collect();
     let traces: Vec<Trace> =
-        in_parallel(&jobs, |_, core, &(model, workers)| trace(model, workers, most, core))
+        in_parallel(&jobs, |_, core, &(model, workers)| trace(model, workers, most, plan.seed, core))
             .into_iter()
             .collect::<Result<_>>()?;
 
@@ -214,7 +215,7 @@ pub fn section(plan: &Plan) -> Result<Section> {
         ),
     ];
     all.extend(falling);
-    all.extend(value::claims(workers[0], most)?);
+    all.extend(value::claims(workers[0], most, plan.seed)?);
     Ok(Section {
         title: "Theory",
         paper: "SGD under SSP (and so under ESSP) has a mean regret of at most 4FL sqrt(2(s+1)P/T) on convex functions, with steps \

@@ -23,7 +23,7 @@ use super::{
 use crate::report::percent;
 
 /// Bounds in the first clock: from one that never holds anybody up to one that nearly every update exceeds.
-const BOUNDS: [f32; 3] = [0.2, 0.02, 0.002];
+const BOUNDS: [f32; 3] = [0.2, 0.01, 0.002];
 /// Updates of a worker in a clock.
 const UPDATES: usize = 4;
 /// What is computed for each.
@@ -117,10 +117,10 @@ fn work(
     Ok(measured)
 }
 
-fn bounded(v0: f32, workers: usize, clocks: usize, core: Option<usize>) -> Result<Bounded> {
+fn bounded(v0: f32, workers: usize, clocks: usize, seed: u64, core: Option<usize>) -> Result<Bounded> {
     let known = Arc::new(Mutex::new(vec![Known::default(); workers]));
     let simulated =
-        cluster::run(&cluster(workers, core), move |place| work(place, v0, workers, clocks, &known))?;
+        cluster::run(&cluster(workers, seed, core), move |place| work(place, v0, workers, clocks, &known))?;
     let all = &simulated.results;
     let sum = |of: fn(&Measured) -> f64| all.iter().map(of).sum::<f64>();
     Ok(Bounded {
@@ -135,8 +135,8 @@ fn bounded(v0: f32, workers: usize, clocks: usize, core: Option<usize>) -> Resul
 ///
 /// # Errors
 /// As [`cluster::run`].
-pub fn claims(workers: usize, clocks: usize) -> Result<[Claim; 2]> {
-    let all: Vec<Bounded> = in_parallel(&BOUNDS, |_, core, &v0| bounded(v0, workers, clocks, core))
+pub fn claims(workers: usize, clocks: usize, seed: u64) -> Result<[Claim; 2]> {
+    let all: Vec<Bounded> = in_parallel(&BOUNDS, |_, core, &v0| bounded(v0, workers, clocks, seed, core))
         .into_iter()
         .collect::<Result<_>>()?;
     let each = |of: &dyn Fn(&Bounded) -> String| {
