@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use fervor_bench::paper::{
-    self, claims,
+    self,
     cluster::{Cluster, Machines},
     mf::Factorisation,
     section::{Course, Plan, Scale, essp},
@@ -135,9 +135,4 @@ fn time_is_charged_and_servers_are_watched() {
         assert!(part > 0.0 && part < 0.5, "{servers:?}");
     }
     assert!(run.lack > 0.0, "others' updates of the same clock are not seen");
-}
-
-#[test]
-fn a_median_of_runs_that_never_arrived_is_never() {
-    assert_eq!(claims::Spread::new([None, Some(1.0), None]).median(), None);
 }

@@ -1,6 +1,6 @@
 //! Topics of documents on a simulated cluster: the sampler, the tables and the accesses of `fervor-bench lda`.
 //!
-//! A worker draws new topics for a part of its tokens in each clock, a pass takes [`PARTS`] of them.
+//! A worker draws new topics for all its tokens in each clock.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,8 +22,6 @@ use crate::lda::{
     share::Share,
 };
 
-/// Clocks of a pass.
-pub const PARTS: usize = 1;
 /// Words whose rows are fetched together: few, as the vocabulary is small. (A clock of a real job has many fetches: it is not all
 /// computed with what was to be had at its beginning.)
 const RUN: usize = 8;
@@ -48,7 +46,7 @@ impl Input {
 
     /// The sampler of a worker, of so many.
     pub fn sampler(&self, worker: usize, workers: usize) -> Sampler {
-        let share = Share::new(&self.corpus, worker, workers, PARTS, self.prior.topics, self.seed);
+        let share = Share::new(&self.corpus, worker, workers, 1, self.prior.topics, self.seed);
         Sampler::new(self.prior, share, self.seed)
     }
 
@@ -58,9 +56,7 @@ impl Input {
         let matrix = Matrix::new(&self.prior, 1);
         let mut counts = &matrix;
         counts.start(&mut sampler).expect("no server can fail");
-        let pass = || {
-            (0..PARTS).for_each(|part| counts.sample(&mut sampler, part).expect("no server can fail"));
-        };
+        let pass = || counts.sample(&mut sampler, 0).expect("no server can fail");
         best_of(20, pass) / self.corpus.tokens() as u32
     }
 }
@@ -119,10 +115,9 @@ pub struct Topics {
 impl Learner for Topics {
     type Sums = Sums;
 
-    fn learn(&mut self, worker: &mut Worker<Node>, clock: usize, watch: &mut Watch<Sums>) -> Result<()> {
-        let part = clock % PARTS;
-        let tokens = self.sampler.part(part).tokens.len();
-        self.tables.sample(worker, &mut self.sampler, part, &mut Watched { watch, tokens })?;
+    fn learn(&mut self, worker: &mut Worker<Node>, watch: &mut Watch<Sums>) -> Result<()> {
+        let tokens = self.sampler.share().tokens();
+        self.tables.sample(worker, &mut self.sampler, 0, &mut Watched { watch, tokens })?;
         Ok(())
     }
 
@@ -141,7 +136,7 @@ impl Learner for Topics {
 /// Charges what is drawn, and adds up what is changed.
 struct Watched<'a> {
     watch: &'a mut Watch<Sums>,
-    /// Of the part.
+    /// Of the clock.
     tokens: usize,
 }
 

@@ -1,6 +1,6 @@
 //! Matrix factorisation on a simulated cluster.
 //!
-//! A worker passes over all its ratings in each clock, in runs of [`RUN`] columns: it gets their factors, computes, trains
+//! A worker passes over all its ratings in each clock, in [`FETCHES`] runs of columns: it gets their factors, computes, trains
 //! on copies, and adds what changed. The table has what the factors have gained on their initial values, which every
 //! worker knows; so nobody has to write them first.
 
@@ -22,8 +22,9 @@ use crate::{
     },
 };
 
-/// Columns whose factors are fetched together.
-const RUN: usize = 16;
+/// Fetches of a clock, each of so many columns that all take part: a clock is not all computed with what was to be had
+/// at its beginning.
+const FETCHES: usize = 12;
 /// Of its loss before the first clock: a worker whose loss is beyond stops, the job diverges.
 const DIVERGED: f64 = 100.0;
 
@@ -115,14 +116,16 @@ impl Application for Factorisation {
     ) -> Result<Factors> {
         let (input, rank) = (&self.input, self.input.rank);
         let share = plan::share(&input.ratings, place.number, workers, 1, 1);
+        let run = (input.ratings.columns as usize).div_ceil(FETCHES);
         Ok(Factors {
             table: place.client.table("R", input.ratings.columns.into(), rank, model)?,
             step: self.step,
             left: input.rows(&share),
             initial: input.columns(),
             share,
-            rows: Vec::with_capacity(RUN),
-            gained: vec![0.0; RUN * rank],
+            rows: Vec::with_capacity(run),
+            gained: vec![0.0; run * rank],
+            run,
             factor: vec![0.0; rank],
         })
     }
@@ -143,6 +146,8 @@ pub struct Factors {
     left: Vec<f32>,
     /// Those of all columns, before the first clock.
     initial: Vec<f32>,
+    /// Columns that are fetched together.
+    run: usize,
     // Room for a run of columns: their numbers, what they have gained, and a factor.
     rows: Vec<u64>,
     gained: Vec<f32>,
@@ -152,13 +157,13 @@ pub struct Factors {
 impl Learner for Factors {
     type Sums = Vec<f32>;
 
-    fn learn(&mut self, worker: &mut Worker<Node>, _clock: usize, watch: &mut Watch<Vec<f32>>) -> Result<()> {
-        let Self { table, step, share, left, initial, rows, gained, factor } = self;
+    fn learn(&mut self, worker: &mut Worker<Node>, watch: &mut Watch<Vec<f32>>) -> Result<()> {
+        let Self { table, step, share, left, initial, run, rows, gained, factor } = self;
         let rank = factor.len();
         // Shares differ by the ratings of a row: nobody is slow for that.
         let all = share.whole.entries.len() as f64;
         let mut rest = share.whole.entries.as_slice();
-        for groups in share.whole.groups.chunks(RUN) {
+        for groups in share.whole.groups.chunks(*run) {
             rows.clear();
             rows.extend(groups.iter().map(|group| u64::from(group.column)));
             let gained = &mut gained[..groups.len() * rank];

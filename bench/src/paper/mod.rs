@@ -52,11 +52,11 @@ use runs::{Runs, Spec};
 use section::{Experiment, Plan, Section};
 
 /// What one step of SGD for one rating, and drawing a topic for one token, are taken to cost, if they are not measured.
-const TAKEN: Costs = Costs { rating: Duration::from_nanos(16), token: Duration::from_nanos(80) };
+const TAKEN: Costs = Costs { rating: Duration::from_nanos(16), token: Duration::from_nanos(32) };
 /// How many ratings, or tokens, a clock of a worker of [`Plan::workers`] stands for. (Far fewer are trained on: the
 /// mathematics of more would be the same.)
 const RATINGS: u32 = 2_500_000;
-const TOKENS: u32 = 500_000;
+const TOKENS: u32 = 1_250_000;
 
 /// What computing costs.
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +80,7 @@ pub struct PaperOptions {
     /// Folder for the page, the figures and the results; made if it is not there
     #[arg(long, value_name = "DIR", default_value = "out/paper")]
     pub out: PathBuf,
-    /// Fewer clocks and fewer values of s
+    /// Fewer clocks, values of s and seeds, a smaller matrix
     #[arg(long)]
     pub quick: bool,
     /// Train on this machine, too, in real time
@@ -202,12 +202,11 @@ fn parameters(plan: &Plan, costs: &str) -> Vec<(String, String)> {
         (
             "LDA".into(),
             format!(
-                "{documents} documents, {words} words, {tokens} tokens around {} planted topics; {} topics; {} clocks, {} for a \
-                 pass over all tokens",
+                "{documents} documents, {words} words, {tokens} tokens around {} planted topics; {} topics; {} clocks, all tokens \
+                 in each clock",
                 corpus::PLANTED_TOPICS,
                 plan.topics,
-                plan.lda.clocks,
-                lda::PARTS
+                plan.lda.clocks
             ),
         ),
         ("computing".into(), costs.to_owned()),
@@ -219,7 +218,7 @@ fn parameters(plan: &Plan, costs: &str) -> Vec<(String, String)> {
                 plan.mf.charge,
                 ratings / workers as u64,
                 plan.lda.charge,
-                tokens as usize / workers / lda::PARTS,
+                tokens as usize / workers,
                 100.0 * cluster::JITTER
             ),
         ),

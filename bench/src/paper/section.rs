@@ -113,12 +113,12 @@ impl Plan {
             seeds: 5,
             matrix: (1024, 192, 25_600),
             rank: 16,
-            step: 0.005,
+            step: 0.01,
             steps: vec![0.0025, 0.005, 0.01, 0.015],
-            mf: Course { clocks: 66, charge: Duration::from_millis(40), target: 0.1, vap: vec![0.3, 0.1] },
+            mf: Course { clocks: 40, charge: Duration::from_millis(40), target: 0.1, vap: vec![0.3, 0.1] },
             corpus: (1280, 300, 102_400),
             topics: 20,
-            lda: Course { clocks: 40, charge: Duration::from_millis(40), target: 0.8, vap: vec![100.0] },
+            lda: Course { clocks: 32, charge: Duration::from_millis(40), target: 0.8, vap: vec![100.0] },
             scale: Scale {
                 workers: vec![1, 4, 16, 64, 256],
                 computing: Duration::from_millis(32),
@@ -129,17 +129,16 @@ impl Plan {
         }
     }
 
-    /// 64 nodes too, for fewer clocks and values of s.
+    /// 64 nodes too, for a smaller matrix, fewer clocks and values of s.
     pub fn quick() -> Self {
         let full = Self::full();
         Self {
             staleness: vec![1, 3, 10],
             seeds: 3,
-            matrix: (512, 96, 12_800),
-            step: 0.01,
-            steps: vec![0.005, 0.01, 0.015],
-            mf: Course { clocks: 33, target: 0.12, vap: vec![0.3], ..full.mf },
-            lda: Course { clocks: 24, vap: vec![], ..full.lda },
+            matrix: (1024, 96, 25_600),
+            steps: vec![0.005, 0.01],
+            mf: Course { clocks: 26, target: 0.12, vap: vec![0.3], ..full.mf },
+            lda: Course { clocks: 18, vap: vec![], ..full.lda },
             scale: Scale { workers: vec![1, 4, 16, 64], ..full.scale },
             theory: (vec![4, 16], vec![25, 50, 100]),
             ..full

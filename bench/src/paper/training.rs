@@ -70,8 +70,7 @@ pub trait Learner {
     ///
     /// # Errors
     /// What the client says.
-    fn learn(&mut self, worker: &mut Worker<Node>, clock: usize, watch: &mut Watch<Self::Sums>)
-    -> Result<()>;
+    fn learn(&mut self, worker: &mut Worker<Node>, watch: &mut Watch<Self::Sums>) -> Result<()>;
 
     /// The worker's part of the objective.
     fn objective(&self, sums: &Self::Sums) -> f64;
@@ -275,8 +274,8 @@ fn work<A: Application>(
     let before = Accesses::from(worker.stats());
     let mut worked = Worked { initial: learner.objective(&watch.sums()), ..Worked::default() };
     (worked.start, worked.traffic.0) = (node.now(), place.traffic());
-    for clock in 0..job.clocks {
-        learner.learn(&mut worker, clock, &mut watch)?;
+    for _ in 0..job.clocks {
+        learner.learn(&mut worker, &mut watch)?;
         worker.clock()?;
         let objective = learner.objective(&watch.sums());
         worked.objectives.push((node.now(), objective));
