@@ -14,7 +14,7 @@ use fervor_verbs::transport::sim::Fabric;
 
 /// Few nodes, few clocks.
 fn tiny() -> Plan {
-    let course = Course { clocks: 8, charge: Duration::from_millis(40), target: 0.95, vap: vec![0.3] };
+    let course = Course { clocks: 8, charge: Duration::from_millis(40), target: 0.95, vap: vec![0.3, 0.1] };
     Plan {
         workers: 6,
         servers: 2,

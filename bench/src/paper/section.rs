@@ -206,16 +206,21 @@ impl Plan {
         self.course(app).vap.iter().map(|&v0| Model::Vap { v0 })
     }
 
+    /// VAP with the greatest of its bounds, if there is one: to simulate smaller ones takes long.
+    pub fn loosest(&self, app: App) -> Option<Model> {
+        self.value_bounded(app).next()
+    }
+
     /// All models.
     pub fn all_models(&self, app: App) -> Vec<Model> {
         self.models().into_iter().chain(self.value_bounded(app)).collect()
     }
 
-    /// BSP, the models with a few values of s, VAP with its first bound: what figures show.
+    /// BSP, the models with a few values of s, VAP with its greatest bound: what figures show.
     pub fn shown(&self, app: App) -> Vec<Model> {
         let both = |s: u32| [ssp(s), essp(s)];
         let few = self.few().into_iter().flat_map(both);
-        std::iter::once(Model::Bsp).chain(few).chain(self.value_bounded(app).take(1)).collect()
+        std::iter::once(Model::Bsp).chain(few).chain(self.loosest(app)).collect()
     }
 
     /// The values of s that are shown where all would be too many: the least, one between, the greatest.

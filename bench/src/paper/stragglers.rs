@@ -62,7 +62,7 @@ impl<'a> Stragglers<'a> {
 
     fn claims(&self) -> Vec<Claim> {
         let few = self.plan.few();
-        let vap: Vec<Model> = self.plan.value_bounded(App::Mf).take(1).collect();
+        let vap: Vec<Model> = self.plan.loosest(App::Mf).into_iter().collect();
         let essps: Vec<_> = few.iter().map(|&s| (s, self.time(essp(s), Machines::Pausing))).collect();
         let slowest = self.of(Model::Bsp, Machines::OneSlow).seconds;
         let ends: Vec<f64> = few.iter().map(|&s| self.of(essp(s), Machines::OneSlow).seconds).collect();
