@@ -31,7 +31,7 @@ const MODELS: [&[&str]; 4] = [
 
 /// Part of the reads at -1.
 fn at_minus_one(report: &Report) -> f64 {
-    let all = &report.clock_differential;
+    let all = &report.run.clock_differential;
     all.get(&-1).copied().unwrap_or(0) as f64 / all.values().sum::<u64>().max(1) as f64
 }
 
@@ -57,7 +57,7 @@ pub fn section() -> Result<Section> {
     }
     let of =
         |reports: &[Report], value: &dyn Fn(&Report) -> Option<f64>| Spread::new(reports.iter().map(value));
-    let mean = |reports: &[Report]| of(reports, &Report::mean_differential);
+    let mean = |reports: &[Report]| of(reports, &|report| report.run.mean_differential());
     let mut table = TextTable::new(["model", "seconds", "last loss", "mean differential", "at -1"]);
     for reports in &reports {
         let first = reports.first().context("a model has not been run")?;
