@@ -17,7 +17,7 @@
 //! | [`latency`] | what a hit, a miss and an update take, one by one |
 //! | [`model`] | consistency models on the command line |
 //! | [`server`] | starting and stopping a server of our own |
-//! | [`machine`], [`report`] | where it was measured; tables and files |
+//! | [`machine`], [`report`], [`figures`] | where it was measured; tables and files; curves and bars |
 
 #![forbid(unsafe_code)]
 
@@ -25,6 +25,7 @@ pub mod check;
 pub mod data;
 pub mod demo;
 pub mod devices;
+pub mod figures;
 pub mod job;
 pub mod latency;
 pub mod lda;

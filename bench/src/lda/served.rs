@@ -40,6 +40,21 @@ const SHARDS: u64 = 256;
 /// Counts that are fetched together: so many rows as have about this many.
 const RUN: usize = 1 << 14;
 
+/// Looks on while a worker draws topics: a simulation, which charges time for it and adds up what changes. `()` does not.
+pub trait Observer {
+    /// The rows of `words` were read; next, topics for `tokens` tokens of them are drawn.
+    fn fetched(&mut self, words: &[u64], rows: &[i32], tokens: usize);
+
+    /// The row of `word`, and so the totals, will have these changes.
+    fn changed(&mut self, word: u64, changes: &[(u32, i32)]);
+}
+
+impl Observer for () {
+    fn fetched(&mut self, _words: &[u64], _rows: &[i32], _tokens: usize) {}
+
+    fn changed(&mut self, _word: u64, _changes: &[(u32, i32)]) {}
+}
+
 /// The tables of a job.
 #[derive(Debug, Clone)]
 pub struct Tables {
@@ -91,6 +106,11 @@ impl Tables {
             },
             run: (RUN / prior.topics).clamp(1, 64),
         })
+    }
+
+    /// Fetches so many rows together, instead of about as many as have [`RUN`] counts.
+    pub fn in_runs_of(self, rows: usize) -> Self {
+        Tables { run: rows, ..self }
     }
 
     /// Adds the topics that the tokens of `sampler` have, and waits until all workers have done that.
@@ -173,6 +193,7 @@ impl Tables {
         worker: &mut Worker<T>,
         sampler: &mut Sampler,
         part: usize,
+        observer: &mut impl Observer,
     ) -> Result<(), Error> {
         let width = self.words.width();
         let mut fetched = vec![0; self.run * width];
@@ -190,10 +211,13 @@ impl Tables {
             words.clear();
             words.extend(groups.iter().map(|group| u64::from(group.word)));
             let ends = groups.iter().map(|group| group.tokens as usize).collect::<Vec<_>>();
-            worker.get_many(&self.words, &words, &mut fetched[..words.len() * width])?;
-            for ((&word, tokens), row) in words.iter().zip(ends).zip(fetched.chunks_exact_mut(width)) {
+            let rows = &mut fetched[..words.len() * width];
+            worker.get_many(&self.words, &words, rows)?;
+            observer.fetched(&words, rows, ends.iter().sum());
+            for ((&word, tokens), row) in words.iter().zip(ends).zip(rows.chunks_exact_mut(width)) {
                 let changes = sampler.word(row, first..first + tokens);
                 first += tokens;
+                observer.changed(word, changes);
                 add(worker, &self.words, word, changes)?;
             }
             done += words.len();
@@ -279,7 +303,7 @@ impl<T: Transport> Counts for Served<'_, T> {
     }
 
     fn sample(&mut self, sampler: &mut Sampler, part: usize) -> Result<()> {
-        Ok(self.tables.sample(&mut self.worker, sampler, part)?)
+        Ok(self.tables.sample(&mut self.worker, sampler, part, &mut ())?)
     }
 
     fn clock(&mut self) -> Result<()> {

@@ -25,9 +25,37 @@ fn list(values: impl IntoIterator<Item = (u32, String)>) -> String {
     values.into_iter().map(|(s, value)| format!("s={s}: {value}")).collect::<Vec<_>>().join(", ")
 }
 
-/// A time that may not have been reached.
-fn time(seconds: Option<f64>) -> String {
-    seconds.map_or("never".into(), |seconds| format!("{seconds:.2} s"))
+/// What the same measurement gave with several seeds; what was never reached is infinite.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Spread(Vec<f64>);
+
+impl Spread {
+    /// Of these; `None` was never reached.
+    pub fn new(values: impl IntoIterator<Item = Option<f64>>) -> Self {
+        let mut sorted: Vec<f64> = values.into_iter().map(|value| value.unwrap_or(f64::INFINITY)).collect();
+        sorted.sort_by(f64::total_cmp);
+        Self(sorted)
+    }
+
+    /// The middle one, if it was reached (of an even number, the later).
+    pub fn median(&self) -> Option<f64> {
+        self.0.get(self.0.len() / 2).copied().filter(|median| median.is_finite())
+    }
+
+    /// The median, and the least and the greatest if they differ.
+    pub fn text(&self, digits: usize) -> String {
+        let number = |value: f64| match value.is_finite() {
+            true => format!("{value:.digits$}"),
+            false => "never".to_owned(),
+        };
+        let median = number(self.median().unwrap_or(f64::INFINITY));
+        match (self.0.first(), self.0.last()) {
+            (Some(first), Some(last)) if first < last => {
+                format!("{median} ({} to {})", number(*first), number(*last))
+            }
+            _ => median,
+        }
+    }
 }
 
 /// BSP: every read is of the clock before.
@@ -58,12 +86,15 @@ pub fn essp_mean(means: &[(u32, f64)]) -> Claim {
     )
 }
 
-/// ESSP is at the target no later than SSP. Of each s the times of SSP and ESSP.
-pub fn essp_no_later(times: &[(u32, Option<f64>, Option<f64>)]) -> Claim {
+/// ESSP needs no more of `what` to the target than SSP: medians. Of each s what SSP and ESSP need.
+pub fn essp_no_more(claim: &str, digits: usize, needs: &[(u32, Spread, Spread)]) -> Claim {
+    let text = |(s, ssp, essp): &(u32, Spread, Spread)| {
+        (*s, format!("{} for {}", essp.text(digits), ssp.text(digits)))
+    };
     Claim::new(
-        "ESSP(s) reaches the target no later than SSP(s), at every s",
-        list(times.iter().map(|&(s, ssp, essp)| (s, format!("{} for {}", time(essp), time(ssp))))),
-        times.iter().all(|&(_, ssp, essp)| match (ssp, essp) {
+        claim,
+        list(needs.iter().map(text)),
+        needs.iter().all(|(_, ssp, essp)| match (ssp.median(), essp.median()) {
             (Some(ssp), Some(essp)) => essp <= ssp,
             (None, essp) => essp.is_some(),
             (Some(_), None) => false,
@@ -122,7 +153,8 @@ mod tests {
 
     #[test]
     fn a_target_that_is_never_reached_is_later_than_any() {
-        let no_later = |ssp, essp| essp_no_later(&[(3, ssp, essp)]).holds;
+        let of = |time| Spread::new([time]);
+        let no_later = |ssp, essp| essp_no_more("", 2, &[(3, of(ssp), of(essp))]).holds;
         assert!(no_later(Some(2.0), Some(2.0)));
         assert!(!no_later(Some(2.0), Some(2.01)));
         assert!(no_later(None, Some(9.0)));
@@ -132,6 +164,17 @@ mod tests {
         assert!(sooner(Some(1.3), Some(1.0)));
         assert!(!sooner(Some(1.29), Some(1.0)));
         assert!(!sooner(None, Some(1.0)) && !sooner(Some(1.0), None));
+    }
+
+    #[test]
+    fn the_median_decides_and_the_spread_is_told() {
+        let ssp = Spread::new([Some(1.5), None, Some(1.2)]);
+        let essp = Spread::new([Some(1.4), Some(1.0), Some(1.6)]);
+        let claim = essp_no_more("", 1, &[(1, ssp.clone(), essp.clone())]);
+        assert!(claim.holds && claim.found == "s=1: 1.4 (1.0 to 1.6) for 1.5 (1.2 to never)", "{claim:?}");
+        assert!(!essp_no_more("", 1, &[(1, essp, ssp)]).holds);
+        assert_eq!(Spread::new([None, Some(1.0), None]).text(1), "never (1.0 to never)");
+        assert_eq!(Spread::new([Some(2.0); 3]).text(1), "2.0");
     }
 
     #[test]

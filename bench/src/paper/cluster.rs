@@ -20,7 +20,7 @@ use fervor_client::{Client, ClientOptions};
 use fervor_server::{Config, Server};
 use fervor_verbs::{
     Address,
-    transport::sim::{Fabric, Machine, Node, Settings, Sim},
+    transport::sim::{Busy, Fabric, Machine, Node, Sent, Settings, Sim},
 };
 use serde::Serialize;
 
@@ -85,6 +85,33 @@ pub struct Place {
     pub client: Client<Node>,
     /// Its number.
     pub number: usize,
+    /// The servers' nodes.
+    servers: Arc<Vec<Node>>,
+}
+
+impl Place {
+    /// What the network, and the busiest of the servers in each way, have done so far.
+    pub fn traffic(&self) -> Traffic {
+        let busy = || self.servers.iter().map(|node| self.sim.busy(node));
+        let most = |of: fn(Busy) -> Duration| busy().map(of).max().unwrap_or_default();
+        Traffic {
+            sent: self.sim.sent(),
+            busiest: Busy {
+                sending: most(|busy| busy.sending),
+                receiving: most(|busy| busy.receiving),
+                threads: most(|busy| busy.threads),
+            },
+        }
+    }
+}
+
+/// What the network and the servers have done.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Traffic {
+    /// All that was sent.
+    pub sent: Sent,
+    /// Of the servers.
+    pub busiest: Busy,
 }
 
 /// What a simulation has come to.
@@ -127,8 +154,9 @@ pub fn run<X: Send + 'static>(
         working: AtomicUsize::new(cluster.workers),
         results: Mutex::new(Vec::new()),
     });
-    for (number, address) in addresses.iter().enumerate() {
-        let node = sim.node(&format!("server {number}"));
+    let servers: Arc<Vec<Node>> =
+        Arc::new((0..cluster.servers).map(|number| sim.node(&format!("server {number}"))).collect());
+    for (number, (address, node)) in addresses.iter().zip(servers.iter().cloned()).enumerate() {
         let (sim_inside, shared) = (sim.clone(), shared.clone());
         let mut config = Config::new(address.clone());
         config.id = number as u64;
@@ -141,8 +169,8 @@ pub fn run<X: Send + 'static>(
     for number in 0..cluster.workers {
         let node = sim.node(&format!("worker {number}"));
         sim.machine(&node, cluster.machines.machine(number));
-        let (sim_inside, shared, work, addresses) =
-            (sim.clone(), shared.clone(), work.clone(), addresses.clone());
+        let (sim_inside, shared, work, addresses, servers) =
+            (sim.clone(), shared.clone(), work.clone(), addresses.clone(), servers.clone());
         let options = ClientOptions {
             clients: cluster.workers as u16,
             cache_bytes: cluster.cache,
@@ -156,7 +184,7 @@ pub fn run<X: Send + 'static>(
             }
             let result =
                 Client::connect_on(&node, &addresses, options).map_err(Into::into).and_then(|client| {
-                    let place = Place { sim: sim_inside, node, client, number };
+                    let place = Place { sim: sim_inside, node, client, number, servers };
                     let result = work(&place)?;
                     place.client.close()?;
                     Ok(result)

@@ -1,6 +1,6 @@
 //! `fervor-bench paper`: the paper's experiments, from one command.
 //!
-//! The real server and client run on a simulated cluster ([`cluster`]) and train for real ([`mf`]); time is that of the
+//! The real server and client run on a simulated cluster ([`cluster`]) and train for real ([`training`]: [`mf`], [`lda`]); time is that of the
 //! network's and the machines' model. Each experiment names the runs that it needs, all of them are simulated ([`runs`]), one on
 //! each processor, and each experiment makes its [`section`] of the page of them. What the paper says is a
 //! [`claims`] away from what was found.
@@ -11,7 +11,7 @@
 //! | [`shares`] | 2: computing, waiting, communication against s |
 //! | [`convergence`] | 3: convergence by clock and by time |
 //! | [`robustness`] | 4: step sizes at which staleness hurts |
-//! | [`theory`] | 5: regret on convex functions |
+//! | [`theory`], [`value`] | 5: regret on convex functions; VAP's bound |
 //! | [`scale`] | 6: more and more workers |
 //! | [`stragglers`] | 7: a slow worker, and pauses |
 //! | [`real`] | `--real`: on this machine |
@@ -27,13 +27,13 @@ use clap::Args;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
-use crate::{machine, report::write_json};
+use crate::{lda::corpus::generate as corpus, machine, report::write_json};
 
 pub mod claims;
 pub mod cluster;
 pub mod convergence;
 pub mod differentials;
-pub mod figures;
+pub mod lda;
 pub mod mf;
 pub mod page;
 pub mod real;
@@ -44,16 +44,35 @@ pub mod section;
 pub mod shares;
 pub mod stragglers;
 pub mod theory;
+pub mod training;
+pub mod value;
 
 use page::Preface;
 use runs::{Runs, Spec};
 use section::{Experiment, Plan, Section};
 
-/// What one step of SGD for one rating is taken to cost, if it is not measured.
-const RATING: Duration = Duration::from_nanos(16);
-/// How many ratings a clock of a worker of [`Plan::workers`] stands for. (Far fewer are trained on: the mathematics of more would be the
-/// same.)
+/// What one step of SGD for one rating, and drawing a topic for one token, are taken to cost, if they are not measured.
+const TAKEN: Costs = Costs { rating: Duration::from_nanos(16), token: Duration::from_nanos(32) };
+/// How many ratings, or tokens, a clock of a worker of [`Plan::workers`] stands for. (Far fewer are trained on: the
+/// mathematics of more would be the same.)
 const RATINGS: u32 = 2_500_000;
+const TOKENS: u32 = 1_250_000;
+
+/// What computing costs.
+#[derive(Debug, Clone, Copy)]
+pub struct Costs {
+    /// A step of SGD for one rating.
+    pub rating: Duration,
+    /// Drawing a topic for one token.
+    pub token: Duration,
+}
+
+impl Costs {
+    /// As they are on this machine now.
+    fn measure(plan: &Plan) -> Self {
+        Self { rating: plan.ratings(plan.seed).measure(), token: plan.documents(plan.seed).measure() }
+    }
+}
 
 /// Options of `fervor-bench paper`.
 #[derive(Debug, Clone, Args)]
@@ -61,15 +80,18 @@ pub struct PaperOptions {
     /// Folder for the page, the figures and the results; made if it is not there
     #[arg(long, value_name = "DIR", default_value = "out/paper")]
     pub out: PathBuf,
-    /// Fewer clocks and fewer values of s
+    /// Fewer clocks, values of s and seeds, a smaller matrix
     #[arg(long)]
     pub quick: bool,
     /// Train on this machine, too, in real time
     #[arg(long)]
     pub real: bool,
-    /// Measure what a rating costs on this machine, instead of taking 16 ns: then no two runs are the same
+    /// Let computing cost what it does on this machine now, instead of what it is taken to: then no two runs are the same
     #[arg(long)]
     pub measure: bool,
+    /// The first seed of the data, the initial values and the simulations
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
 }
 
 /// Runs the experiments and writes `index.html`, `results.json` and the figures.
@@ -78,20 +100,27 @@ pub struct PaperOptions {
 /// When a simulation fails, or the folder cannot be written.
 pub fn run(options: &PaperOptions) -> Result<Vec<Section>> {
     let mut plan = if options.quick { Plan::quick() } else { Plan::full() };
-    let cost = if options.measure { mf::Input::new(&plan.planted(), plan.rank, 1).measure() } else { RATING };
-    plan.charge = cost * RATINGS;
-    let real = options.real.then_some(options.quick);
-    run_plan(&plan, cost, &options.out, real)
+    plan.seed = options.seed;
+    let measured = Costs::measure(&plan);
+    let costs = if options.measure { measured } else { TAKEN };
+    plan.mf.charge = costs.rating * RATINGS;
+    plan.lda.charge = costs.token * TOKENS;
+    let note = format!(
+        "{:?} for a rating, {:?} for a token; here and now they were measured as {:?} and {:?}",
+        costs.rating, costs.token, measured.rating, measured.token
+    );
+    run_plan(&plan, &note, &options.out, options.real)
 }
 
-/// As [`run`], with a plan. `real`: on this machine, too, and whether quickly.
+/// As [`run`], with a plan, and what there is to say about what computing costs. `real`: on this machine,
+/// too.
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_plan(plan: &Plan, cost: Duration, out: &Path, real: Option<bool>) -> Result<Vec<Section>> {
+pub fn run_plan(plan: &Plan, costs: &str, out: &Path, real: bool) -> Result<Vec<Section>> {
     let start = Instant::now();
     more_files();
-    let preface_parameters = parameters(plan, cost);
+    let preface_parameters = parameters(plan, costs);
     for (name, value) in &preface_parameters {
         println!("{name}: {value}");
     }
@@ -103,24 +132,17 @@ pub fn run_plan(plan: &Plan, cost: Duration, out: &Path, real: Option<bool>) -> 
         scale::EXPERIMENT,
         stragglers::EXPERIMENT,
     ];
-    let mut runs = Runs::new(mf::Input::new(&plan.planted(), plan.rank, 1), plan.servers);
     let specs: Vec<Spec> = experiments.iter().flat_map(|experiment| (experiment.specs)(plan)).collect();
-    runs.simulate(&specs, |number, count, spec| {
-        let Spec { model, workers, fabric, machines, step, .. } = spec;
-        let seconds = start.elapsed().as_secs();
-        println!(
-            "{seconds:>4} s  {:>3} of {count}: {model}, {workers} workers, {}, {machines:?}, step {step}",
-            number + 1,
-            fabric.name
-        );
+    let runs = Runs::simulate(plan, &specs, |number, count, spec| {
+        println!("{:>4} s  {:>3} of {count}: {spec}", start.elapsed().as_secs(), number + 1);
     })?;
     let mut sections: Vec<Section> =
         experiments.iter().map(|experiment| (experiment.section)(plan, &runs)).collect::<Result<_>>()?;
     println!("{:>4} s  theory", start.elapsed().as_secs());
     sections.insert(4, theory::section(plan)?);
-    if let Some(quick) = real {
+    if real {
         println!("{:>4} s  on this machine", start.elapsed().as_secs());
-        sections.push(real::section(quick)?);
+        sections.push(real::section()?);
     }
     let preface = Preface {
         machine: format!(
@@ -146,8 +168,10 @@ fn more_files() {
 }
 
 /// The model's parameters, for people.
-fn parameters(plan: &Plan, cost: Duration) -> Vec<(String, String)> {
+fn parameters(plan: &Plan, costs: &str) -> Vec<(String, String)> {
     let (rows, columns, ratings) = plan.matrix;
+    let (documents, words, tokens) = plan.corpus;
+    let workers = plan.workers;
     let fabric = |fabric: fervor_verbs::transport::sim::Fabric| {
         let text = format!(
             "{:?} + up to {:?} of latency, {} Gb/s, {:?} for a message at least, {} bytes of headers, {:?} to wake a thread, {:?} to \
@@ -168,23 +192,35 @@ fn parameters(plan: &Plan, cost: Duration) -> Vec<(String, String)> {
             format!("{} of one worker each, and {} servers of one shard", plan.workers, plan.servers),
         ),
         (
-            "matrix".into(),
-            format!("{rows} x {columns}, {ratings} ratings around planted factors; rank {}", plan.rank),
-        ),
-        (
-            "computing".into(),
+            "MF".into(),
             format!(
-                "{:?} in a clock of one of {} workers: {RATINGS} ratings of {cost:?} each, of which {} are trained on; from \
-                 one time to the next up to {} % more or less",
-                plan.charge,
-                plan.workers,
-                ratings / plan.workers as u64,
-                100.0 * cluster::JITTER
+                "{rows} x {columns}, {ratings} ratings around planted factors; rank {}; {} clocks, steps of {}, all ratings in \
+                 each clock",
+                plan.rank, plan.mf.clocks, plan.step
             ),
         ),
         (
-            "a run".into(),
-            format!("{} clocks, steps of {}, all ratings in each clock", plan.clocks, plan.step),
+            "LDA".into(),
+            format!(
+                "{documents} documents, {words} words, {tokens} tokens around {} planted topics; {} topics; {} clocks, all tokens \
+                 in each clock",
+                corpus::PLANTED_TOPICS,
+                plan.topics,
+                plan.lda.clocks
+            ),
+        ),
+        ("computing".into(), costs.to_owned()),
+        (
+            "a clock".into(),
+            format!(
+                "of MF stands for {RATINGS} ratings of each of {workers} workers, {:?}, of which {} are trained on; of LDA for \
+                 {TOKENS} tokens, {:?}, of which {}; from one time to the next up to {} % more or less",
+                plan.mf.charge,
+                ratings / workers as u64,
+                plan.lda.charge,
+                tokens as usize / workers,
+                100.0 * cluster::JITTER
+            ),
         ),
         fabric(fervor_verbs::transport::sim::Fabric::roce_25g()),
         fabric(fervor_verbs::transport::sim::Fabric::ethernet_1g()),
@@ -199,7 +235,7 @@ fn write(out: &Path, plan: &Plan, preface: &Preface, sections: &[Section]) -> Re
     };
     for (number, section) in (1..).zip(sections) {
         for figure in &section.figures {
-            let title = figure.title.to_lowercase().replace(' ', "-");
+            let title = figure.title.to_lowercase().replace(": ", "-").replace(' ', "-");
             put(&format!("{number}-{title}.svg"), &figure.svg)?;
         }
     }

@@ -6,12 +6,14 @@ use serde_json::json;
 
 use super::{
     claims::Claim,
-    figures::{Axis, Curve, curves},
-    mf::MfRun,
     runs::{Runs, Spec},
-    section::{Experiment, Figure, Plan, Section, essp, ssp},
+    section::{App, Experiment, Figure, Plan, Section, essp, ssp},
+    training::Run,
 };
-use crate::report::TextTable;
+use crate::{
+    figures::{Axis, Curve, curves},
+    report::TextTable,
+};
 
 /// See the module.
 pub const EXPERIMENT: Experiment = Experiment { specs, section };
@@ -20,7 +22,7 @@ pub const EXPERIMENT: Experiment = Experiment { specs, section };
 const SAME: f64 = 1.25;
 
 fn run(plan: &Plan, model: Model, step: f32) -> Spec {
-    Spec { step, ..plan.run(model) }
+    Spec { step, ..plan.run(App::Mf, model) }
 }
 
 fn specs(plan: &Plan) -> Vec<Spec> {
@@ -29,9 +31,8 @@ fn specs(plan: &Plan) -> Vec<Spec> {
 }
 
 /// The last loss as part of the first; 100 where it went beyond all bounds.
-fn last(run: &MfRun) -> f64 {
-    let last = run.by_clock.last().map_or(f64::INFINITY, |loss| loss / run.initial);
-    if run.diverged || !last.is_finite() { 100.0 } else { last }
+fn last(run: &Run) -> f64 {
+    run.last().map(|loss| loss / run.initial).filter(|part| part.is_finite()).unwrap_or(100.0)
 }
 
 fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
@@ -69,7 +70,7 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
         paper: "There are step sizes at which SSP converges ever worse as s grows, and may diverge, while ESSP does not notice.",
         setup: format!(
             "The loss after {} clocks, as part of the initial one (100: it went beyond all bounds), for {} sizes of the step.",
-            plan.clocks,
+            plan.mf.clocks,
             plan.steps.len()
         ),
         figures: vec![Figure::new(

@@ -2,26 +2,31 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use fervor_client::Model;
 use fervor_verbs::transport::sim::Fabric;
 
 use super::{
     cluster::{Cluster, Machines},
-    mf::{self, Input, Job, MfRun},
+    lda, mf,
+    section::{App, Plan},
+    training::{self, Application, Job, Run},
 };
 
-/// A run of matrix factorisation.
+/// A run of training.
 #[derive(Debug, Clone)]
 pub struct Spec {
-    /// The table's model.
+    /// What is trained.
+    pub app: App,
+    /// The tables' model.
     pub model: Model,
     /// Worker nodes.
     pub workers: usize,
@@ -29,12 +34,14 @@ pub struct Spec {
     pub fabric: Fabric,
     /// The machines.
     pub machines: Machines,
-    /// Size of a step.
+    /// Size of a step of matrix factorisation.
     pub step: f32,
     /// Clocks.
     pub clocks: usize,
     /// What a worker computes in a clock.
     pub charge: Duration,
+    /// Seed of all chance: in the data, and in the simulation.
+    pub seed: u64,
 }
 
 impl Spec {
@@ -42,27 +49,98 @@ impl Spec {
     fn key(&self) -> String {
         format!("{self:?}")
     }
+
+    /// About how long it takes to simulate, for an order.
+    fn effort(&self) -> f64 {
+        let by_value = if let Model::Vap { v0 } = self.model { 10.0 / f64::from(v0).sqrt() } else { 1.0 };
+        by_value * (self.workers * self.clocks) as f64
+    }
+}
+
+impl fmt::Display for Spec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { app, model, workers, fabric, machines, step, charge, seed, .. } = self;
+        write!(f, "{app}, {model}, {workers} workers, {}, {machines:?}, clocks of {charge:?}", fabric.name)?;
+        if *app == App::Mf {
+            write!(f, ", step {step}")?;
+        }
+        write!(f, ", seed {seed}")
+    }
 }
 
 /// Runs that have been simulated.
 #[derive(Debug)]
 pub struct Runs {
-    input: Arc<Input>,
     servers: usize,
-    done: BTreeMap<String, MfRun>,
-    /// Real time that simulating has taken, over all processors.
-    pub simulating: Duration,
+    /// By seed.
+    ratings: BTreeMap<u64, Arc<mf::Input>>,
+    /// By seed.
+    documents: BTreeMap<u64, Arc<lda::Input>>,
+    done: BTreeMap<String, Run>,
 }
 
 impl Runs {
-    /// None yet.
-    pub fn new(input: Input, servers: usize) -> Self {
-        Self { input: Arc::new(input), servers, done: BTreeMap::new(), simulating: Duration::ZERO }
+    /// Simulates `specs`, several at a time; `told` hears of each before.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub fn simulate(plan: &Plan, specs: &[Spec], told: impl Fn(usize, usize, &Spec) + Sync) -> Result<Self> {
+        let mut runs = Self {
+            servers: plan.servers,
+            ratings: BTreeMap::new(),
+            documents: BTreeMap::new(),
+            done: BTreeMap::new(),
+        };
+        for &Spec { app, seed, .. } in specs {
+            match app {
+                App::Mf => _ = runs.ratings.entry(seed).or_insert_with(|| Arc::new(plan.ratings(seed))),
+                App::Lda => _ = runs.documents.entry(seed).or_insert_with(|| Arc::new(plan.documents(seed))),
+            }
+        }
+        let different: BTreeMap<String, &Spec> = specs.iter().map(|spec| (spec.key(), spec)).collect();
+        // The longest first: so no processor is idle at the end.
+        let mut different: Vec<_> = different.into_iter().collect();
+        different.sort_by(|(_, a), (_, b)| b.effort().total_cmp(&a.effort()));
+        let outcomes = in_parallel(&different, |number, core, (_, spec)| {
+            told(number, different.len(), spec);
+            runs.one(spec, core).with_context(|| spec.to_string())
+        });
+        let done = different.into_iter().zip(outcomes).map(|((key, _), run)| Ok((key, run?)));
+        runs.done = done.collect::<Result<_>>()?;
+        Ok(runs)
     }
 
-    /// What is trained on.
-    pub fn input(&self) -> &Input {
-        &self.input
+    /// Simulates one.
+    fn one(&self, spec: &Spec, core: Option<usize>) -> Result<Run> {
+        match spec.app {
+            App::Mf => {
+                let input = self.ratings[&spec.seed].clone();
+                self.train(spec, core, Arc::new(mf::Factorisation { input, step: spec.step }))
+            }
+            App::Lda => self.train(spec, core, self.documents[&spec.seed].clone()),
+        }
+    }
+
+    fn train<A: Application>(&self, spec: &Spec, core: Option<usize>, application: Arc<A>) -> Result<Run> {
+        let &Spec { model, workers, machines, clocks, charge, seed, .. } = spec;
+        let cluster = Cluster {
+            workers,
+            servers: self.servers,
+            fabric: spec.fabric.clone(),
+            machines,
+            seed,
+            cache: application.cache(),
+            core,
+        };
+        training::run(&cluster, &application, Job { model, clocks, charge })
+    }
+
+    /// The ratings of a seed with which there was a run.
+    ///
+    /// # Panics
+    /// When there was none.
+    pub fn ratings(&self, seed: u64) -> &mf::Input {
+        &self.ratings[&seed]
     }
 
     /// Server nodes of each run.
@@ -80,47 +158,11 @@ impl Runs {
         self.done.values().map(|run| run.events).sum()
     }
 
-    /// Simulates those of `specs` that have not been, several at a time; `told` hears of each.
-    ///
-    /// # Errors
-    /// The first failure.
-    pub fn simulate(&mut self, specs: &[Spec], told: impl Fn(usize, usize, &Spec) + Sync) -> Result<()> {
-        let mut missing: BTreeMap<String, &Spec> = specs.iter().map(|spec| (spec.key(), spec)).collect();
-        missing.retain(|key, _| !self.done.contains_key(key));
-        // The longest first: so no processor is idle at the end.
-        let mut missing: Vec<_> = missing.into_iter().collect();
-        missing.sort_by_key(|(_, spec)| {
-            std::cmp::Reverse((spec.model.value_bounded(), spec.workers * spec.clocks))
-        });
-        let (input, servers) = (&self.input, self.servers);
-        let outcomes = in_parallel(&missing, |number, core, (_, spec)| {
-            told(number, missing.len(), spec);
-            let cluster = Cluster {
-                workers: spec.workers,
-                servers,
-                fabric: spec.fabric.clone(),
-                machines: spec.machines,
-                seed: 1,
-                cache: input.cache(),
-                core,
-            };
-            let Spec { model, step, clocks, charge, .. } = **spec;
-            let start = Instant::now();
-            mf::run(&cluster, input, Job { model, step, clocks, charge }).map(|run| (run, start.elapsed()))
-        });
-        for ((key, _), outcome) in missing.into_iter().zip(outcomes) {
-            let (run, took) = outcome?;
-            self.simulating += took;
-            self.done.insert(key, run);
-        }
-        Ok(())
-    }
-
     /// A run that has been simulated.
     ///
     /// # Panics
     /// When it has not.
-    pub fn get(&self, spec: &Spec) -> &MfRun {
+    pub fn get(&self, spec: &Spec) -> &Run {
         self.done.get(&spec.key()).expect("an experiment names all its runs before")
     }
 }

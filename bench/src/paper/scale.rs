@@ -1,4 +1,10 @@
-//! Experiment 6: the same job on more and more workers.
+//! Experiment 6: the same job on more and more workers, to where it stops scaling.
+//!
+//! What all workers together compute in a clock is the same ([`Plan::scale`]), so a worker's part gets shorter with each
+//! that joins; but each of them holds about as many columns as before, and all of those change in every clock. [`Limits`] is what the
+//! network's parameters say of that, to be set beside what was measured.
+
+use std::time::Duration;
 
 use anyhow::Result;
 use fervor_verbs::transport::sim::Fabric;
@@ -6,12 +12,15 @@ use serde_json::json;
 
 use super::{
     claims::Claim,
-    figures::{Axis, Curve, curves},
-    mf::MfRun,
+    mf,
     runs::{Runs, Spec},
-    section::{Experiment, Figure, Plan, Section, essp, seconds},
+    section::{App, Experiment, Figure, Plan, Scale, Section, essp, seconds},
+    training::Run,
 };
-use crate::report::{TextTable, percent};
+use crate::{
+    figures::{Axis, Curve, curves},
+    report::{TextTable, percent},
+};
 
 /// See the module.
 pub const EXPERIMENT: Experiment = Experiment { specs, section };
@@ -20,19 +29,62 @@ pub const EXPERIMENT: Experiment = Experiment { specs, section };
 const STALENESS: u32 = 3;
 /// Part of perfect speed-up below which a job is said not to scale any more.
 const SCALES: f64 = 0.5;
+/// How much longer than its greatest limit a clock may take, for that to be its reason.
+const EXPLAINED: f64 = 2.0;
+/// Bytes of a row's header, which is pushed with it; and of an update's.
+const HEADERS: (usize, usize) = (32, 8);
+/// What posting a message costs a thread in the simulation.
+const POST: Duration = Duration::from_nanos(60);
 
 fn fabrics() -> [Fabric; 2] {
     [Fabric::roce_25g(), Fabric::ethernet_1g()]
 }
 
 fn run(plan: &Plan, fabric: &Fabric, workers: usize) -> Spec {
-    let charge = plan.charge.mul_f64(plan.workers as f64 / workers as f64);
-    Spec { workers, charge, fabric: fabric.clone(), ..plan.run(essp(STALENESS)) }
+    let charge = plan.scale.computing / workers as u32;
+    let Scale { clocks, step, .. } = plan.scale;
+    Spec { workers, charge, clocks, step, fabric: fabric.clone(), ..plan.run(App::Mf, essp(STALENESS)) }
 }
 
 fn specs(plan: &Plan) -> Vec<Spec> {
-    let of = |fabric: Fabric| plan.scale.iter().map(move |&workers| run(plan, &fabric, workers));
+    let of = |fabric: Fabric| plan.scale.workers.iter().map(move |&workers| run(plan, &fabric, workers));
     fabrics().into_iter().flat_map(of).collect()
+}
+
+/// What a clock takes at least, in seconds, by the parameters of the network alone.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// A worker's computing.
+    computing: f64,
+    /// A server's NIC: it pushes each row that has changed to each worker that holds it.
+    sending: f64,
+    /// A server's thread: it posts those pushes, and applies the updates.
+    thread: f64,
+}
+
+impl Limits {
+    fn new(plan: &Plan, input: &mf::Input, fabric: &Fabric, workers: usize) -> Self {
+        // Who changes a row holds it; and each row has been changed by somebody.
+        let updates = input.updates(workers) as f64 / plan.servers as f64;
+        let pushed = 8 * (HEADERS.0 + input.factor() + fabric.headers);
+        let wire = Duration::from_secs_f64(pushed as f64 / fabric.bandwidth as f64);
+        let applied = fabric.per_kib.mul_f64((HEADERS.1 + input.factor()) as f64 / 1024.0);
+        Self {
+            computing: (plan.scale.computing / workers as u32).as_secs_f64(),
+            sending: updates * wire.max(fabric.per_message).as_secs_f64(),
+            thread: updates * (POST + applied).as_secs_f64(),
+        }
+    }
+
+    /// The greatest, and its name.
+    fn greatest(&self) -> (f64, &'static str) {
+        let all = [
+            (self.computing, "computing"),
+            (self.sending, "the servers' NICs, which send"),
+            (self.thread, "the servers' threads"),
+        ];
+        all.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).expect("there are three")
+    }
 }
 
 /// What there is to say of one network.
@@ -43,58 +95,130 @@ struct Scaling<'a> {
 }
 
 impl<'a> Scaling<'a> {
-    fn of(&self, workers: usize) -> &'a MfRun {
+    fn of(&self, workers: usize) -> &'a Run {
         self.runs.get(&run(self.plan, &self.fabric, workers))
     }
 
     fn fewest(&self) -> usize {
-        self.plan.scale[0]
+        self.plan.scale.workers[0]
+    }
+
+    fn most(&self) -> usize {
+        self.plan.scale.workers[self.plan.scale.workers.len() - 1]
+    }
+
+    fn limits(&self, workers: usize) -> Limits {
+        Limits::new(self.plan, self.runs.ratings(self.plan.seed), &self.fabric, workers)
     }
 
     fn time(&self, workers: usize) -> Option<f64> {
-        self.of(workers).seconds_to(self.plan.target * self.of(workers).initial)
+        self.of(workers).seconds_to(self.plan.mf.target * self.of(workers).initial)
     }
 
     fn clocks(&self, workers: usize) -> Option<usize> {
-        self.of(workers).clocks_to(self.plan.target * self.of(workers).initial)
+        self.of(workers).clocks_to(self.plan.mf.target * self.of(workers).initial)
     }
 
-    /// The speed-up as part of what it could be, compared with the fewest workers.
+    /// What a clock takes, in seconds.
+    fn clock(&self, workers: usize) -> f64 {
+        self.of(workers).seconds / self.plan.scale.clocks as f64
+    }
+
+    /// How often a clock is as short as it could be, compared with the fewest workers.
     fn efficiency(&self, workers: usize) -> f64 {
-        let speed_up = self.time(self.fewest()).zip(self.time(workers)).map_or(0.0, |(one, many)| one / many);
-        speed_up / (workers as f64 / self.fewest() as f64)
+        self.clock(self.fewest()) * self.fewest() as f64 / (self.clock(workers) * workers as f64)
     }
 
-    /// The bytes that move, as part of what the servers' NICs could send.
-    fn busy(&self, workers: usize) -> f64 {
+    /// What was at work for the greatest part of the time, by what was measured.
+    fn busiest(&self, workers: usize) -> (f64, &'static str) {
         let run = self.of(workers);
-        let bits = self.fabric.bandwidth as f64 * self.runs.servers() as f64;
-        8.0 * run.bytes_per_clock * self.plan.clocks as f64 / run.seconds / bits
+        let all = [
+            (run.computing / run.seconds, "the workers' computing"),
+            (run.servers.sending, "the busiest server's NIC, sending"),
+            (run.servers.receiving, "the busiest server's NIC, receiving"),
+            (run.servers.threads, "the busiest server's threads"),
+        ];
+        all.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).expect("there are four")
+    }
+
+    /// The first number of workers to which it does not scale.
+    fn end(&self) -> Option<usize> {
+        self.plan.scale.workers.iter().copied().find(|&workers| self.efficiency(workers) < SCALES)
     }
 
     /// Where it stops scaling, and why.
     fn remark(&self) -> String {
-        let (name, scale) = (self.fabric.name, &self.plan.scale);
-        let Some(&workers) = scale.iter().find(|&&workers| self.efficiency(workers) < SCALES) else {
+        let (name, most) = (self.fabric.name, self.most());
+        let Some(workers) = self.end() else {
+            let part = percent(self.efficiency(most));
             return format!(
-                "On {name} it scales to {} workers: to {} of perfect speed-up.",
-                scale[scale.len() - 1],
-                percent(self.efficiency(scale[scale.len() - 1]))
+                "On {name} it scales to {most} workers: their clocks are at {part} of perfect speed-up."
             );
         };
-        let before = scale.iter().take_while(|&&w| w != workers).last().unwrap_or(&scale[0]);
-        let (run, fewest) = (self.of(workers), self.fewest());
-        let needed =
-            self.clocks(workers).zip(self.clocks(fewest)).map(|(many, few)| many as f64 / few as f64);
+        let before = self.plan.scale.workers.iter().take_while(|&&w| w != workers).last().unwrap_or(&workers);
+        let ((part, busiest), (limit, limiting)) = (self.busiest(workers), self.limits(workers).greatest());
+        let times =
+            self.clocks(workers).zip(self.clocks(*before)).map(|(many, few)| many as f64 / few as f64);
+        let target = match times {
+            Some(times) => format!("takes {times:.2} times as many clocks as with {before}"),
+            None => format!("is not reached in {} clocks", self.plan.scale.clocks),
+        };
         format!(
-            "On {name} it scales to {before} workers. With {workers} it is at {} of perfect speed-up: computing is {} of the time, \
-             since clocks get shorter while each server pushes every changed row to every worker (what moves is {} of what the \
-             servers' NICs can send); and the target takes {} as many clocks as with {fewest}, since more workers change the same \
-             factors without seeing each other's changes.",
+            "On {name} it scales to {before} workers. With {workers} a clock takes {:.3} ms, {} of perfect speed-up. Busiest was {busiest}, \
+             {} of the time; by the model's parameters the limit is {limiting}: {:.3} ms, while a worker computes for {:.3} ms. The \
+             target {target}: who computes so shortly reads what is old by more clocks (a mean differential of {:.2}, after {:.2}).",
+            1e3 * self.clock(workers),
             percent(self.efficiency(workers)),
-            percent(run.computing / run.seconds),
-            percent(self.busy(workers)),
-            needed.map_or("more than".into(), |times| format!("{times:.2} times")),
+            percent(part),
+            1e3 * limit,
+            1e3 * self.limits(workers).computing,
+            self.of(workers).mean_differential(),
+            self.of(*before).mean_differential(),
+        )
+    }
+
+    fn rows(&self, table: &mut TextTable) {
+        for &workers in &self.plan.scale.workers {
+            let (run, limits) = (self.of(workers), self.limits(workers));
+            let ms = |seconds: f64| format!("{:.3}", 1e3 * seconds);
+            table.row([
+                self.fabric.name.to_owned(),
+                workers.to_string(),
+                seconds(self.time(workers)),
+                self.clocks(workers).map_or("never".into(), |clocks| clocks.to_string()),
+                ms(self.clock(workers)),
+                percent(self.efficiency(workers)),
+                ms(limits.computing),
+                ms(limits.sending),
+                ms(limits.thread),
+                percent(run.computing / run.seconds),
+                percent(run.servers.sending),
+                percent(run.servers.threads),
+                format!("{:.0}", run.messages_per_clock),
+                format!("{:.2}", run.bytes_per_clock / 1e6),
+            ]);
+        }
+    }
+
+    fn points(&self, value: impl Fn(usize) -> Option<f64>) -> Vec<(f64, f64)> {
+        self.plan.scale.workers.iter().filter_map(|&w| Some((w as f64, value(w)?))).collect()
+    }
+
+    /// A clock takes no less than its greatest limit, and not much more.
+    fn explained(&self) -> Claim {
+        let all = &self.plan.scale.workers;
+        let times = |workers: usize| self.clock(workers) / self.limits(workers).greatest().0;
+        let each = all
+            .iter()
+            .map(|&w| format!("{w} workers: {:.2} times {}", times(w), self.limits(w).greatest().1));
+        Claim::new(
+            format!(
+                "on {} a clock takes as long as what limits it by the model's parameters, and at most {EXPLAINED} times that",
+                self.fabric.name
+            ),
+            each.collect::<Vec<_>>().join("; "),
+            // Computing is shorter or longer by chance, and the mean over all clocks hardly.
+            all.iter().all(|&workers| (0.98..=EXPLAINED).contains(&times(workers))),
         )
     }
 }
@@ -106,77 +230,75 @@ fn section(plan: &Plan, runs: &Runs) -> Result<Section> {
         "workers",
         "seconds to target",
         "clocks",
+        "ms per clock",
         "of perfect",
+        "limit: computing, ms",
+        "limit: NIC, ms",
+        "limit: thread, ms",
         "computing",
+        "server's NIC",
+        "server's thread",
         "messages per clock",
         "MB per clock",
-        "servers' NICs",
     ]);
-    for (scaling, &workers) in all.iter().flat_map(|scaling| plan.scale.iter().map(move |w| (scaling, w))) {
-        let run = scaling.of(workers);
-        table.row([
-            scaling.fabric.name.to_owned(),
-            workers.to_string(),
-            seconds(scaling.time(workers)),
-            scaling.clocks(workers).map_or("never".into(), |clocks| clocks.to_string()),
-            percent(scaling.efficiency(workers)),
-            percent(run.computing / run.seconds),
-            format!("{:.0}", run.messages_per_clock),
-            format!("{:.2}", run.bytes_per_clock / 1e6),
-            percent(scaling.busy(workers)),
-        ]);
-    }
-    let points = |value: &dyn Fn(usize) -> Option<f64>| -> Vec<(f64, f64)> {
-        plan.scale.iter().filter_map(|&w| Some((w as f64, value(w)?))).collect()
-    };
+    all.iter().for_each(|scaling| scaling.rows(&mut table));
     let fast = &all[0];
-    let perfect = |workers: usize| Some(fast.time(fast.fewest())? * fast.fewest() as f64 / workers as f64);
-    let mut times: Vec<Curve> =
-        all.iter().map(|scaling| Curve::new(scaling.fabric.name, points(&|w| scaling.time(w)))).collect();
-    times.push(Curve::new("perfect", points(&perfect)));
-    let messages = Curve::new("ESSP", points(&|w| Some(fast.of(w).messages_per_clock)));
-    let found: Vec<String> =
-        plan.scale.iter().map(|&w| format!("{w} workers: {} s", seconds(fast.time(w)))).collect();
-    let mut steps = plan.scale.windows(2).filter(|pair| pair[1] <= plan.workers);
-    let mut figures = vec![Figure::new(
-        "Messages per clock",
-        curves(Axis::logarithmic("workers"), Axis::logarithmic("messages per clock"), &[messages])?,
-    )];
+    let mut lines = Vec::new();
+    for scaling in &all {
+        let name = scaling.fabric.name;
+        lines.push(Curve::new(name, scaling.points(|w| Some(1e3 * scaling.clock(w)))));
+        let limit = |w| Some(1e3 * scaling.limits(w).greatest().0);
+        lines.push(Curve::new(format!("{name}: the model's limit"), scaling.points(limit)));
+    }
+    lines.push(Curve::new("computing", fast.points(|w| Some(1e3 * fast.limits(w).computing))));
+    let workers = Axis::logarithmic("workers");
+    let messages = Curve::new("ESSP", fast.points(|w| Some(fast.of(w).messages_per_clock)));
+    let mut figures = vec![
+        Figure::new("A clock against workers", curves(workers, Axis::logarithmic("ms per clock"), &lines)?),
+        Figure::new(
+            "Messages per clock",
+            curves(workers, Axis::logarithmic("messages per clock"), &[messages])?,
+        ),
+    ];
     // Where nobody has reached the target there is nothing to draw, and the claim says so.
+    let times: Vec<Curve> =
+        all.iter().map(|one| Curve::new(one.fabric.name, one.points(|w| one.time(w)))).collect();
     if times.iter().any(|curve| !curve.points.is_empty()) {
-        let svg = curves(Axis::logarithmic("workers"), Axis::logarithmic("seconds to the target"), &times)?;
+        let svg = curves(workers, Axis::logarithmic("seconds to the target"), &times)?;
         figures.insert(0, Figure::new("Time to target against workers", svg));
     }
+    let found: Vec<String> =
+        plan.scale.workers.iter().map(|&w| format!("{w} workers: {}", seconds(fast.time(w)))).collect();
+    let sooner =
+        |pair: &[usize]| fast.time(pair[0]).zip(fast.time(pair[1])).is_some_and(|(fewer, more)| more < fewer);
+    let data = |one: &Scaling<'_>| -> Vec<_> {
+        let of = |&w: &usize| (one.fabric.name, w, one.time(w), one.clock(w), one.of(w).messages_per_clock);
+        plan.scale.workers.iter().map(of).collect()
+    };
     Ok(Section {
         title: "Scale",
         paper: "With more machines the same job is done sooner.",
         setup: format!(
-            "The same ratings, dealt to {:?} workers, under ESSP({STALENESS}); {} servers.",
-            plan.scale,
-            runs.servers()
+            "MF: the same ratings, dealt to {:?} workers, under ESSP({STALENESS}); {} servers. All workers together compute for {} ms in \
+             a clock: so little that it does not scale for ever.",
+            plan.scale.workers,
+            runs.servers(),
+            plan.scale.computing.as_millis()
         ),
         figures,
         table,
-        claims: vec![Claim::new(
+        claims: [Claim::new(
             format!(
                 "on {}, each step to more workers, up to {}, reaches the target sooner",
                 fast.fabric.name, plan.workers
             ),
             found.join(", "),
-            steps.all(|pair| {
-                fast.time(pair[0]).zip(fast.time(pair[1])).is_some_and(|(fewer, more)| more < fewer)
-            }),
-        )],
+            plan.scale.workers.windows(2).filter(|pair| pair[1] <= plan.workers).all(sooner),
+        )]
+        .into_iter()
+        .chain(all.iter().map(Scaling::explained))
+        .collect(),
         remarks: all.iter().map(Scaling::remark).collect(),
-        data: json!(
-            all.iter()
-                .flat_map(|scaling| {
-                    let of = |&w: &usize| {
-                        (scaling.fabric.name, w, scaling.time(w), scaling.of(w).messages_per_clock)
-                    };
-                    plan.scale.iter().map(of).collect::<Vec<_>>()
-                })
-                .collect::<Vec<_>>()
-        ),
+        data: json!(all.iter().flat_map(data).collect::<Vec<_>>()),
     })
 }

@@ -1,6 +1,6 @@
 //! What an experiment hands in, and what all of them are told.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use anyhow::Result;
 use fervor_client::Model;
@@ -11,37 +11,93 @@ use serde_json::Value;
 use super::{
     claims::Claim,
     cluster::Machines,
+    lda, mf,
     runs::{Runs, Spec},
+    training::Run,
 };
-use crate::{data::Planted, report::TextTable};
+use crate::{data::Planted, lda::corpus, report::TextTable};
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum App {
+    /// Matrix factorisation.
+    Mf,
+    /// Topics of documents.
+    Lda,
+}
+
+impl App {
+    /// All of them.
+    pub const ALL: [App; 2] = [App::Mf, App::Lda];
+}
+
+impl fmt::Display for App {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            App::Mf => "MF",
+            App::Lda => "LDA",
+        })
+    }
+}
+
+/// How long an application is trained, and how it is charged.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Course {
+    /// Clocks of a run.
+    pub clocks: usize,
+    /// What a worker of [`Plan::workers`] computes in a clock.
+    pub charge: Duration,
+    /// Where the target is. MF: this part of the initial loss. LDA: this part of the way from the initial log-likelihood to
+    /// that of BSP's last clock.
+    pub target: f64,
+    /// Bounds of VAP in the first clock, the greatest first.
+    pub vap: Vec<f32>,
+}
+
+/// What the experiment about scale does.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Scale {
+    /// Numbers of workers.
+    pub workers: Vec<usize>,
+    /// What all workers together compute in a clock.
+    pub computing: Duration,
+    /// Clocks of a run.
+    pub clocks: usize,
+    /// Size of a step.
+    pub step: f32,
+}
 
 /// How much is done.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plan {
     /// Worker nodes, where nothing else is said.
     pub workers: usize,
     /// Server nodes.
     pub servers: usize,
+    /// Values of s.
+    pub staleness: Vec<u32>,
+    /// The first seed.
+    pub seed: u64,
+    /// Seeds of the runs of which medians are taken.
+    pub seeds: u64,
     /// Rows, columns and ratings of the matrix.
     pub matrix: (u32, u32, u64),
     /// Numbers in a factor.
     pub rank: usize,
-    /// Values of s.
-    pub staleness: Vec<u32>,
-    /// Bounds of VAP in the first clock.
-    pub vap: Vec<f32>,
-    /// Clocks of a run.
-    pub clocks: usize,
     /// Size of a step.
     pub step: f32,
     /// Sizes of a step of the experiment about robustness.
     pub steps: Vec<f32>,
-    /// The target is this part of the initial loss.
-    pub target: f64,
-    /// What a worker of `workers` computes in a clock.
-    pub charge: Duration,
-    /// Numbers of workers of the experiment about scale.
-    pub scale: Vec<usize>,
+    /// Matrix factorisation.
+    pub mf: Course,
+    /// Documents, words and tokens of the corpus.
+    pub corpus: (u32, u32, u32),
+    /// Topics to learn.
+    pub topics: usize,
+    /// LDA.
+    pub lda: Course,
+    /// The experiment about scale.
+    pub scale: Scale,
     /// Numbers of workers, and clocks, of the experiment about theory.
     pub theory: (Vec<usize>, Vec<usize>),
 }
@@ -52,51 +108,90 @@ impl Plan {
         Self {
             workers: 64,
             servers: 8,
+            staleness: (1..=10).collect(),
+            seed: 1,
+            seeds: 5,
             matrix: (1024, 192, 25_600),
             rank: 16,
-            staleness: (1..=10).collect(),
-            vap: vec![0.3, 0.03],
-            clocks: 66,
-            step: 0.005,
+            step: 0.01,
             steps: vec![0.0025, 0.005, 0.01, 0.015],
-            target: 0.1,
-            charge: Duration::from_millis(40),
-            scale: vec![1, 4, 16, 64, 256],
+            mf: Course { clocks: 40, charge: Duration::from_millis(40), target: 0.1, vap: vec![0.3, 0.1] },
+            corpus: (1280, 300, 102_400),
+            topics: 20,
+            lda: Course { clocks: 32, charge: Duration::from_millis(40), target: 0.8, vap: vec![100.0] },
+            scale: Scale {
+                workers: vec![1, 4, 16, 64, 256],
+                computing: Duration::from_millis(32),
+                clocks: 100,
+                step: 0.005,
+            },
             theory: (vec![4, 16, 64], vec![25, 50, 100, 200]),
         }
     }
 
-    /// 64 nodes too, for fewer clocks and values of s.
+    /// 64 nodes too, for a smaller matrix, fewer clocks and values of s.
     pub fn quick() -> Self {
+        let full = Self::full();
         Self {
             staleness: vec![1, 3, 10],
-            vap: vec![0.3],
-            clocks: 33,
-            step: 0.01,
-            steps: vec![0.005, 0.01, 0.015],
-            target: 0.12,
-            scale: vec![1, 4, 16, 64],
+            seeds: 3,
+            matrix: (1024, 96, 25_600),
+            steps: vec![0.005, 0.01],
+            mf: Course { clocks: 26, target: 0.12, vap: vec![0.3], ..full.mf },
+            lda: Course { clocks: 18, vap: vec![], ..full.lda },
+            scale: Scale { workers: vec![1, 4, 16, 64], ..full.scale },
             theory: (vec![4, 16], vec![25, 50, 100]),
-            ..Self::full()
+            ..full
         }
     }
 
-    /// The matrix.
-    pub fn planted(&self) -> Planted {
-        let (rows, columns, ratings) = self.matrix;
-        Planted { rows, columns, ratings }
+    /// How `app` is trained.
+    pub fn course(&self, app: App) -> &Course {
+        match app {
+            App::Mf => &self.mf,
+            App::Lda => &self.lda,
+        }
     }
 
-    /// A run on equal machines and 25 GbE; what differs is changed.
-    pub fn run(&self, model: Model) -> Spec {
+    /// The ratings of this seed.
+    pub fn ratings(&self, seed: u64) -> mf::Input {
+        let (rows, columns, ratings) = self.matrix;
+        mf::Input::new(&Planted { rows, columns, ratings }, self.rank, seed)
+    }
+
+    /// The documents of this seed.
+    pub fn documents(&self, seed: u64) -> lda::Input {
+        let (documents, words, tokens) = self.corpus;
+        lda::Input::new(&corpus::Planted { documents, words, tokens }, self.topics, seed)
+    }
+
+    /// A run on equal machines and 25 GbE, with the first seed; what differs is changed.
+    pub fn run(&self, app: App, model: Model) -> Spec {
+        let Course { clocks, charge, .. } = *self.course(app);
         Spec {
+            app,
             model,
             workers: self.workers,
             fabric: Fabric::roce_25g(),
             machines: Machines::Equal,
             step: self.step,
-            clocks: self.clocks,
-            charge: self.charge,
+            clocks,
+            charge,
+            seed: self.seed,
+        }
+    }
+
+    /// A run, with each of the seeds.
+    pub fn seeds(&self, spec: Spec) -> impl Iterator<Item = Spec> {
+        (self.seed..self.seed + self.seeds).map(move |seed| Spec { seed, ..spec.clone() })
+    }
+
+    /// The target of `run`, of `app`; `bsp` is BSP's of the same data.
+    pub fn target(&self, app: App, bsp: &Run) -> f64 {
+        let part = self.course(app).target;
+        match app {
+            App::Mf => part * bsp.initial,
+            App::Lda => bsp.initial + part * (bsp.last().unwrap_or(f64::NAN) - bsp.initial),
         }
     }
 
@@ -107,15 +202,25 @@ impl Plan {
     }
 
     /// VAP with each of its bounds.
-    pub fn value_bounded(&self) -> impl Iterator<Item = Model> {
-        self.vap.iter().map(|&v0| Model::Vap { v0 })
+    pub fn value_bounded(&self, app: App) -> impl Iterator<Item = Model> {
+        self.course(app).vap.iter().map(|&v0| Model::Vap { v0 })
     }
 
-    /// BSP, the models with a few values of s, VAP: what figures show.
-    pub fn shown(&self) -> Vec<Model> {
+    /// VAP with the greatest of its bounds, if there is one: to simulate smaller ones takes long.
+    pub fn loosest(&self, app: App) -> Option<Model> {
+        self.value_bounded(app).next()
+    }
+
+    /// All models.
+    pub fn all_models(&self, app: App) -> Vec<Model> {
+        self.models().into_iter().chain(self.value_bounded(app)).collect()
+    }
+
+    /// BSP, the models with a few values of s, VAP with its greatest bound: what figures show.
+    pub fn shown(&self, app: App) -> Vec<Model> {
         let both = |s: u32| [ssp(s), essp(s)];
         let few = self.few().into_iter().flat_map(both);
-        std::iter::once(Model::Bsp).chain(few).chain(self.value_bounded()).collect()
+        std::iter::once(Model::Bsp).chain(few).chain(self.loosest(app)).collect()
     }
 
     /// The values of s that are shown where all would be too many: the least, one between, the greatest.

@@ -5,10 +5,7 @@
 //! `η_t = σ / sqrt(t)`, `σ = F / (L sqrt(2 (s + 1) P))`. As `σ` does not depend on the number of updates `T`, one run has the
 //! regret for every `T` up to its end.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use fervor_client::Model;
@@ -20,20 +17,24 @@ use serde_json::json;
 use super::{
     claims::{self, Claim},
     cluster::{self, Cluster, Machines, Place},
-    figures::{Axis, Curve, curves},
     runs::in_parallel,
     section::{Figure, Plan, Section, essp, ssp},
+    value,
 };
-use crate::report::TextTable;
+use crate::{
+    figures::{Axis, Curve, curves},
+    report::TextTable,
+};
 
 /// Coordinates of a point.
-const DIMENSIONS: usize = 8;
+pub const DIMENSIONS: usize = 8;
 /// `F² = 1` bounds `|x_t - x*|² / 2`, …
-const F: f64 = 1.0;
+pub const F: f64 = 1.0;
 /// … and `L` the gradients.
-const L: f64 = 2.0;
+pub const L: f64 = 2.0;
 
-type Point = [f64; DIMENSIONS];
+/// A point, or a step.
+pub type Point = [f64; DIMENSIONS];
 
 fn square(a: &Point, b: &Point) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum()
@@ -90,7 +91,7 @@ fn staleness(model: Model) -> f64 {
 }
 
 /// The point of update `t`: within 1/2 of the centre in each of a few coordinates.
-fn point(worker: usize, clock: usize) -> Point {
+pub fn point(worker: usize, clock: usize) -> Point {
     let mut rng = ChaCha8Rng::seed_from_u64(9);
     rng.set_stream((worker as u64) << 32 | clock as u64);
     // The centre is at distance 1 from the start, which is 0; noise has at most length 1/2.
@@ -118,83 +119,24 @@ fn work(place: &Place, workers: usize, model: Model, clocks: usize) -> Result<Ve
     Ok(steps)
 }
 
-fn cluster(workers: usize, core: Option<usize>) -> Cluster {
+/// The cluster that it runs on.
+pub fn cluster(workers: usize, seed: u64, core: Option<usize>) -> Cluster {
     Cluster {
         workers,
         servers: 1,
         fabric: Fabric::roce_25g(),
         machines: Machines::Equal,
-        seed: 3,
+        seed,
         cache: 64 << 10,
         core,
     }
 }
 
-fn trace(model: Model, workers: usize, clocks: usize, core: Option<usize>) -> Result<Trace> {
-    let simulated = cluster::run(&cluster(workers, core), move |place| work(place, workers, model, clocks))?;
+fn trace(model: Model, workers: usize, clocks: usize, seed: u64, core: Option<usize>) -> Result<Trace> {
+    let simulated =
+        cluster::run(&cluster(workers, seed, core), move |place| work(place, workers, model, clocks))?;
     let steps = (0..clocks * workers).map(|t| simulated.results[t % workers][t / workers]).collect();
     Ok(Trace { model, workers, steps })
-}
-
-/// What an observer outside the cluster, to whom nothing takes time, knows under VAP.
-#[derive(Debug, Default)]
-struct Observed {
-    /// The sum of all updates, the moment they are made.
-    sum: Point,
-    /// Clocks of the workers.
-    clocks: Vec<usize>,
-    /// The greatest coordinate of a single update.
-    single: f64,
-    /// The greatest difference in a coordinate between a view and the sum, as part of what is allowed then.
-    greatest: f64,
-}
-
-/// Bound of VAP in the first clock: hardly more than the first updates.
-const V0: f32 = 0.02;
-
-/// How far views are from the sum of all updates under VAP, at most, as part of the bound: each worker's updates in transit
-/// are at most `max(v0 / sqrt(t), u)` in any coordinate, `u` of the greatest single update, and a view has all of its own worker's.
-fn value_bound(workers: usize, clocks: usize) -> Result<f64> {
-    let cluster = cluster(workers, None);
-    let observed = Arc::new(Mutex::new(Observed { clocks: vec![0; workers], ..Observed::default() }));
-    let inside = observed.clone();
-    let work = move |place: &Place| {
-        let model = Model::Vap { v0: V0 };
-        let table = place.client.table::<f64>("x", 1, DIMENSIONS, model)?;
-        let mut worker = place.client.worker()?;
-        let observe = || inside.lock().unwrap_or_else(PoisonError::into_inner);
-        // Steps as for s = 3, but for a later start, so that few single updates are above the bound.
-        let sigma = F / (L * (8.0 * workers as f64).sqrt());
-        for clock in 0..clocks {
-            let mut view = [0.0; DIMENSIONS];
-            worker.get(&table, 0, &mut view)?;
-            {
-                let mut observed = observe();
-                // What the slowest worker has in transit it may have added in the clock before.
-                let t = observed.clocks.iter().min().copied().unwrap_or(0).max(1);
-                let bound = (f64::from(V0) / (t as f64).sqrt()).max(observed.single);
-                let allowed = (workers - 1) as f64 * bound;
-                let far = view.iter().zip(&observed.sum).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
-                observed.greatest = observed.greatest.max(far / allowed);
-            }
-            place.node.compute(Duration::from_micros(50));
-            let a = point(place.number, clock);
-            let step = sigma / ((place.number + workers * (clock + 1)) as f64).sqrt();
-            let update: Point = std::array::from_fn(|i| -step * (view[i] - a[i]));
-            worker.inc(&table, 0, &update)?;
-            {
-                let mut observed = observe();
-                observed.sum.iter_mut().zip(update).for_each(|(sum, x)| *sum += x);
-                observed.single = update.iter().fold(observed.single, |most, x| most.max(x.abs()));
-            }
-            worker.clock()?;
-            observe().clocks[place.number] = clock + 1;
-        }
-        Ok(())
-    };
-    cluster::run(&cluster, work)?;
-    let greatest = observed.lock().unwrap_or_else(PoisonError::into_inner).greatest;
-    Ok(greatest)
 }
 
 /// Runs the experiment.
@@ -210,7 +152,7 @@ pub fn section(plan: &Plan) -> Result<Section> {
         .flat_map(|&workers| bounds.iter().flat_map(move |&s| [(ssp(s), workers), (essp(s), workers)]))
         .collect();
     let traces: Vec<Trace> =
-        in_parallel(&jobs, |_, core, &(model, workers)| trace(model, workers, most, core))
+        in_parallel(&jobs, |_, core, &(model, workers)| trace(model, workers, most, plan.seed, core))
             .into_iter()
             .collect::<Result<_>>()?;
 
@@ -273,12 +215,7 @@ pub fn section(plan: &Plan) -> Result<Section> {
         ),
     ];
     all.extend(falling);
-    let value = value_bound(workers[0], most)?;
-    all.push(Claim::new(
-        "VAP: no view is further from the sum of all updates than what others may have in transit, (P - 1) max(v0 / sqrt(t), u)",
-        format!("{} workers, v0 = {V0}: at most {value:.3} of it", workers[0]),
-        value > 0.0 && value <= 1.0,
-    ));
+    all.extend(value::claims(workers[0], most, plan.seed)?);
     Ok(Section {
         title: "Theory",
         paper: "SGD under SSP (and so under ESSP) has a mean regret of at most 4FL sqrt(2(s+1)P/T) on convex functions, with steps \

@@ -148,11 +148,23 @@ pub struct Sent {
     pub bytes: u64,
 }
 
-/// A node's NIC: until when it is busy, each way.
+/// How long a node has been at work with messages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Busy {
+    /// Its NIC, with what it sends.
+    pub sending: Duration,
+    /// Its NIC, with what comes.
+    pub receiving: Duration,
+    /// Its threads, all together: with calls of the transport, and with the payloads that they make and apply.
+    pub threads: Duration,
+}
+
+/// A node: until when its NIC is busy, each way, and how long it has been.
 #[derive(Debug, Default)]
 struct Nic {
     sending: u64,
     receiving: u64,
+    busy: Busy,
 }
 
 /// A fabric at work.
@@ -200,6 +212,16 @@ impl Traffic {
         &mut self.nics[node]
     }
 
+    /// A thread of `node` has been at work for `time`.
+    pub(super) fn worked(&mut self, node: usize, time: u64) {
+        self.nic(node).busy.threads += Duration::from_nanos(time);
+    }
+
+    /// How long `node` has been at work.
+    pub(super) fn busy_of(&mut self, node: usize) -> Busy {
+        self.nic(node).busy
+    }
+
     /// A message of `bytes` is handed to the NIC of `node` at `time`: when its last bit comes to the other NIC.
     pub(super) fn send(&mut self, random: &mut Random, node: usize, time: u64, bytes: usize) -> u64 {
         self.sent.messages += 1;
@@ -207,6 +229,7 @@ impl Traffic {
         let busy = self.busy(bytes);
         let nic = self.nic(node);
         nic.sending = nic.sending.max(time) + busy;
+        nic.busy.sending += Duration::from_nanos(busy);
         let sent = nic.sending;
         sent + self.way(random)
     }
@@ -216,6 +239,7 @@ impl Traffic {
     pub(super) fn receive(&mut self, node: usize, time: u64, bytes: usize) -> Option<u64> {
         let busy = self.busy(bytes);
         let nic = self.nic(node);
+        nic.busy.receiving += Duration::from_nanos(busy);
         let free = nic.receiving + busy;
         nic.receiving = free.max(time);
         (free > time).then_some(free)
@@ -238,6 +262,8 @@ mod tests {
         let arrivals = [0, 0, 100_000].map(|time| traffic.send(&mut random, 3, time, 1250));
         assert_eq!(arrivals, [40_000, 50_000, 140_000]);
         assert_eq!(traffic.send(&mut random, 2, 0, 0), 31_500, "a short one takes a message's time");
+        let busy = [2, 3].map(|node| traffic.busy_of(node).sending.as_nanos());
+        assert_eq!(busy, [1_500, 30_000], "waiting for something to send is no work");
     }
 
     #[test]
@@ -249,6 +275,7 @@ mod tests {
         assert_eq!(traffic.receive(1, 45_000, 1250), None, "another NIC");
         assert_eq!(traffic.receive(0, 70_000, 1250), None, "its bits came in while they went out");
         assert_eq!(traffic.receive(0, 70_000, 0), Some(71_500));
+        assert_eq!(traffic.busy_of(0).receiving.as_nanos(), 41_500);
     }
 
     #[test]

@@ -60,7 +60,7 @@ mod timed;
 mod world;
 
 pub use ends::{Attach, Connection, Endpoint, Listener, Request};
-pub use fabric::{Fabric, Machine, Sent};
+pub use fabric::{Busy, Fabric, Machine, Sent};
 pub use node::{Export, Node, Region, Signal, Thread};
 pub use random::Network;
 
@@ -189,6 +189,11 @@ impl Sim {
     /// What has been sent so far, in a simulation of time; nothing otherwise.
     pub fn sent(&self) -> Sent {
         self.shared.lock().traffic.as_ref().map(|traffic| traffic.sent).unwrap_or_default()
+    }
+
+    /// How long `node` has been at work with messages so far, in a simulation of time; not at all otherwise.
+    pub fn busy(&self, node: &Node) -> Busy {
+        self.shared.lock().traffic.as_mut().map(|traffic| traffic.busy_of(node.index)).unwrap_or_default()
     }
 
     /// Number of events that have happened: turns of threads, and steps of NICs.

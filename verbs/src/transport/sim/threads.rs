@@ -184,6 +184,10 @@ impl Shared {
         }
         let lag = world.take_lag();
         let now = world.now;
+        let node = world.threads[me].node;
+        if let Some(traffic) = &mut world.traffic {
+            traffic.worked(node, lag);
+        }
         let thread = &mut world.threads[me];
         thread.state = State::Waiting(wait);
         (thread.busy_until, thread.wakes_at) = (now + lag, u64::MAX);

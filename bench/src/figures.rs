@@ -1,16 +1,20 @@
 //! Curves and bars as SVG.
 
+use std::ops::Range;
+
 use anyhow::{Result, anyhow, ensure};
 use plotters::{
+    chart::ChartContext,
+    coord::{Shift, types::RangedCoordf64},
     prelude::{
-        ChartBuilder, IntoDrawingArea as _, LineSeries, PathElement, RGBColor, Rectangle, SVGBackend,
-        SeriesLabelPosition, WHITE,
+        Cartesian2d, ChartBuilder, DrawingArea, IntoDrawingArea as _, LineSeries, PathElement, RGBColor,
+        Rectangle, SVGBackend, SeriesLabelPosition, WHITE,
     },
     style::{Color as _, ShapeStyle},
 };
 
 /// Okabe and Ito's colours, which are told apart with any kind of sight.
-pub const COLOURS: [RGBColor; 9] = [
+const COLOURS: [RGBColor; 9] = [
     RGBColor(0, 114, 178),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),
@@ -22,7 +26,8 @@ pub const COLOURS: [RGBColor; 9] = [
     RGBColor(240, 228, 66),
 ];
 const SIZE: (u32, u32) = (720, 400);
-const FONT: &str = "sans-serif";
+/// What text is written with.
+pub const FONT: &str = "sans-serif";
 
 /// A curve.
 #[derive(Debug, Clone)]
@@ -86,8 +91,48 @@ impl<'a> Axis<'a> {
     }
 }
 
-fn failed(error: impl std::fmt::Display) -> anyhow::Error {
+/// An error of drawing.
+pub fn failed(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("cannot draw a figure: {error}")
+}
+
+/// A place to draw on.
+pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+/// A chart on it.
+type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+
+/// Draws on white of this size, with `draw`.
+///
+/// # Errors
+/// What `draw` says.
+pub fn svg(size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
+    let mut svg = String::new();
+    {
+        let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+        root.fill(&WHITE).map_err(failed)?;
+        draw(&root)?;
+        root.present().map_err(failed)?;
+    }
+    Ok(svg)
+}
+
+/// An empty chart.
+fn chart<'a, 'b>(area: &'a Area<'b>, x: Range<f64>, y: Range<f64>) -> Result<Chart<'a, 'b>> {
+    let mut builder = ChartBuilder::on(area);
+    builder.margin(10).x_label_area_size(44).y_label_area_size(76);
+    builder.build_cartesian_2d(x, y).map_err(failed)
+}
+
+/// Says which series is which.
+fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>) -> Result<()> {
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .label_font((FONT, 13))
+        .background_style(WHITE.mix(0.8))
+        .border_style(RGBColor(200, 200, 200))
+        .draw()
+        .map_err(failed)
 }
 
 /// Draws curves.
@@ -95,6 +140,14 @@ fn failed(error: impl std::fmt::Display) -> anyhow::Error {
 /// # Errors
 /// When there is nothing to draw.
 pub fn curves(x: Axis<'_>, y: Axis<'_>, curves: &[Curve]) -> Result<String> {
+    svg(SIZE, |area| panel(area, x, y, curves))
+}
+
+/// Draws curves on `area`. What has no place on an axis (0 on one of logarithms) is left out.
+///
+/// # Errors
+/// When there is nothing to draw.
+pub fn panel(area: &Area<'_>, x: Axis<'_>, y: Axis<'_>, curves: &[Curve]) -> Result<()> {
     let placed: Vec<(&str, Vec<(f64, f64)>)> = curves
         .iter()
         .map(|curve| {
@@ -110,48 +163,29 @@ pub fn curves(x: Axis<'_>, y: Axis<'_>, curves: &[Curve]) -> Result<String> {
         let margin = 0.04 * (most - least).max(1e-6);
         least - margin..most + margin
     };
-    let mut svg = String::new();
-    {
-        let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        root.fill(&WHITE).map_err(failed)?;
-        let mut chart = ChartBuilder::on(&root)
-            .margin(10)
-            .x_label_area_size(44)
-            .y_label_area_size(76)
-            .build_cartesian_2d(range(|point| point.0), range(|point| point.1))
-            .map_err(failed)?;
+    let mut chart = chart(area, range(|point| point.0), range(|point| point.1))?;
+    chart
+        .configure_mesh()
+        .x_desc(x.name)
+        .y_desc(y.name)
+        .axis_desc_style((FONT, 15))
+        .label_style((FONT, 13))
+        .x_labels(8)
+        .y_labels(8)
+        .x_label_formatter(&|place| x.label(*place))
+        .y_label_formatter(&|place| y.label(*place))
+        .light_line_style(WHITE)
+        .draw()
+        .map_err(failed)?;
+    for ((name, points), colour) in placed.iter().zip(COLOURS.iter().cycle()) {
+        let style: ShapeStyle = colour.stroke_width(2);
         chart
-            .configure_mesh()
-            .x_desc(x.name)
-            .y_desc(y.name)
-            .axis_desc_style((FONT, 15))
-            .label_style((FONT, 13))
-            .x_labels(8)
-            .y_labels(8)
-            .x_label_formatter(&|place| x.label(*place))
-            .y_label_formatter(&|place| y.label(*place))
-            .light_line_style(WHITE)
-            .draw()
-            .map_err(failed)?;
-        for ((name, points), colour) in placed.iter().zip(COLOURS.iter().cycle()) {
-            let style: ShapeStyle = colour.stroke_width(2);
-            chart
-                .draw_series(LineSeries::new(points.iter().copied(), style))
-                .map_err(failed)?
-                .label(*name)
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
-        }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
-            .label_font((FONT, 13))
-            .background_style(WHITE.mix(0.8))
-            .border_style(RGBColor(200, 200, 200))
-            .draw()
-            .map_err(failed)?;
-        root.present().map_err(failed)?;
+            .draw_series(LineSeries::new(points.iter().copied(), style))
+            .map_err(failed)?
+            .label(*name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
     }
-    Ok(svg)
+    legend(&mut chart)
 }
 
 /// Draws bars.
@@ -167,24 +201,14 @@ pub fn bars(x: &str, y: &str, bars: &Bars) -> Result<String> {
     let most = bars.groups.iter().map(|(_, values)| height(values)).fold(0.0, f64::max);
     // The legend has its place above the bars.
     let top = (most * (1.1 + 0.08 * bars.kinds.len() as f64)).max(1e-9);
-    let mut svg = String::new();
-    {
-        let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        root.fill(&WHITE).map_err(failed)?;
-        let groups = bars.groups.len();
-        let mut chart = ChartBuilder::on(&root)
-            .margin(10)
-            .x_label_area_size(44)
-            .y_label_area_size(76)
-            .build_cartesian_2d(-0.5..groups as f64 - 0.5, 0.0..top)
-            .map_err(failed)?;
-        let name = |place: &f64| {
-            let near = (place - place.round()).abs() < 0.01 && *place > -0.4;
-            bars.groups
-                .get(place.round() as usize)
-                .filter(|_| near)
-                .map_or(String::new(), |(name, _)| name.clone())
-        };
+    let groups = bars.groups.len();
+    let name = |place: &f64| {
+        let near = (place - place.round()).abs() < 0.01 && *place > -0.4;
+        let group = bars.groups.get(place.round() as usize).filter(|_| near);
+        group.map_or(String::new(), |(name, _)| name.clone())
+    };
+    svg(SIZE, |area| {
+        let mut chart = chart(area, -0.5..groups as f64 - 0.5, 0.0..top)?;
         chart
             .configure_mesh()
             .disable_x_mesh()
@@ -212,17 +236,8 @@ pub fn bars(x: &str, y: &str, bars: &Bars) -> Result<String> {
                 .label(name)
                 .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 14, y + 5)], fill));
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
-            .label_font((FONT, 13))
-            .background_style(WHITE.mix(0.8))
-            .border_style(RGBColor(200, 200, 200))
-            .draw()
-            .map_err(failed)?;
-        root.present().map_err(failed)?;
-    }
-    Ok(svg)
+        legend(&mut chart)
+    })
 }
 
 #[cfg(test)]
