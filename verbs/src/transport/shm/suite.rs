@@ -1,5 +1,5 @@
-//! The conformance suite over shared memory: of the provider itself, and as a
-//! [`Host`](super::super::any::Host).
+//! The conformance suite over shared memory: of the provider itself, as a [`Host`](super::super::any::Host), and
+//! with [`Faulty`](super::super::faulty::Faulty) hosts.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -9,6 +9,7 @@ use crate::{
         Transport,
         any::Host,
         conformance::{Effort, Rig, Role, Side, VictimProcess},
+        faulty::suite::{FaultyRig, Late, Nothing},
         shm::Shm,
     },
 };
@@ -85,4 +86,16 @@ mod host {
     }
 
     crate::conformance!(LocalRig<Host>);
+}
+
+mod faulty {
+    use super::*;
+
+    crate::conformance!(FaultyRig<LocalRig<Shm>, Nothing>);
+}
+
+mod late {
+    use super::*;
+
+    crate::conformance!(FaultyRig<LocalRig<Shm>, Late>);
 }

@@ -52,7 +52,7 @@ mod fabric;
 mod handshake;
 mod history;
 mod node;
-mod random;
+pub(in crate::transport) mod random;
 #[cfg(test)]
 mod tests;
 mod threads;

@@ -14,6 +14,7 @@ use crate::{
     transport::{
         Thread as _,
         conformance::{self, Rig, Role, Side},
+        faulty::suite::{FaultyRig, Late, Nothing},
     },
 };
 
@@ -75,6 +76,18 @@ impl Rig for SimRig {
 }
 
 crate::conformance!(SimRig);
+
+mod faulty {
+    use super::*;
+
+    crate::conformance!(FaultyRig<SimRig, Nothing>);
+}
+
+mod late {
+    use super::*;
+
+    crate::conformance!(FaultyRig<SimRig, Late>);
+}
 
 /// The hash of a run that does a bit of everything.
 fn hash_of(case: &'static str, seed: u64) -> u64 {

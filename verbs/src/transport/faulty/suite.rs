@@ -1,0 +1,91 @@
+//! The conformance suite over a faulty node: any provider's rig, with both hosts wrapped.
+
+use std::{marker::PhantomData, time::Duration};
+
+use super::{Fault, Faulty, Plan, Shown};
+use crate::{
+    address::Address,
+    transport::conformance::{Effort, Rig, Role, Side},
+};
+
+/// What goes wrong at the hosts of a rig: nothing that the suite does not take.
+pub trait Planned: Send + Sync + 'static {
+    /// The plan of a host.
+    fn plan(side: Side, repeat: u64) -> Plan;
+}
+
+/// Nothing.
+#[derive(Debug)]
+pub struct Nothing;
+
+impl Planned for Nothing {
+    fn plan(_: Side, _: u64) -> Plan {
+        Plan::default()
+    }
+}
+
+/// Completions of all kinds are late, now and then.
+#[derive(Debug)]
+pub struct Late;
+
+impl Planned for Late {
+    fn plan(side: Side, repeat: u64) -> Plan {
+        // Well below the two seconds within which a dead peer is found out, and what a case of silence lasts.
+        let delay = |of| Fault::Delay { of, one_in: 8, longest: Duration::from_millis(2) };
+        let faults = [Shown::Work, Shown::Arrival, Shown::End].map(delay).to_vec();
+        Plan { seed: repeat << 1 | side as u64, faults }
+    }
+}
+
+/// A rig of another provider, with both hosts faulty as `P` plans.
+#[derive(Debug)]
+pub struct FaultyRig<R: Rig, P> {
+    inner: R,
+    hosts: [Faulty<R::Transport>; 2],
+    plan: PhantomData<P>,
+}
+
+impl<R: Rig, P: Planned> Rig for FaultyRig<R, P> {
+    type Transport = Faulty<R::Transport>;
+    type Victim = R::Victim;
+
+    fn repeats() -> u64 {
+        R::repeats()
+    }
+
+    fn new(case: &'static str, repeat: u64) -> Self {
+        let inner = R::new(case, repeat);
+        let hosts =
+            [Side::Client, Side::Server].map(|side| Faulty::new(inner.host(side), P::plan(side, repeat)));
+        Self { inner, hosts, plan: PhantomData }
+    }
+
+    fn run(&self, body: Box<dyn FnOnce() + Send>) {
+        self.inner.run(body);
+    }
+
+    fn host(&self, side: Side) -> Self::Transport {
+        self.hosts[side as usize].clone()
+    }
+
+    fn address(&self, number: u32) -> Address {
+        self.inner.address(number)
+    }
+
+    fn dial(&self, listening: &Address) -> Address {
+        self.inner.dial(listening)
+    }
+
+    fn effort(&self) -> Effort {
+        self.inner.effort()
+    }
+
+    /// A bare one: what travels is the same.
+    fn start(&self, role: Role, address: &Address) -> R::Victim {
+        self.inner.start(role, address)
+    }
+
+    fn kill(&self, victim: R::Victim) {
+        self.inner.kill(victim);
+    }
+}
