@@ -24,6 +24,9 @@ use crate::{
     transport::{Connection, Payload, PostError, Region, RemoteAddress, WorkError},
 };
 
+/// The inner id of a request that the user did not signal, and whose completion is waited for.
+const UNSIGNALLED: u64 = u64::MAX;
+
 /// A SEND, to be sent again.
 #[derive(Debug, Clone)]
 pub(super) struct Message {
@@ -70,8 +73,7 @@ pub(super) struct End<C> {
     fortune: Fortune,
     pub(super) counts: Counts,
     state: State,
-    /// Requests that the inner connection completes, oldest first: the number of the post, which is its id there, and the
-    /// id that the user gave.
+    /// Requests that the inner connection completes, oldest first: the number of the post, and the id that the user gave.
     signalled: VecDeque<(u64, Option<u64>)>,
     /// Number of the next post.
     ordinal: u64,
@@ -133,7 +135,7 @@ impl<C: Connection> End<C> {
             return (Err(PostError::Full), None);
         }
         let (ordinal, signal) = (self.ordinal, posted.signal);
-        let struck = self.strikes_at(posted.kind);
+        let struck = self.strikes_at(posted.kind).filter(|_| !self.over);
         if let Some((fault, Fate::Undone)) = struck {
             if self.room() == 0 {
                 return (Err(PostError::Full), None);
@@ -143,7 +145,7 @@ impl<C: Connection> End<C> {
             self.cut();
             return (Ok(()), Some(fault));
         }
-        let id = (signal.is_some() || struck.is_some()).then_some(ordinal);
+        let id = signal.or(struck.map(|_| UNSIGNALLED));
         let message = self.message(&posted);
         let inner = self.inner.as_mut().expect("it is there until it is dropped");
         let Posted { kind, payload, remote, immediate, .. } = posted;
@@ -259,7 +261,11 @@ impl<C: Connection> End<C> {
     ) -> Option<(u64, Result<(), WorkError>)> {
         let (ordinal, signal) =
             self.signalled.pop_front().expect("the inner provider completes what was posted");
-        assert_eq!(ordinal, id, "the inner provider completes in the order of the posts");
+        assert_eq!(
+            signal.unwrap_or(UNSIGNALLED),
+            id,
+            "the inner provider completes in the order of the posts"
+        );
         let mut result = result;
         if self.state == (State::Awaiting { ordinal }) {
             self.cut();
@@ -278,7 +284,7 @@ impl<C: Connection> End<C> {
         self.counts.completions += 1;
         let here = |&&(_, point): &&(usize, Point)| point == Point::Completion { nth };
         let (fault, _) = *self.fortune.breaks.iter().find(here)?;
-        if self.state != State::Whole {
+        if self.over || self.state != State::Whole {
             return None;
         }
         self.cut();
@@ -287,8 +293,8 @@ impl<C: Connection> End<C> {
 
     /// The inner connection has ended. What was kept back fails: its id, if it is signalled, and the error; and the cause of the end.
     pub(super) fn end(&mut self, cause: WorkError) -> (Option<(u64, WorkError)>, WorkError) {
-        let broken = mem::replace(&mut self.state, State::Cut) != State::Whole;
         self.over = true;
+        let broken = self.state != State::Whole;
         let undone = self.undone.take().flatten();
         let undone = undone.map(|id| (id, self.cause.take().unwrap_or(WorkError::Flushed)));
         let own = broken && cause == WorkError::Disconnected;

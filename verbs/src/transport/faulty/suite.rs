@@ -45,6 +45,21 @@ pub struct FaultyRig<R: Rig, P> {
     plan: PhantomData<P>,
 }
 
+impl<R: Rig, P> FaultyRig<R, P> {
+    /// With these plans for the client's host and the server's.
+    pub fn over(inner: R, plans: [Plan; 2]) -> Self {
+        let [client, server] = plans;
+        let host = |side, plan| Faulty::new(inner.host(side), plan);
+        let hosts = [host(Side::Client, client), host(Side::Server, server)];
+        Self { inner, hosts, plan: PhantomData }
+    }
+
+    /// The rig within.
+    pub fn inner(&self) -> &R {
+        &self.inner
+    }
+}
+
 impl<R: Rig, P: Planned> Rig for FaultyRig<R, P> {
     type Transport = Faulty<R::Transport>;
     type Victim = R::Victim;
@@ -54,10 +69,7 @@ impl<R: Rig, P: Planned> Rig for FaultyRig<R, P> {
     }
 
     fn new(case: &'static str, repeat: u64) -> Self {
-        let inner = R::new(case, repeat);
-        let hosts =
-            [Side::Client, Side::Server].map(|side| Faulty::new(inner.host(side), P::plan(side, repeat)));
-        Self { inner, hosts, plan: PhantomData }
+        Self::over(R::new(case, repeat), [Side::Client, Side::Server].map(|side| P::plan(side, repeat)))
     }
 
     fn run(&self, body: Box<dyn FnOnce() + Send>) {

@@ -15,13 +15,13 @@ use crate::{
 };
 
 /// A transport over shared memory, and the `victim` test of its instance of the suite.
-trait Subject: Transport {
+pub(in crate::transport) trait Subject: Transport {
     const VICTIM: &'static str;
     fn make() -> Self;
 }
 
 /// Two hosts: two transports that share nothing but the file system.
-struct LocalRig<T> {
+pub(in crate::transport) struct LocalRig<T> {
     client: T,
     server: T,
     number: u32,

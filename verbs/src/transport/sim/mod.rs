@@ -54,7 +54,7 @@ mod history;
 mod node;
 pub(in crate::transport) mod random;
 #[cfg(test)]
-mod tests;
+pub(in crate::transport) mod tests;
 mod threads;
 mod timed;
 mod world;

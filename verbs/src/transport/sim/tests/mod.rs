@@ -24,8 +24,8 @@ mod weakness;
 /// Seeds that each case of the suite runs with, if `FERVOR_SEEDS` does not say how many.
 const SEEDS: u64 = 10;
 
-pub(super) struct SimRig {
-    sim: Sim,
+pub(in crate::transport) struct SimRig {
+    pub(in crate::transport) sim: Sim,
     nodes: [Node; 2],
     victims: AtomicU32,
 }
