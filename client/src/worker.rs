@@ -202,6 +202,8 @@ impl<T: Transport> Worker<T> {
         group: &[usize],
         into: &mut [E],
     ) -> Result<(), Error> {
+        // READs that were in flight when a server was lost are not waited for: the reader reads no more.
+        self.core.alive()?;
         let width = table.schema().width as usize;
         let row_bytes = table.schema().row_bytes();
         self.reader.fit(&self.core.transport, row_bytes)?;
@@ -380,6 +382,8 @@ impl<T: Transport> Worker<T> {
         index: u64,
         into: &mut [E],
     ) -> Result<u64, Error> {
+        // As in `read_group`.
+        self.core.alive()?;
         self.reader.fit(&self.core.transport, table.schema().row_bytes())?;
         for _ in 0..TORN_READS {
             // SYNC POINT: a READ is trusted for the clock that was known before it was posted.

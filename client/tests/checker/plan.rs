@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -12,7 +12,10 @@ use fervor_client::{ElementType, Model};
 use fervor_protocol::limits::MAX_CREDITS;
 use fervor_verbs::transport::sim::Network;
 
-use super::journal::Journal;
+use super::{
+    journal::Journal,
+    trouble::{Party, Trouble},
+};
 use crate::support::Random;
 
 /// The last of the rows that everybody uses.
@@ -110,7 +113,6 @@ pub enum Farewell {
 /// What a lane has made of a row, and at which of its clocks.
 pub type Made = Mutex<(i64, u64)>;
 
-#[derive(Debug)]
 pub struct Plan {
     pub seed: u64,
     pub kind: Kind,
@@ -131,7 +133,14 @@ pub struct Plan {
     pub added: Vec<Vec<Vec<AtomicI64>>>,
     /// Per table, row and lane, what has been added by calls that have returned: the sum, and the clock of the last.
     pub made: Vec<Vec<Vec<Made>>>,
-    /// Per client (the rogue is the last): it has been killed; it has closed, and all that it added is applied.
+    /// What of the transport goes wrong at servers and clients.
+    pub trouble: Trouble,
+    /// Whether something of that has happened by now at this party: told by who runs the job.
+    pub witness: OnceLock<Box<dyn Fn(Party) -> bool + Send + Sync>>,
+    /// Per table, row and lane, the most that another client has seen of it.
+    pub seen: Vec<Vec<Vec<AtomicI64>>>,
+    /// Per client (the rogue is the last): it has been killed, or has lost a server; it has closed, and all that it added
+    /// is applied.
     pub dead: Vec<AtomicBool>,
     pub closed: Vec<AtomicBool>,
     pub journal: Journal,
@@ -176,15 +185,6 @@ impl Plan {
         if rogue.is_some() {
             lanes.push(Lane::rogue(clients, &tables, servers * shards, &mut random));
         }
-        let added = tables.iter().map(|table| {
-            let row = || lanes.iter().map(|_| AtomicI64::new(0)).collect();
-            (0..table.rows).map(|_| row()).collect()
-        });
-        let made = tables.iter().map(|table| {
-            let row = || lanes.iter().map(|_| Mutex::default()).collect();
-            (0..table.rows).map(|_| row()).collect()
-        });
-        let flags = || (0..=clients).map(|_| AtomicBool::new(false)).collect();
         let few = random.among(1..=4) as usize;
         let credits = match random.one_in(2) {
             _ if kind == Kind::Storm => MAX_CREDITS,
@@ -197,30 +197,70 @@ impl Plan {
             after: Duration::from_nanos(random.among(1_000..=2_000_000)),
         };
         let lateness = (0..clients).map(|_| Duration::from_nanos(random.among(0..=2_000_000))).collect();
-        Arc::new(Self {
+        let trouble = if deaths {
+            Trouble::draw(seed, clients, servers, shards, rogue.is_some())
+        } else {
+            Trouble::default()
+        };
+        let mut plan = Self::of(seed, kind, clients, tables, lanes);
+        (plan.servers, plan.shards, plan.credits) = (servers, shards, credits);
+        plan.reads_in_flight = random.among(1..=16) as usize;
+        plan.victim = dies.then_some(victim);
+        plan.late = random.one_in(4).then_some(lateness);
+        (plan.rogue, plan.trouble) = (rogue, trouble);
+        Arc::new(plan)
+    }
+
+    /// A small job without trouble: two clients, one with two workers, and one server with two shards.
+    pub fn small(seed: u64, model: Model) -> Self {
+        let mut random = Random(seed);
+        let (element, rows, each, spacing, slots) = (ElementType::I64, 4, 2, 1, 4);
+        let table = TablePlan { name: "small".to_owned(), model, element, rows, each, spacing, slots };
+        let tables = vec![table];
+        let lane = |client| Lane::worker(client, &tables, Kind::Few, 4, &mut random);
+        let lanes = [0, 0, 1].map(lane).into();
+        Self { shards: 2, ..Self::of(seed, Kind::Few, 2, tables, lanes) }
+    }
+
+    /// A job without trouble, at one server with one shard.
+    fn of(seed: u64, kind: Kind, clients: usize, tables: Vec<TablePlan>, lanes: Vec<Lane>) -> Self {
+        fn each<X>(tables: &[TablePlan], lanes: &[Lane], x: impl Fn() -> X) -> Vec<Vec<Vec<X>>> {
+            let row = || lanes.iter().map(|_| x()).collect();
+            tables.iter().map(|table| (0..table.rows).map(|_| row()).collect()).collect()
+        }
+        let flags = || (0..=clients).map(|_| AtomicBool::new(false)).collect();
+        Self {
             seed,
             kind,
-            servers,
-            shards,
+            servers: 1,
+            shards: 1,
             clients,
-            credits,
-            reads_in_flight: random.among(1..=16) as usize,
-            victim: dies.then_some(victim),
-            late: random.one_in(4).then_some(lateness),
-            added: added.collect(),
-            made: made.collect(),
+            credits: 8,
+            reads_in_flight: 8,
+            victim: None,
+            late: None,
+            added: each(&tables, &lanes, || AtomicI64::new(0)),
+            made: each(&tables, &lanes, Mutex::default),
+            seen: each(&tables, &lanes, || AtomicI64::new(0)),
             tables,
             lanes,
-            rogue,
+            rogue: None,
+            trouble: Trouble::default(),
+            witness: OnceLock::new(),
             dead: flags(),
             closed: flags(),
             journal: Journal::default(),
-        })
+        }
     }
 
-    /// How many clients each says that the job has: all of them, or one, so that nobody waits for the others.
+    /// How many clients each says that the job has: all of them, or one, so that nobody waits for the others, who may not
+    /// even come.
     pub fn expected(&self) -> u16 {
-        if self.late.is_some() { 1 } else { (self.clients + usize::from(self.rogue.is_some())) as u16 }
+        if self.late.is_some() || self.trouble.harms() {
+            1
+        } else {
+            (self.clients + usize::from(self.rogue.is_some())) as u16
+        }
     }
 
     /// Long rows take long only where the network is slow.
@@ -271,7 +311,24 @@ impl Plan {
     /// Whether nothing is promised of `lane`.
     pub fn unreliable(&self, lane: usize) -> bool {
         let client = self.lanes[lane].client;
-        client == self.clients || self.dead[client].load(Ordering::SeqCst)
+        client == self.clients || self.dead[client].load(Ordering::SeqCst) || self.harmed(client)
+    }
+
+    /// Whether a fault has happened that may have taken a server from this client.
+    pub fn harmed(&self, client: usize) -> bool {
+        let struck = |party| self.witness.get().is_some_and(|struck| struck(party));
+        let servers = || (0..self.servers).any(|server| struck(Party::Server(server)));
+        self.trouble.harms() && (struck(Party::Client(client)) || servers())
+    }
+
+    /// Notes that another client has seen `sum` of `lane`'s in `row`.
+    pub fn saw(&self, table: usize, row: u64, lane: usize, sum: i64) {
+        self.seen[table][row as usize][lane].fetch_max(sum, Ordering::SeqCst);
+    }
+
+    /// The most that others have seen of `lane`'s in `row`: it is applied, for good.
+    pub fn seen(&self, table: usize, row: u64, lane: usize) -> i64 {
+        self.seen[table][row as usize][lane].load(Ordering::SeqCst)
     }
 }
 

@@ -123,6 +123,11 @@ impl<T: Transport> Faulty<T> {
         self.node.report()
     }
 
+    /// Whether a fault of the plan has happened; delays are none.
+    pub fn struck(&self) -> bool {
+        self.node.struck()
+    }
+
     /// Sends again, on a new connection to `address`, what the plan says.
     fn replay(&self, inner: &mut T::Connection, address: &Address) -> Result<(), Error> {
         let messages = self.node.replay(address);

@@ -88,10 +88,10 @@ impl<C: Connection> Node<C> {
 
     /// The node dies. Where it cannot be ended, its connections are, and whatever it does fails.
     fn die(&self) {
+        self.dead.store(true, Ordering::Release);
         if let Some(kill) = &self.kill {
             kill();
         }
-        self.dead.store(true, Ordering::Release);
         let ends = lock(&self.ends).clone();
         ends.iter().for_each(|end| lock(end).cut());
     }
@@ -159,6 +159,10 @@ impl<C: Connection> Node<C> {
         let Some((fault, messages)) = replayed else { return VecDeque::new() };
         self.fire(Some(fault));
         messages
+    }
+
+    pub(super) fn struck(&self) -> bool {
+        !lock(&self.fired).is_empty()
     }
 
     pub(super) fn report(&self) -> Report {
