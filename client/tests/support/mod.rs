@@ -11,6 +11,8 @@ use std::{
 use fervor_server::Config;
 use fervor_verbs::Address;
 
+pub mod raw;
+
 /// SplitMix64.
 #[derive(Debug, Clone)]
 pub struct Random(pub u64);
