@@ -136,17 +136,17 @@ impl<C: Connection> End<C> {
         }
         let (ordinal, signal) = (self.ordinal, posted.signal);
         let struck = self.strikes_at(posted.kind).filter(|_| !self.over);
+        let message = self.message(&posted);
         if let Some((fault, Fate::Undone)) = struck {
             if self.room() == 0 {
                 return (Err(PostError::Full), None);
             }
-            self.count(&posted);
+            self.taken(posted.kind, message);
             self.undone = Some(signal);
             self.cut();
             return (Ok(()), Some(fault));
         }
         let id = signal.or(struck.map(|_| UNSIGNALLED));
-        let message = self.message(&posted);
         let inner = self.inner.as_mut().expect("it is there until it is dropped");
         let Posted { kind, payload, remote, immediate, .. } = posted;
         let result = match (kind, payload) {
@@ -158,14 +158,7 @@ impl<C: Connection> End<C> {
         if let Err(error) = result {
             return (Err(error), None);
         }
-        self.count(&posted);
-        if let Some(message) = message {
-            let (_, last) = self.fortune.replay.expect("messages are kept for it");
-            self.sends.push_back(message);
-            if self.sends.len() > last {
-                self.sends.pop_front();
-            }
-        }
+        self.taken(kind, message);
         if id.is_some() {
             self.signalled.push_back((ordinal, signal));
         }
@@ -177,8 +170,9 @@ impl<C: Connection> End<C> {
         (Ok(()), struck.map(|(fault, _)| fault))
     }
 
-    fn count(&mut self, posted: &Posted<'_, C::Region>) {
-        let count = match posted.kind {
+    /// A request is taken.
+    fn taken(&mut self, kind: Kind, message: Option<Message>) {
+        let count = match kind {
             Kind::Send => &mut self.counts.sends,
             Kind::Write => &mut self.counts.writes,
             Kind::Read => &mut self.counts.reads,
@@ -186,6 +180,12 @@ impl<C: Connection> End<C> {
         *count += 1;
         self.ordinal += 1;
         self.unrung = true;
+        if let (Some(message), Some((_, last))) = (message, self.fortune.replay) {
+            self.sends.push_back(message);
+            if self.sends.len() > last {
+                self.sends.pop_front();
+            }
+        }
     }
 
     /// The message of a SEND, if it may be wanted.

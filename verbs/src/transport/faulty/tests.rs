@@ -428,13 +428,12 @@ fn late_works<R: Rig>(rig: &Rigged<R>) {
             (seen == 8 || scene.theirs.memory().load(56) == 7).then(|| pair.client.transport.now())
         });
         for i in 0..8 {
-            let taken = scene.pair.until("a completion", |pair| {
+            scene.pair.until("a completion", |pair| {
                 let shown = pair.client.poll();
                 // Those that were not handed out, and those that this test has not looked at.
                 assert!(pair.to_server[0].room() <= i as usize + shown);
                 (shown > 0).then_some(())
             });
-            let () = taken;
             scene.pair.work(Side::Client, 8 * round + i);
         }
         longest = longest.max(scene.pair.client.transport.now() - happened);
