@@ -217,7 +217,7 @@ impl Plan {
         let (element, rows, each, spacing, slots) = (ElementType::I64, 4, 2, 1, 4);
         let table = TablePlan { name: "small".to_owned(), model, element, rows, each, spacing, slots };
         let tables = vec![table];
-        let lane = |client| Lane::worker(client, &tables, Kind::Few, 4, &mut random);
+        let lane = |client| Lane::worker(client, &tables, Kind::Few, 8, &mut random);
         let lanes = [0, 0, 1].map(lane).into();
         Self { shards: 2, ..Self::of(seed, Kind::Few, 2, tables, lanes) }
     }
@@ -316,9 +316,16 @@ impl Plan {
 
     /// Whether a fault has happened that may have taken a server from this client.
     pub fn harmed(&self, client: usize) -> bool {
-        let struck = |party| self.witness.get().is_some_and(|struck| struck(party));
-        let servers = || (0..self.servers).any(|server| struck(Party::Server(server)));
-        self.trouble.harms() && (struck(Party::Client(client)) || servers())
+        self.trouble.harms() && (self.struck(Party::Client(client)) || self.server_harmed())
+    }
+
+    /// Whether a server has broken a connection, or died.
+    pub fn server_harmed(&self) -> bool {
+        (0..self.servers).any(|server| self.struck(Party::Server(server)))
+    }
+
+    fn struck(&self, party: Party) -> bool {
+        self.witness.get().is_some_and(|struck| struck(party))
     }
 
     /// Notes that another client has seen `sum` of `lane`'s in `row`.
