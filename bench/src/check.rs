@@ -22,7 +22,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, value_parser};
-use fervor_client::{Client, ClientOptions, Model, Table, Worker, value_bound};
+use fervor_client::{Client, ClientOptions, Model, Table, TableOptions, Worker, value_bound};
 
 use crate::{
     model::ModelOptions,
@@ -126,6 +126,7 @@ pub fn run(options: &CheckOptions) -> Result<Checked> {
         name,
         staleness: options.model.bounded_by().map(Into::into),
         model: options.model.model(),
+        table: options.model.table(),
         rows: options.rows.into(),
         width: options.width.into(),
         clocks: options.clocks,
@@ -168,6 +169,7 @@ pub fn run(options: &CheckOptions) -> Result<Checked> {
 struct Job {
     name: String,
     model: Model,
+    table: TableOptions,
     staleness: Option<u64>,
     rows: u64,
     width: usize,
@@ -192,8 +194,9 @@ struct Counts {
 
 fn client(job: &Job, urls: &[String], index: u16, clients: u16, workers: u16) -> Result<Vec<Counts>> {
     let made = || -> Result<_> {
-        let client = Client::connect_with(urls, ClientOptions { clients, ..ClientOptions::default() })?;
-        let table = client.table::<i64>(&job.name, job.rows, job.width, job.model)?;
+        let client =
+            Client::connect_with(urls, ClientOptions { clients, check: true, ..ClientOptions::default() })?;
+        let table = client.table_with::<i64>(&job.name, job.rows, job.width, job.model, job.table)?;
         let workers = (0..workers).map(|_| client.worker()).collect::<Result<Vec<_>, _>>()?;
         Ok((client, table, workers))
     }();
@@ -314,7 +317,7 @@ fn violation(values: &[i64], bounds: impl ExactSizeIterator<Item = RangeInclusiv
 /// Everything that was added is there, once.
 fn sums(job: &Job, urls: &[String]) -> Result<()> {
     let client = Client::connect(urls)?;
-    let table = client.table::<i64>(&job.name, job.rows, job.width, job.model)?;
+    let table = client.table_with::<i64>(&job.name, job.rows, job.width, job.model, job.table)?;
     let mut worker = client.worker()?;
     let mut values = vec![0; job.width];
     for row in 0..job.rows {

@@ -69,7 +69,7 @@ fn run(command: Command) -> Result<()> {
 fn run_mf(options: &mf::MfOptions) -> Result<()> {
     let Some(results) = mf::run(options)? else { return Ok(()) };
     print!("{results}");
-    if let Some(path) = &options.json {
+    if let Some(path) = &options.job.json {
         report::write_json(path, &results)?;
     }
     if let (Some(path), Some(factors)) = (&options.factors, results.factors_by_column()) {
@@ -81,5 +81,5 @@ fn run_mf(options: &mf::MfOptions) -> Result<()> {
 fn run_lda(options: &lda::LdaOptions) -> Result<()> {
     let Some(results) = lda::run(options)? else { return Ok(()) };
     print!("{results}");
-    options.json.as_ref().map_or(Ok(()), |path| report::write_json(path, &results))
+    options.job.json.as_ref().map_or(Ok(()), |path| report::write_json(path, &results))
 }

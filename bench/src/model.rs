@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
-use fervor_client::Model;
+use fervor_client::{Model, TableOptions};
 
 /// A consistency model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -46,10 +46,28 @@ pub struct ModelOptions {
     /// falls with the square root of the clock
     #[arg(long, value_name = "BOUND", required_if_eq("model", "vap"))]
     pub v0: Option<f32>,
+    /// Under essp and async: bytes per second (as in 500000, 20M or max) that each shard may push besides rounds, the most
+    /// changed rows first
+    #[arg(long, value_name = "BYTES", value_parser = rate)]
+    pub continuous: Option<u64>,
+}
+
+/// Bytes per second: a number, with `k`, `M` or `G` perhaps, or `max`.
+fn rate(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.char_indices().last() {
+        Some((at, 'k')) => (&text[..at], 1_000),
+        Some((at, 'M')) => (&text[..at], 1_000_000),
+        Some((at, 'G')) => (&text[..at], 1_000_000_000),
+        _ if text == "max" => return Ok(u64::MAX),
+        _ => (text, 1),
+    };
+    let rate = digits.parse().ok().and_then(|number: u64| number.checked_mul(unit));
+    rate.filter(|rate| *rate > 0)
+        .ok_or_else(|| "write bytes per second, as in 500000, 300k, 20M, 1G or max".into())
 }
 
 impl ModelOptions {
-    /// Refuses a staleness or a bound for a model that has none, and a bound that makes no sense.
+    /// Refuses a staleness, a bound or a rate for a model that has none, and a bound that makes no sense.
     ///
     /// # Errors
     /// Says which.
@@ -65,7 +83,17 @@ impl ModelOptions {
             ensure!(self.model == ModelName::Vap, "--v0 {v0} goes with --model vap, not {}", self.model);
             ensure!(v0 > 0.0 && v0.is_finite(), "--v0 {v0}: it is a positive number");
         }
+        ensure!(
+            self.continuous.is_none() || matches!(self.model, ModelName::Essp | ModelName::Async),
+            "--continuous goes with --model essp or async, not {}",
+            self.model
+        );
         Ok(())
+    }
+
+    /// What else the table is.
+    pub fn table(&self) -> TableOptions {
+        TableOptions { continuous: self.continuous.unwrap_or(0), ..TableOptions::default() }
     }
 
     /// The staleness that is in force, where the model has one.

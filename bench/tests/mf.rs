@@ -8,37 +8,18 @@ use std::{
     process::{Child, Stdio},
 };
 
-use common::{Folder, Server, bench, eventually, fail, said, succeed};
+use common::{Folder, Server, bench, by_hand, check_report, eventually, fail, objectives, results, succeed};
 use serde_json::Value;
 
 const TINY: [&str; 6] =
     ["mf", "--generate=200x50:5000", "--rank=8", "--clocks-per-epoch=5", "--step=0.02", "--decay=1"];
 
 fn run(more: &[&str]) -> Value {
-    let folder = Folder::new();
-    let json = format!("--json={}", folder.file("results.json"));
-    let arguments: Vec<&str> = TINY.into_iter().chain(more.iter().copied()).chain([json.as_str()]).collect();
-    succeed(&arguments);
-    folder.json("results.json")
+    results(&[&TINY[..], more].concat())
 }
 
 fn losses(results: &Value) -> Vec<f64> {
-    let epochs = results["epochs"].as_array().expect("epochs");
-    for (number, epoch) in epochs.iter().enumerate() {
-        assert_eq!(epoch["epoch"], number);
-    }
-    let seconds: Vec<f64> = epochs.iter().map(|epoch| epoch["seconds"].as_f64().expect("a number")).collect();
-    assert_eq!(seconds[0], 0.0);
-    assert!(seconds.is_sorted(), "{seconds:?}");
-    epochs.iter().map(|epoch| epoch["loss"].as_f64().expect("a number")).collect()
-}
-
-/// How often each clock differential occurred.
-fn differential(results: &Value) -> Vec<(i64, u64)> {
-    let map = results["clock_differential"].as_object().expect("an object");
-    map.iter()
-        .map(|(key, count)| (key.parse().expect("a number"), count.as_u64().expect("a count")))
-        .collect()
+    objectives(results, "loss")
 }
 
 #[test]
@@ -46,42 +27,15 @@ fn every_model_trains_and_reports() {
     let models = [("bsp", Some(0)), ("ssp", Some(3)), ("essp", Some(3)), ("async", None), ("vap", None)];
     for (model, staleness) in models {
         let name = format!("--model={model}");
-        let mut arguments = vec![&*name, "--epochs=20", "--clients=2", "--workers=2", "--shards=2"];
+        let mut arguments = vec![&*name, "--epochs=20", "--workers=2", "--shards=2", "--check"];
         arguments.extend((model == "vap").then_some("--v0=2"));
         let results = run(&arguments);
         assert_eq!(results["application"], "mf");
-        assert_eq!(results["model"], model);
-        assert_eq!(results["staleness"].as_u64(), staleness, "{model}");
-        assert_eq!(results["seed"], 1);
         assert_eq!(results["data"]["ratings"], 5000);
-        assert!(results["machine"]["processor"].is_string());
+        check_report(&results, model, staleness);
         let losses = losses(&results);
         assert_eq!(losses.len(), 21, "{model}");
         assert!(losses[20] < 0.5 * losses[0], "{model}: {losses:?}");
-
-        let differential = differential(&results);
-        let reads: u64 = differential.iter().map(|(_, count)| count).sum();
-        let cache = &results["cache"];
-        let [hits, misses, read] =
-            ["hits", "misses", "reads"].map(|name| cache[name].as_u64().expect("a count"));
-        assert_eq!(reads, hits + misses, "{model}");
-        assert!(read >= misses && misses > 0, "{model}: {cache}");
-        let least = -1 - staleness.unwrap_or(1000) as i64;
-        assert!(differential.iter().all(|(key, _)| *key >= least), "{model}: {differential:?}");
-        if model == "bsp" {
-            assert_eq!(differential.len(), 1, "{differential:?}");
-            assert_eq!(differential[0].0, -1);
-        }
-        let bytes = &results["bytes"];
-        assert!(bytes["read"].as_u64() > Some(0) && bytes["sent"].as_u64() > Some(0), "{model}: {bytes}");
-        // Under the others, hot rows that stay torn are asked for and pushed.
-        assert!(!matches!(model, "essp" | "vap") || bytes["pushed"].as_u64() > Some(0), "{bytes}");
-        let time: f64 = ["compute", "waiting", "communication"]
-            .iter()
-            .map(|name| results["time"][name].as_f64().unwrap())
-            .sum();
-        assert!((time - 1.0).abs() < 1e-9, "{model}: {}", results["time"]);
-        assert!(results["clocks_per_second"].as_f64() > Some(0.0));
     }
 }
 
@@ -145,26 +99,7 @@ fn files_are_trained_on_and_factors_written() {
 fn clients_started_by_hand_work_together_on_a_running_server() {
     let folder = Folder::new();
     let server = Server::start(&format!("shm://{}", folder.file("s.sock")), &["--shards=1"]);
-    let clients: Vec<Child> = (0..2)
-        .map(|index| {
-            let mut command = bench(&TINY);
-            command.args([
-                "--epochs=5",
-                "--clients=2",
-                "--server",
-                &server.url,
-                "--client-index",
-                &index.to_string(),
-            ]);
-            command.args(["--json", &folder.file(&format!("{index}.json"))]);
-            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts")
-        })
-        .collect();
-    for client in clients {
-        let output = client.wait_with_output().expect("it ends");
-        assert!(output.status.success(), "{}", said(&output));
-    }
-    let parts: Vec<Vec<f64>> = (0..2).map(|index| losses(&folder.json(&format!("{index}.json")))).collect();
+    let parts = by_hand(&[&TINY[..], &["--epochs=5"]].concat(), &server).map(|part| losses(&part));
     let plain = losses(&run(&["--no-server", "--epochs=5"]));
     // Epoch 0 is exact: both parts together are the whole.
     assert!((parts[0][0] + parts[1][0] - plain[0]).abs() < 1e-6 * plain[0]);

@@ -51,6 +51,9 @@ pub struct ClientStats {
 pub struct TableOptions {
     /// Takes updates with NaN and infinity.
     pub non_finite: bool,
+    /// Bytes per second that each shard may push of it besides rounds, the most changed rows first, under ESSP and Async;
+    /// `u64::MAX`: whatever the network takes. See [`fervor_protocol::Schema::continuous`].
+    pub continuous: u64,
     /// Bytes of the client's cache for this table, instead of [`ClientOptions::cache_share`].
     pub cache_bytes: Option<usize>,
 }
@@ -185,6 +188,7 @@ impl<T: Transport> Client<T> {
             width: u32::try_from(width).map_err(|_| refused(format!("{width} columns are too many")))?,
             model,
             non_finite: options.non_finite,
+            continuous: options.continuous,
         };
         schema.check().map_err(|error| refused(error.to_string()))?;
         if let Some(table) = find(&self.core.tables.read().unwrap_or_else(PoisonError::into_inner), &schema) {
@@ -215,7 +219,7 @@ impl<T: Transport> Client<T> {
         let left = memory.len() - *used;
         let all = usize::try_from(schema.rows).unwrap_or(usize::MAX).max(FEWEST_SLOTS);
         // Under Async slots serve hot rows only.
-        let wanted = if schema.model.cached() { all } else { FEWEST_SLOTS };
+        let wanted = if schema.cached() { all } else { FEWEST_SLOTS };
         let share = (self.core.options.cache_bytes as f64 * self.core.options.cache_share) as usize;
         let budget = bytes.unwrap_or(share).min(left);
         let slots = wanted.min(budget / stride);

@@ -95,6 +95,27 @@ pub enum Error {
         /// The table.
         table: String,
     },
+    /// A read was older than the table's model allows, and [`ClientOptions::check`](crate::ClientOptions::check) is set.
+    #[error(
+        "the staleness bound is violated: worker {worker}, at clock {clock}, read row {row} of the table `{table}` as of \
+         clock {copy}, but {model} allows nothing before clock {needed}: this is a bug of Fervor, not of the program"
+    )]
+    Stale {
+        /// Number of the worker within its client, counted from 1.
+        worker: u64,
+        /// Its clock.
+        clock: u64,
+        /// The table.
+        table: String,
+        /// The row.
+        row: u64,
+        /// The clock of the copy: that many clocks of all workers are in it.
+        copy: u64,
+        /// The table's model, with its bound.
+        model: String,
+        /// The least clock that the model allows.
+        needed: u64,
+    },
     /// Workers are still there.
     #[error("{workers} workers are still there: drop them before the client is closed")]
     Workers {

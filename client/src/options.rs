@@ -14,6 +14,12 @@ pub struct ClientOptions {
     pub cache_share: f64,
     /// Most READs that one [`get_many`](crate::Worker::get_many) has in flight to one shard.
     pub reads_in_flight: usize,
+    /// Whether a `get` that returns older data than the table's model allows is an error ([`Error::Stale`]), and not
+    /// only counted in [`WorkerStats::violations`]. Neither ever happens, and to look costs nothing.
+    ///
+    /// [`Error::Stale`]: crate::Error::Stale
+    /// [`WorkerStats::violations`]: crate::WorkerStats::violations
+    pub check: bool,
     /// How long connecting may take, per connection.
     pub connect_timeout: Duration,
 }
@@ -25,6 +31,7 @@ impl Default for ClientOptions {
             cache_bytes: 64 << 20,
             cache_share: 0.5,
             reads_in_flight: 16,
+            check: false,
             connect_timeout: Duration::from_secs(10),
         }
     }

@@ -220,7 +220,12 @@ pub trait AnyTable: Send + Sync {
 impl<E: Element> TableCore<E> {
     pub fn new(schema: Schema, client: u64, number: usize, places: Vec<Place>, cache: Cache) -> Self {
         let rows = schema.rows as usize;
-        let staleness = schema.model.staleness().unwrap_or(0) as usize;
+        let staleness = match schema.model.staleness() {
+            Some(staleness) => staleness as usize,
+            // A copy is as old as the budget of the pushes makes it.
+            None if schema.continuous > 0 => MANY_ENTRIES.1,
+            None => 0,
+        };
         let router = Router::new(places.len());
         let pending = |shard| Mutex::new(ShardPending::new(router.rows_in(shard, schema.rows)));
         Self {
@@ -272,9 +277,9 @@ impl<E: Element> TableCore<E> {
         RemoteAddress { address: base.address + index * self.schema.stride() as u64, key: base.key }
     }
 
-    /// Whether copies are kept: not under Async, where each `get` reads the row as it is.
+    /// Whether copies are kept: not under Async without pushes, where each `get` reads the row as it is.
     pub fn cached(&self) -> bool {
-        self.schema.model.cached()
+        self.schema.cached()
     }
 
     /// Whether `header` and `data` are one version of a row.
@@ -311,10 +316,11 @@ impl<E: Element> TableCore<E> {
                 }
                 continue;
             }
-            // Every push of the rounds up to `known` is visible in a slot that is subscribed: see `server::push`.
-            let clock =
-                if word.state() == State::Subscribed { header.clock.max(known) } else { header.clock };
-            if clock < needed {
+            // Every push of the rounds up to `known` is visible in a slot that is subscribed: see `server::push`. (Under
+            // Async there are pushes, if they are asked for, but no rounds.)
+            let in_rounds = word.state() == State::Subscribed && self.schema.model.eager();
+            let clock = if in_rounds { header.clock.max(known) } else { header.clock };
+            if clock < needed && !mutant(Mutant::CopyTooOld) {
                 return Found::Miss;
             }
             if self.complete(shard, row, &header, Origin::Stated, into).is_ok() {

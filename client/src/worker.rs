@@ -142,8 +142,7 @@ impl<T: Transport> Worker<T> {
                 clock
             }
         };
-        self.finish(table, row, shard, clock, into);
-        Ok(())
+        self.finish(table, row, shard, clock, into)
     }
 
     /// Reads `rows` one after the other into `into`, which has the table's width for each; what has to be READ is in flight together.
@@ -176,7 +175,7 @@ impl<T: Transport> Worker<T> {
             match core.cached().then(|| core.look_up(shard, row, needed, known, copy)) {
                 Some(Found::Hit(clock)) => {
                     self.stats.hits += 1;
-                    self.finish(core, row, shard, clock, copy);
+                    self.finish(core, row, shard, clock, copy)?;
                 }
                 Some(Found::Miss) | None => missed.push(place),
             }
@@ -226,7 +225,7 @@ impl<T: Transport> Worker<T> {
                 true => known[shard],
                 false => self.miss(table, row, shard, index, copy)?,
             };
-            self.finish(table, row, shard, clock, copy);
+            self.finish(table, row, shard, clock, copy)?;
         }
         Ok(())
     }
@@ -342,24 +341,43 @@ impl<T: Transport> Worker<T> {
         shard: usize,
         clock: u64,
         copy: &mut [E],
-    ) {
+    ) -> Result<(), Error> {
         if let Some(Some(oplog)) = self.oplogs.get_mut(table.number()) {
             let oplog: &mut Oplog<E> =
                 oplog.as_any().downcast_mut().expect("a table's number stands for its element type");
             oplog.add_to(shard, row, copy);
         }
-        self.stats.violations += u64::from(clock < clock::needed(table.schema().model, self.clock));
+        let needed = clock::needed(table.schema().model, self.clock);
         let differential = clock::differential(clock, self.clock);
         match self.recent.get_mut((differential + RECENT) as usize) {
             Some(count) => *count += 1,
             None => *self.stats.clock_differential.entry(differential).or_insert(0) += 1,
         }
+        if clock < needed { self.violated(table, row, clock, needed) } else { Ok(()) }
+    }
+
+    /// A copy is older than the model allows, which never happens.
+    #[cold]
+    fn violated<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        row: u64,
+        copy: u64,
+        needed: u64,
+    ) -> Result<(), Error> {
+        self.stats.violations += 1;
+        if !self.core.options.check {
+            return Ok(());
+        }
+        let (schema, worker, clock) = (table.schema(), self.id, self.clock);
+        let (table, model) = (schema.name.clone(), schema.model.to_string());
+        Err(Error::Stale { worker, clock, table, row, copy, model, needed })
     }
 
     /// Before READs under SSP: takes what has been said of the clocks. A copy is trusted for the clock that was known
     /// before its READ, so the later that is, the longer it serves.
     fn hear<E: Element>(&self, table: &TableCore<E>) {
-        if table.cached() && !table.schema().model.eager() {
+        if table.cached() && !table.schema().eager() {
             self.core.progress();
         }
     }
@@ -436,7 +454,7 @@ impl<T: Transport> Worker<T> {
                 self.stats.torn += 1;
                 return Ok(false);
             }
-            let keep = table.cached() && !table.schema().model.eager();
+            let keep = table.cached() && !table.schema().eager();
             let completed = table.complete_and(shard, row, &header, Origin::Read, into, |copy, included| {
                 if keep {
                     let header = table.seal_copy(&header, included, known);
@@ -445,8 +463,11 @@ impl<T: Transport> Worker<T> {
             });
             match completed {
                 Ok(()) => {
-                    if table.schema().model.eager() {
-                        self.take(table, row, State::Subscribed);
+                    if table.schema().eager()
+                        && let Taken::Present(_) = self.take(table, row, State::Subscribed)
+                    {
+                        // It was READ before, and its first push has not come: perhaps the wish has not gone.
+                        self.core.progress();
                     }
                     return Ok(true);
                 }
@@ -505,7 +526,7 @@ impl<T: Transport> Worker<T> {
             // A subscribed slot is filled by the server anyway.
             // Where rows are pushed anyway the first push is the answer: a copy that is not kept up to date has no place
             // in the cache of such a table.
-            let eager = table.schema().model.eager();
+            let eager = table.schema().eager();
             let slot = match self.take(table, row, if eager { State::Subscribed } else { State::Asked }) {
                 Taken::New(slot) if !eager => Some(slot),
                 Taken::Present(slot) if !eager && table.cache.ask_again(slot, row) => {

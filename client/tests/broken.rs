@@ -153,6 +153,7 @@ fn comes_again(nth: u64, fate: Fate) {
         width: 1,
         model: Model::Async,
         non_finite: false,
+        continuous: 0,
     };
     let create = raw.message(Kind::CreateTable, 0, &wire::encode_table(&schema, 0, 1));
     raw.send(&create);

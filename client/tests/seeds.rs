@@ -4,6 +4,7 @@
 //! seed comes to depends on the seed alone.
 
 use std::{
+    collections::BTreeMap,
     process::ExitCode,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -33,6 +34,9 @@ struct Options {
     /// Most clocks of a job. Another number is another history.
     #[arg(long, default_value_t = 30)]
     clocks: u64,
+    /// Says which history each seed is.
+    #[arg(long, conflicts_with = "seed")]
+    each: bool,
     /// Simulations at a time.
     #[arg(long)]
     jobs: Option<usize>,
@@ -66,7 +70,7 @@ fn main() -> ExitCode {
         Some(seed) => replay(seed, options.clocks),
         None => {
             let range = options.seeds.unwrap_or((0, 2000));
-            many(range, options.clocks, jobs(options.jobs))
+            many(range, options.clocks, jobs(options.jobs), options.each)
         }
     }
 }
@@ -136,7 +140,7 @@ fn replay(seed: u64, clocks: u64) -> ExitCode {
     }
 }
 
-fn many((from, to): (u64, u64), clocks: u64, jobs: usize) -> ExitCode {
+fn many((from, to): (u64, u64), clocks: u64, jobs: usize, each: bool) -> ExitCode {
     quiet();
     let start = Instant::now();
     let found = run((from, to), clocks, jobs);
@@ -145,8 +149,12 @@ fn many((from, to): (u64, u64), clocks: u64, jobs: usize) -> ExitCode {
         println!("{report}seed {seed} FAILED: {first}\nreplay it with: ci/sim --seed {seed}{}", said(clocks));
         return ExitCode::FAILURE;
     }
+    if each {
+        found.hashes.iter().for_each(|(seed, hash)| println!("seed {seed}: history {hash:016x}"));
+        return ExitCode::SUCCESS;
+    }
     println!("{}", found.tally);
-    println!("{} seeds, all clean, in {took:.0} s; history {:016x}", to - from, found.hash);
+    println!("{} seeds, all clean, in {took:.0} s; history {:016x}", to - from, found.hash());
     ExitCode::SUCCESS
 }
 
@@ -159,8 +167,15 @@ struct Found {
     /// The first seed that failed, and its report.
     failure: Option<(u64, Failure)>,
     tally: Tally,
-    /// Of the hashes of all histories, in whatever order they were run.
-    hash: u64,
+    /// Of the history of each clean seed.
+    hashes: BTreeMap<u64, u64>,
+}
+
+impl Found {
+    /// Of all histories.
+    fn hash(&self) -> u64 {
+        self.hashes.iter().fold(0, |all, (seed, hash)| all ^ hash.rotate_left((seed % 63) as u32))
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -175,7 +190,7 @@ fn jobs(said: Option<usize>) -> usize {
 /// Runs the seeds until the first one that fails: all below that have been clean.
 fn run((from, to): (u64, u64), clocks: u64, jobs: usize) -> Found {
     let next = AtomicU64::new(from);
-    let found = Mutex::new(Found { failure: None, tally: Tally::default(), hash: 0 });
+    let found = Mutex::new(Found { failure: None, tally: Tally::default(), hashes: BTreeMap::new() });
     let cores = core_affinity::get_core_ids().unwrap_or_default();
     std::thread::scope(|scope| {
         for job in 0..jobs {
@@ -196,7 +211,7 @@ fn run((from, to): (u64, u64), clocks: u64, jobs: usize) -> Found {
                     match outcome {
                         Ok(Outcome { hash, tally, .. }) => {
                             found.tally.add(&tally);
-                            found.hash ^= hash.rotate_left((seed % 63) as u32);
+                            found.hashes.insert(seed, hash);
                         }
                         Err(_) if failed(&found) => {}
                         Err(failure) => found.failure = Some((seed, failure)),

@@ -9,18 +9,17 @@
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use fervor_client::{Client, ClientOptions, Model, Table, Worker, WorkerStats};
-use fervor_server::Server;
-use fervor_verbs::{
-    Address,
-    transport::{Thread, Transport, any::Host, sim::Sim},
+use fervor_client::{Model, Table, Worker};
+use fervor_verbs::{Address, transport::Transport};
+use support::{
+    Random,
+    rows::{self, Job},
 };
-use support::{Folder, Random, config};
 
 mod support;
 
@@ -31,11 +30,26 @@ const WORKERS: usize = CLIENTS * EACH;
 const WIDTH: usize = 40;
 const V0: f32 = 9.0;
 const MODEL: Model = Model::Vap { v0: V0 };
+const JOB: Job = Job { clients: CLIENTS, each: EACH, width: WIDTH, model: MODEL, check: true };
 /// The greatest single update.
 const GREATEST: u64 = 3;
 
 /// Of each worker: its clock in the upper half of the word, what it has added in the lower one.
-type Made = Arc<[AtomicU64; WORKERS]>;
+type Made = [AtomicU64; WORKERS];
+
+/// What the workers of a job tell each other, and the test.
+#[derive(Debug, Default)]
+struct Told {
+    made: Made,
+    /// Time that all of them have waited.
+    waited: Mutex<Duration>,
+}
+
+impl Told {
+    fn made(&self, worker: usize) -> u64 {
+        self.made[worker].load(Ordering::SeqCst) & 0xffff_ffff
+    }
+}
 
 fn work<T: Transport>(
     mut worker: Worker<T>,
@@ -44,7 +58,7 @@ fn work<T: Transport>(
     made: &Made,
     clocks: u64,
     seed: u64,
-) -> (WorkerStats, u64) {
+) -> Duration {
     let mut random = Random(seed * 100 + me as u64);
     let mut row = vec![0i64; WIDTH];
     let mut own = 0;
@@ -79,134 +93,39 @@ fn work<T: Transport>(
         }
         worker.clock().unwrap();
     }
-    (worker.stats(), own)
+    worker.stats().waiting
 }
 
-/// What the workers waited together, and what they added.
-type Result = (Duration, u64);
-
-fn client<T: Transport>(
-    transport: &T,
-    server: &Address,
-    number: usize,
-    made: &Made,
-    clocks: u64,
-    seed: u64,
-) -> Result {
-    let options = ClientOptions { clients: CLIENTS as u16, ..ClientOptions::default() };
-    let client = Client::connect_on(transport, std::slice::from_ref(server), options).unwrap();
-    let table = client.table::<i64>("t", WORKERS as u64, WIDTH, MODEL).unwrap();
-    let workers: Vec<_> = (0..EACH).map(|_| client.worker().unwrap()).collect();
-    let results = Arc::new(Mutex::new((Duration::ZERO, 0)));
-    let threads: Vec<_> = workers
-        .into_iter()
-        .enumerate()
-        .map(|(i, worker)| {
-            let (table, made, results) = (table.clone(), made.clone(), results.clone());
-            let body = move || {
-                let (stats, own) = work(worker, &table, number * EACH + i, &made, clocks, seed);
-                let mut results = results.lock().unwrap();
-                results.0 += stats.waiting;
-                results.1 += own;
-            };
-            transport.spawn("worker", None, body).unwrap()
-        })
-        .collect();
-    for thread in threads {
-        assert!(thread.join(), "seed {seed}: a worker failed");
+fn client<T: Transport>(told: &Arc<Told>, clocks: u64, seed: u64) -> impl Fn(&T, &Address, usize) + use<T> {
+    let told = told.clone();
+    move |transport, server, number| {
+        let told = told.clone();
+        JOB.client(transport, server, number, move |worker, table, me| {
+            let waited = work(worker, table, me, &told.made, clocks, seed);
+            *told.waited.lock().unwrap() += waited;
+        });
     }
-    client.close().unwrap();
-    *results.lock().unwrap()
-}
-
-/// Everything was applied, once: a new client reads the sums.
-fn sums<T: Transport>(transport: &T, server: &Address, made: &Made) {
-    let client =
-        Client::connect_on(transport, std::slice::from_ref(server), ClientOptions::default()).unwrap();
-    let table = client.table::<i64>("t", WORKERS as u64, WIDTH, MODEL).unwrap();
-    let mut worker = client.worker().unwrap();
-    let mut row = vec![0i64; WIDTH];
-    for (number, made) in made.iter().enumerate() {
-        worker.get(&table, number as u64, &mut row).unwrap();
-        let added = made.load(Ordering::SeqCst) & 0xffff_ffff;
-        assert_eq!(row, vec![added as i64; WIDTH], "nothing lost, nothing twice");
-    }
-    drop(worker);
-    client.close().unwrap();
-}
-
-fn made() -> Made {
-    Arc::new(std::array::from_fn(|_| AtomicU64::new(0)))
 }
 
 #[test]
 fn the_value_bound_holds_over_shared_memory() {
-    const CLOCKS: u64 = 1000;
-    let folder = Folder::new("value");
-    let address = folder.address("s.sock");
-    let host = Host::for_addresses(std::slice::from_ref(&address)).unwrap();
-    let server = Server::start(&host, &config(&address, 2)).unwrap();
-    let made = made();
-    let clients: Vec<_> = (0..CLIENTS)
-        .map(|number| {
-            let (host, address, made) = (host.clone(), address.clone(), made.clone());
-            std::thread::spawn(move || client(&host, &address, number, &made, CLOCKS, 1))
-        })
-        .collect();
-    let results: Vec<Result> = clients.into_iter().map(|client| client.join().unwrap()).collect();
-    let waited: Duration = results.iter().map(|result| result.0).sum();
-    assert!(waited > Duration::ZERO, "no update ever waited: the bound was not tried");
-    sums(&host, &address, &made);
-    assert!(server.stop());
-}
-
-fn simulated(seed: u64, clocks: u64) -> Duration {
-    let sim = Sim::new(seed);
-    let address = Address::Sim("server".into());
-    let made = made();
-    let left = Arc::new(Mutex::new(CLIENTS));
-    let up = Arc::new(AtomicBool::new(false));
-    let waited = Arc::new(Mutex::new(Duration::ZERO));
-    let host = sim.node("server");
-    sim.spawn(&host.clone(), "main", {
-        let (sim, address, made) = (sim.clone(), address.clone(), made.clone());
-        let (left, up) = (left.clone(), up.clone());
-        move || {
-            let server = Server::start(&host, &config(&address, 2)).unwrap();
-            up.store(true, Ordering::SeqCst);
-            while *left.lock().unwrap() > 0 {
-                sim.sleep(&host, Duration::from_millis(1));
-            }
-            sums(&host, &address, &made);
-            assert!(server.stop());
-        }
+    let told = Arc::new(Told::default());
+    rows::over_shared_memory(CLIENTS, client(&told, 1000, 1), |host, server| {
+        JOB.sums(host, server, |worker| told.made(worker));
     });
-    for number in 0..CLIENTS {
-        let host = sim.node(&format!("client-{number}"));
-        let (address, made) = (address.clone(), made.clone());
-        let (left, up, waited) = (left.clone(), up.clone(), waited.clone());
-        sim.spawn(&host.clone(), "main", {
-            let sim = sim.clone();
-            move || {
-                while !up.load(Ordering::SeqCst) {
-                    sim.sleep(&host, Duration::from_millis(1));
-                }
-                let result = client(&host, &address, number, &made, clocks, seed);
-                *waited.lock().unwrap() += result.0;
-                *left.lock().unwrap() -= 1;
-            }
-        });
-    }
-    if let Err(report) = sim.try_run() {
-        panic!("seed {seed}: {report}");
-    }
-    *waited.lock().unwrap()
+    assert!(*told.waited.lock().unwrap() > Duration::ZERO, "no update ever waited: the bound was not tried");
 }
 
 #[test]
 fn the_value_bound_holds_in_the_simulator() {
     for seed in 0..60 {
-        let waited = simulated(seed, 15);
+        let told = Arc::new(Told::default());
+        let after = {
+            let told = told.clone();
+            move |node: &_, server: &_| JOB.sums(node, server, |worker| told.made(worker))
+        };
+        rows::simulated(seed, CLIENTS, client(&told, 15, seed), after);
+        let waited = *told.waited.lock().unwrap();
         assert!(waited > Duration::ZERO, "seed {seed}: no update ever waited: the bound was not tried");
     }
 }

@@ -224,6 +224,17 @@ impl Update<'_> {
             }
         }
     }
+
+    /// The greatest magnitude of its values, of element type `E`; infinity if one is not a number.
+    pub fn greatest<E: Element>(&self) -> f32 {
+        let (Update::Dense { values, .. } | Update::Sparse { values, .. }) = self;
+        let values = values.chunks_exact(size_of::<E>());
+        values.fold(0.0, |greatest, bytes| {
+            let value =
+                E::read_from_bytes(bytes).expect("chunks have the size of an element").to_f64() as f32;
+            if value.is_nan() { f32::INFINITY } else { value.abs().max(greatest) }
+        })
+    }
 }
 
 impl<'a> Batch<'a> {

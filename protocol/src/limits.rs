@@ -3,7 +3,7 @@
 /// First bytes of every handshake: "FRVR".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"FRVR");
 /// Version of the protocol. Client and server must agree on it exactly.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Bytes before the data of a row: LSN, included batch, clock, check.
 pub const ROW_HEADER: usize = 32;

@@ -37,6 +37,9 @@ pub enum Mutant {
     GapAccepted,
     VisibleOnWrite,
     BoundIgnored,
+    QueuedUnproved,
+    RankingForgotten,
+    CopyTooOld,
 }
 
 /// What a mutant is.
@@ -109,6 +112,12 @@ catalogue! {
         "the completion of a WRITE behind the pushes is taken for that of a READ (server Peer::prove)"
     BoundIgnored "bound-ignored" "VAP: the value bound"
         "an update does not wait (client worker::admit)"
+    QueuedUnproved "queued-unproved" "VAP: visible is proved"
+        "a push that waits in the queue is not waited for (server push::push_row)"
+    RankingForgotten "ranking-forgotten" "3 SSP guarantee"
+        "a row is clean although a client could not take it between rounds (server push_continuously)"
+    CopyTooOld "copy-too-old" "3 SSP guarantee"
+        "a copy in the cache is used however old it is (client TableCore::look_up)"
     AskIgnored "ask-ignored" "11 no reader starves"
         "a row that is asked for is not pushed (server poller::slot)"
 }

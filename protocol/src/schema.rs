@@ -45,7 +45,7 @@ impl Model {
         }
     }
 
-    /// Whether the server pushes changed rows.
+    /// Whether the server pushes all changed rows when its clock advances.
     pub fn eager(self) -> bool {
         matches!(self, Self::Essp { .. } | Self::Vap { .. })
     }
@@ -55,7 +55,7 @@ impl Model {
         matches!(self, Self::Vap { .. })
     }
 
-    /// Whether clients keep copies: not if each `get` reads the row as it is.
+    /// Whether clients keep copies of their own accord: not if each `get` reads the row as it is.
     pub fn cached(self) -> bool {
         self != Self::Async
     }
@@ -111,6 +111,9 @@ pub struct Schema {
     pub model: Model,
     /// Whether updates may be NaN or infinite.
     pub non_finite: bool,
+    /// Bytes per second that each shard may push of it besides rounds, the most changed rows first: *continuous* eager
+    /// pushing, under ESSP and Async. 0: none; `u64::MAX`: whatever the network takes.
+    pub continuous: u64,
 }
 
 /// A schema that no table can have.
@@ -133,6 +136,12 @@ pub enum SchemaError {
     /// No updates could ever be made, or any.
     #[error("the bound of VAP is a positive, finite number, not {0}")]
     Bound(f32),
+    /// The rows are not pushed, or as soon as they change.
+    #[error("continuous pushing is for ESSP and Async, not {0}")]
+    Continuous(Model),
+    /// Too many to be ranked.
+    #[error("a table that is pushed continuously has fewer than {most} rows, not {0}", most = u32::MAX)]
+    Ranked(u64),
 }
 
 impl Schema {
@@ -151,9 +160,25 @@ impl Schema {
             return Err(SchemaError::Width { width: self.width.into(), element: self.element });
         }
         match self.model {
-            Model::Vap { v0 } if !(v0 > 0.0 && v0.is_finite()) => Err(SchemaError::Bound(v0)),
-            _ => Ok(()),
+            Model::Vap { v0 } if !(v0 > 0.0 && v0.is_finite()) => return Err(SchemaError::Bound(v0)),
+            Model::Essp { .. } | Model::Async => {}
+            _ if self.continuous > 0 => return Err(SchemaError::Continuous(self.model)),
+            _ => {}
         }
+        if self.continuous > 0 && self.rows >= u32::MAX.into() {
+            return Err(SchemaError::Ranked(self.rows));
+        }
+        Ok(())
+    }
+
+    /// Whether the server pushes changed rows into the clients' caches.
+    pub fn eager(&self) -> bool {
+        self.model.eager() || self.continuous > 0
+    }
+
+    /// Whether clients keep copies.
+    pub fn cached(&self) -> bool {
+        self.model.cached() || self.continuous > 0
     }
 
     /// Bytes of data in a row.
@@ -170,6 +195,9 @@ impl Schema {
 impl fmt::Display for Schema {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "`{}`: {} rows of {} {}, {}", self.name, self.rows, self.width, self.element, self.model)?;
+        if self.continuous > 0 {
+            write!(f, ", pushed continuously at {} bytes per second", self.continuous)?;
+        }
         if self.non_finite { f.write_str(", NaN and infinity allowed") } else { Ok(()) }
     }
 }

@@ -177,6 +177,7 @@ pub fn slot_records(header: &MessageHeader, message: &[u8]) -> Result<Vec<SlotRe
 #[repr(C)]
 pub struct TableHeader {
     rows: u64,
+    continuous: u64,
     width: u32,
     parameter: u32,
     /// Number of this shard in the job's order of shards, and how many there are: what the rows are dealt out by.
@@ -190,13 +191,14 @@ pub struct TableHeader {
     reserved: u32,
 }
 
-const _: () = assert!(size_of::<TableHeader>() == 32);
+const _: () = assert!(size_of::<TableHeader>() == 40);
 
 /// Writes a request to create `schema` on shard `shard` of `shards`, after the message header; returns the body.
 pub fn encode_table(schema: &Schema, shard: u32, shards: u32) -> Vec<u8> {
     let (model, parameter) = schema.model.to_wire();
     let header = TableHeader {
         rows: schema.rows,
+        continuous: schema.continuous,
         width: schema.width,
         parameter,
         shard,
@@ -236,6 +238,7 @@ pub fn decode_table(message: &[u8]) -> Result<(Schema, u32, u32), Fault> {
         model: Model::from_wire(header.model, header.parameter)
             .ok_or_else(|| state(format!("model = {}, {} is no model", header.model, header.parameter)))?,
         non_finite: header.non_finite != 0,
+        continuous: header.continuous,
     };
     schema.check().map_err(|error: SchemaError| state(error.to_string()))?;
     if header.shard >= header.shards {
@@ -503,6 +506,7 @@ mod tests {
             width: 5,
             model: Model::Essp { staleness: 3 },
             non_finite: true,
+            continuous: 1 << 40,
         };
         let message = |schema: &Schema, shard, shards| {
             reply(Kind::CreateTable, 1, &encode_table(schema, shard, shards))

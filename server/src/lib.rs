@@ -42,6 +42,7 @@ use fervor_verbs::{
 
 mod accept;
 pub mod budget;
+mod continuous;
 mod peer;
 mod poller;
 mod push;

@@ -33,14 +33,15 @@ use crate::{
     staging::Staging,
 };
 
-/// Longest sleep. Nothing is due at any time: messages, ends of connections, mail and the stop all wake the thread.
+/// Longest sleep. Nothing is due at any time but the continuous pushes that wait for their budget: messages, ends of
+/// connections, mail and the stop all wake the thread.
 const SLEEP: Duration = Duration::from_secs(3600);
 /// How long a stopping poller still takes what comes, and then waits for its clients to take their last message.
 const FAREWELL: Duration = Duration::from_millis(500);
 
 /// See the module.
 pub struct Poller<T: Transport> {
-    transport: T,
+    pub(crate) transport: T,
     endpoint: T::Endpoint,
     mail: Receiver<Mail<T::Connection>>,
     pub(crate) shard: Shard,
@@ -98,7 +99,7 @@ impl<T: Transport> Poller<T> {
                 self.transport.relax(idle);
                 idle += 1;
             } else {
-                self.endpoint.wait(SLEEP);
+                self.endpoint.wait(self.next_push().unwrap_or(SLEEP));
             }
         }
         self.farewell();
@@ -147,6 +148,10 @@ impl<T: Transport> Poller<T> {
         if work > 0 && self.shard.value_bounded() {
             self.follow_visible();
             work += self.pump_all();
+        }
+        let pushed = self.push_continuously();
+        if pushed > 0 {
+            work += pushed + self.pump_all();
         }
         work
     }

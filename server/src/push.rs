@@ -52,7 +52,9 @@ impl<T: Transport> Poller<T> {
     /// The shard clock has risen: pushes what changed, and has the round closed at every client.
     pub(crate) fn round(&mut self, clock: u64) {
         for table in 0..self.shard.tables.len() {
-            self.push_dirty(table);
+            if self.shard.tables[table].in_rounds() {
+                self.push_dirty(table);
+            }
         }
         for peer in self.peers.values_mut().filter(|peer| !peer.condemned) {
             peer.round = Some(clock);
@@ -68,7 +70,7 @@ impl<T: Transport> Poller<T> {
     }
 
     /// Pushes a row to all its subscribers; those that cannot take it get it queued.
-    fn push_row(&mut self, table: TableId, row: u64) {
+    pub(crate) fn push_row(&mut self, table: TableId, row: u64) {
         let mut subscribers =
             std::mem::take(&mut self.shard.tables[table as usize].subscribers[row as usize]);
         subscribers.retain(|subscriber| self.clients.contains_key(&subscriber.client));
@@ -76,7 +78,8 @@ impl<T: Transport> Poller<T> {
         let value_bounded = self.shard.tables[table as usize].value_bounded();
         for (index, subscriber) in subscribers.iter_mut().enumerate() {
             let peer = self.peers.get_mut(&self.clients[&subscriber.client]).expect("a client has a peer");
-            if value_bounded {
+            let queued = subscriber.queued || !peer.queue.is_empty() || !peer.has_room();
+            if value_bounded && !(queued && mutant(Mutant::QueuedUnproved)) {
                 peer.visible.pushed();
             }
             if subscriber.queued {

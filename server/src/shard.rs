@@ -9,7 +9,7 @@ use std::fmt;
 
 use fervor_protocol::{
     Element, ElementType, Schema,
-    batch::{Batch, Record, Shape},
+    batch::{Batch, Record, Shape, Update},
     clock::VectorClock,
     limits::ROW_HEADER,
     mutants::{Mutant, mutant},
@@ -19,6 +19,8 @@ use fervor_protocol::{
 };
 use fervor_verbs::Exclusive;
 use zerocopy::{FromBytes, IntoBytes};
+
+use crate::continuous::Continuous;
 
 /// A shard's number of a table.
 pub type TableId = u32;
@@ -43,9 +45,11 @@ pub struct Table {
     pub row_bytes: usize,
     pub rows: u64,
     pub seal: Seal,
-    /// Rows changed since the last round, each once, and a mark for each. Eager tables only.
-    pub dirty: Vec<u64>,
+    /// Rows changed since the last round, each once, and a mark for each. Eager tables only, unless `continuous` ranks them.
+    dirty: Vec<u64>,
     marks: Vec<u64>,
+    /// The rows changed since they were last pushed, if they are pushed between rounds.
+    pub continuous: Option<Continuous>,
     /// Per row, who holds it. Eager tables only.
     pub subscribers: Vec<Vec<Subscriber>>,
 }
@@ -61,6 +65,11 @@ impl Table {
     }
 
     pub fn eager(&self) -> bool {
+        self.schema.eager()
+    }
+
+    /// Whether a round pushes all that has changed.
+    pub fn in_rounds(&self) -> bool {
         self.schema.model.eager()
     }
 
@@ -74,7 +83,10 @@ impl Table {
         self.offset + row as usize * self.stride
     }
 
-    fn mark(&mut self, row: u64) {
+    fn mark<E: Element>(&mut self, row: u64, update: &Update<'_>) {
+        if let Some(continuous) = &mut self.continuous {
+            return continuous.ranking.changed(row, update.greatest::<E>());
+        }
         let (word, bit) = ((row / 64) as usize, 1 << (row % 64));
         if self.marks[word] & bit == 0 {
             self.marks[word] |= bit;
@@ -84,12 +96,18 @@ impl Table {
 
     /// A mutant: as if the row had not changed.
     pub fn forget(&mut self, row: u64) {
+        if let Some(continuous) = &mut self.continuous {
+            return continuous.ranking.remove(row);
+        }
         self.marks[(row / 64) as usize] &= !(1 << (row % 64));
         self.dirty.retain(|dirty| *dirty != row);
     }
 
     /// The rows changed since this was last called.
     pub fn take_dirty(&mut self) -> Vec<u64> {
+        if let Some(continuous) = &mut self.continuous {
+            return continuous.ranking.drain();
+        }
         for row in &self.dirty {
             self.marks[(row / 64) as usize] = 0;
         }
@@ -170,7 +188,7 @@ impl Shard {
         }
         let offset = self.used;
         self.used += (bytes as usize).next_multiple_of(4096).min(free);
-        let pushed = if schema.model.eager() { rows } else { 0 };
+        let pushed = if schema.eager() { rows } else { 0 };
         self.value_bounded |= schema.model.value_bounded();
         self.tables.push(Table {
             shards: (shard, shards),
@@ -181,6 +199,7 @@ impl Shard {
             seal: Seal::new(schema.row_bytes()),
             dirty: Vec::new(),
             marks: vec![0; pushed.div_ceil(64) as usize],
+            continuous: (schema.continuous > 0).then(|| Continuous::new(rows, schema.continuous)),
             subscribers: vec![Vec::new(); pushed as usize],
             schema,
         });
@@ -211,9 +230,6 @@ impl Shard {
                 ElementType::I32 => update::<i32>(image, &record, table, self.lsn),
                 ElementType::I64 => update::<i64>(image, &record, table, self.lsn),
             }
-            if table.eager() {
-                table.mark(record.row);
-            }
         }
     }
 
@@ -227,11 +243,14 @@ impl Shard {
     }
 }
 
-fn update<E: Element>(image: &mut [u8], record: &Record<'_>, table: &Table, lsn: u64) {
+fn update<E: Element>(image: &mut [u8], record: &Record<'_>, table: &mut Table, lsn: u64) {
     let (header, data) = image.split_at_mut(ROW_HEADER);
     let row = <[E]>::mut_from_bytes(data).expect("rows are aligned to cache lines");
     record.update.apply(row);
     header.copy_from_slice(table.seal.seal(data, lsn, 0, 0).as_bytes());
+    if table.eager() {
+        table.mark::<E>(record.row, &record.update);
+    }
 }
 
 #[cfg(test)]
@@ -248,6 +267,7 @@ mod tests {
             width: 4,
             model: Model::Essp { staleness: 1 },
             non_finite: false,
+            continuous: 0,
         }
     }
 

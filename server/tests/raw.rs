@@ -229,6 +229,7 @@ fn a_malformed_message_ends_its_connection_with_the_field_and_changes_nothing() 
         width: 5,
         model: Model::Bsp,
         non_finite: false,
+        continuous: 0,
     };
     let create = |raw: &mut Raw, at: usize, byte: u8| {
         let body = with(wire::encode_table(&schema, 0, 1), at, byte);
@@ -412,6 +413,7 @@ fn a_client_that_gives_no_receive_buffers_back_stops_itself_alone() {
         width: 1,
         model: Model::Bsp,
         non_finite: false,
+        continuous: 0,
     };
     for number in 0..5 {
         let body = wire::encode_table(&schema(format!("u{number}")), 0, 1);

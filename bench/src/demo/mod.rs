@@ -80,11 +80,12 @@ pub fn run(options: &DemoOptions) -> Result<Vec<Report>> {
     for report in &mut reports {
         report.aim(TARGET * report.epochs[0].loss);
     }
-    println!("\n{}\n{}", reports[0].machine, comparison(&reports));
+    println!("\n{}\n{}", reports[0].run.machine, comparison(&reports));
     println!("(target: {} % of the initial loss)\n\n{}", 100.0 * TARGET, differentials(&reports));
     let file = |name: &str| options.out.join(name);
     curves::write(&file("convergence.svg"), &reports)?;
-    let eager = reports.iter().find(|report| report.model == "essp").context("there is no run under essp")?;
+    let eager =
+        reports.iter().find(|report| report.run.model == "essp").context("there is no run under essp")?;
     let factors = eager.factors.as_deref().context("the run under essp gave no factors")?;
     pictures::write(&file("factors.svg"), factors, options.rank as usize, &eager.title())?;
     write_json(&file("results.json"), &reports)?;
@@ -105,7 +106,8 @@ mod tests {
         let titles: Vec<_> = runs.iter().map(MfOptions::title).collect();
         assert_eq!(titles, ["bsp", "ssp(2)", "essp(2)", "async"]);
         assert!(
-            runs.iter().all(|run| run.validate().is_ok() && run.digits && run.epochs == 7 && run.rank == 5)
+            runs.iter()
+                .all(|run| run.validate().is_ok() && run.digits && run.job.epochs == 7 && run.rank == 5)
         );
     }
 }

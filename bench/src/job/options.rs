@@ -1,6 +1,6 @@
-//! The part of a job's command line that says who works where.
+//! The part of a job's command line that all applications have: how often its data is gone through, and who works where.
 
-use std::ffi::OsString;
+use std::{ffi::OsString, path::PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Args, value_parser};
@@ -8,9 +8,18 @@ use fervor_client::ClientOptions;
 
 use crate::{model::ModelOptions, server::EmbeddedOptions};
 
-/// Processes, threads and servers of a job.
+/// Passes, processes, threads and servers of a job.
 #[derive(Debug, Clone, Args)]
 pub struct JobOptions {
+    /// Clocks that each worker ends in one pass over its data
+    #[arg(long, default_value_t = 10, value_parser = value_parser!(u32).range(1..=1_000_000))]
+    pub clocks_per_epoch: u32,
+    /// Passes over the data; fewer if a target is reached before
+    #[arg(long, default_value_t = 50, value_parser = value_parser!(u32).range(1..=1_000_000))]
+    pub epochs: u32,
+    /// Seed of all that is drawn: generated data, initial values, the order of the ratings, topics
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
     /// The consistency model.
     #[command(flatten)]
     pub model: ModelOptions,
@@ -39,6 +48,12 @@ pub struct JobOptions {
     /// Bytes of a client's cache [default: enough for all that the workers share]
     #[arg(long, value_name = "BYTES")]
     pub cache: Option<usize>,
+    /// Write the results to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Fail when a read returns older data than the model allows, and not only count it
+    #[arg(long, conflicts_with = "no_server")]
+    pub check: bool,
     /// Say what is told to the parent process
     #[arg(long, hide = true, requires = "client_index")]
     pub tell_parent: bool,
@@ -77,7 +92,7 @@ impl JobOptions {
         // A row has a header of 32 bytes and begins at a cache line. One table may take half of the cache.
         let row = (32 + 4 * width).next_multiple_of(64);
         let cache_bytes = self.cache.unwrap_or((1 << 20) + 2 * rows as usize * row);
-        ClientOptions { clients: self.clients, cache_bytes, ..ClientOptions::default() }
+        ClientOptions { clients: self.clients, cache_bytes, check: self.check, ..ClientOptions::default() }
     }
 
     /// The model, as the reports name it: `none` without a server.
@@ -100,12 +115,17 @@ impl JobOptions {
         arguments.put("client-index", &index);
         arguments.put("job", &job);
         urls.iter().for_each(|url| arguments.put("server", url));
+        arguments.put("clocks-per-epoch", &self.clocks_per_epoch);
+        arguments.put("epochs", &self.epochs);
+        arguments.put("seed", &self.seed);
         arguments.put("model", &self.model.model);
         arguments.put("clients", &self.clients);
         arguments.put("workers", &self.workers);
         arguments.put_some("cache", self.cache.as_ref());
         arguments.put_some("staleness", self.model.staleness.as_ref());
         arguments.put_some("v0", self.model.v0.as_ref());
+        arguments.put_some("continuous", self.model.continuous.as_ref());
+        arguments.flag("check", self.check);
         arguments.flag("tell-parent", true);
     }
 }
@@ -137,5 +157,27 @@ impl Arguments {
     /// Puts `--name` if it is set.
     pub fn flag(&mut self, name: &str, set: bool) {
         self.0.extend(set.then(|| OsString::from(format!("--{name}"))));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::FromArgMatches as _;
+
+    use super::*;
+
+    #[test]
+    fn a_job_that_is_checked_has_checked_clients() {
+        let command = JobOptions::augment_args(clap::Command::new("job").no_binary_name(true));
+        for check in [false, true] {
+            let arguments = check.then_some("--check");
+            let matches = command.clone().try_get_matches_from(arguments).unwrap();
+            let options = JobOptions::from_arg_matches(&matches).unwrap();
+            assert_eq!(options.client_options(1, 1).check, check);
+            let mut arguments = Arguments::default();
+            options.put(0, "job", &["shm:///s".into()], &mut arguments);
+            let matches = command.clone().try_get_matches_from(arguments.0).unwrap();
+            assert_eq!(JobOptions::from_arg_matches(&matches).unwrap().check, check);
+        }
     }
 }

@@ -1,11 +1,18 @@
-//! What the reports of all applications have: where the time went, and how old the data was that reads returned.
+//! What the reports of all applications have: who worked, where the time went, and how old the data was that reads
+//! returned.
 
 use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
-use super::messages::Tally;
-use crate::report::{self, TextTable};
+use super::{
+    JobOptions,
+    messages::{Bytes, Tally},
+};
+use crate::{
+    machine::Machine,
+    report::{self, TextTable},
+};
 
 /// Parts of the workers' time.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -39,9 +46,29 @@ impl fmt::Display for Cache {
     }
 }
 
-/// What a job cost.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Costs {
+/// A run of a job, whatever was learned: who worked, and what it cost.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Run {
+    /// The command: `mf`, `lda`.
+    pub application: &'static str,
+    /// `bsp`, `ssp`, `essp`, `async`, `vap`; `none` without a parameter server.
+    pub model: String,
+    /// Greatest lag of a read in clocks, where the model has one.
+    pub staleness: Option<u32>,
+    /// The bound in the first clock, under `vap`.
+    pub v0: Option<f32>,
+    /// Bytes per second that each shard may push besides rounds.
+    pub continuous: Option<u64>,
+    /// Client processes.
+    pub clients: u16,
+    /// Worker threads of each.
+    pub workers: u16,
+    /// If this is the part of a single client of the job: which.
+    pub client_index: Option<u16>,
+    /// Clocks of a worker in an epoch.
+    pub clocks_per_epoch: u32,
+    /// Seed of all that is drawn.
+    pub seed: u64,
     /// Seconds until the last worker was done.
     pub seconds: f64,
     /// Clocks that a worker ended in a second, on average.
@@ -52,11 +79,20 @@ pub struct Costs {
     pub clock_differential: BTreeMap<i64, u64>,
     /// How the reads were answered.
     pub cache: Cache,
+    /// What moved between clients and servers.
+    pub bytes: Bytes,
+    /// Where this was measured.
+    pub machine: Machine,
 }
 
-impl Costs {
-    /// Those of the workers that have reported.
-    pub fn new<R>(tally: &Tally<R>) -> Self {
+impl Run {
+    /// What the workers say that have reported: of the job, or of its client number `client_index`.
+    pub fn new<R>(
+        application: &'static str,
+        options: &JobOptions,
+        client_index: Option<u16>,
+        tally: &Tally<R>,
+    ) -> Self {
         let accesses = tally.accesses();
         let total: f64 = tally.reports.iter().map(|report| report.seconds).sum();
         let clocks: u64 = tally.reports.iter().map(|report| report.clocks).sum();
@@ -64,7 +100,17 @@ impl Costs {
         let counted = total.max(accesses.seconds());
         let share = |part: f64| if counted > 0.0 { part / counted } else { 0.0 };
         let (waiting, communication) = (share(accesses.waiting), share(accesses.communicating));
-        Costs {
+        Run {
+            application,
+            model: options.model_name(),
+            staleness: options.staleness(),
+            v0: options.model.v0,
+            continuous: options.model.continuous.filter(|_| !options.no_server),
+            clients: options.clients,
+            workers: options.workers,
+            client_index,
+            clocks_per_epoch: options.clocks_per_epoch,
+            seed: options.seed,
             seconds: tally.reports.iter().map(|report| report.seconds).fold(0.0, f64::max),
             clocks_per_second: if total > 0.0 { clocks as f64 / total } else { 0.0 },
             time: Time { compute: (1.0 - waiting - communication).max(0.0), waiting, communication },
@@ -75,34 +121,104 @@ impl Costs {
                 reads: accesses.reads,
                 violations: accesses.violations,
             },
+            bytes: tally.bytes,
+            machine: Machine::this(),
         }
     }
-}
 
-/// A model with its staleness or bound, for people.
-pub fn title(model: &str, staleness: Option<u32>, v0: Option<f32>) -> String {
-    match (model, staleness) {
-        ("none", _) => "plain threads".into(),
-        ("vap", _) => format!("vap({})", v0.unwrap_or_default()),
-        ("bsp", _) | (_, None) => model.into(),
-        (model, Some(staleness)) => format!("{model}({staleness})"),
+    /// The model with its staleness or bound.
+    pub fn title(&self) -> String {
+        match (&*self.model, self.staleness) {
+            ("none", _) => "plain threads".into(),
+            ("vap", _) => format!("vap({})", self.v0.unwrap_or_default()),
+            ("bsp", _) | (_, None) => self.model.clone(),
+            (model, Some(staleness)) => format!("{model}({staleness})"),
+        }
+    }
+
+    /// The mean of the clock differential; none without reads.
+    pub fn mean_differential(&self) -> Option<f64> {
+        let count: u64 = self.clock_differential.values().sum();
+        let sum: f64 = self.clock_differential.iter().map(|(&d, &count)| d as f64 * count as f64).sum();
+        (count > 0).then(|| sum / count as f64)
+    }
+
+    /// Who worked, after `what` they learned, and where.
+    pub fn write_head(&self, what: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Run { clocks_per_epoch, clients, workers, seed, machine, .. } = self;
+        write!(
+            f,
+            "{what}, {clocks_per_epoch} clocks/epoch, {clients} clients x {workers} workers, seed {seed}"
+        )?;
+        if let Some(index) = self.client_index {
+            write!(f, " (this is the part of client {index})")?;
+        }
+        writeln!(f, "\n{machine}\n")
+    }
+
+    /// What [`cost_cells`](Self::cost_cells) are.
+    pub const COST_HEAD: [&str; 7] =
+        ["compute", "waiting", "comm.", "differential", "READ", "pushed", "sent"];
+
+    /// The end of a row about this run: where its time went, and what moved.
+    pub fn cost_cells(&self) -> [String; 7] {
+        let (Time { compute, waiting, communication }, Bytes { read, pushed, sent }) =
+            (self.time, self.bytes);
+        [
+            report::percent(compute),
+            report::percent(waiting),
+            report::percent(communication),
+            self.mean_differential().map_or("-".into(), |mean| format!("{mean:.2}")),
+            report::bytes(read),
+            report::bytes(pushed),
+            report::bytes(sent),
+        ]
+    }
+
+    /// How the reads were answered, and with how old data; nothing without reads.
+    pub fn write_reads(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.clock_differential.is_empty() {
+            return Ok(());
+        }
+        writeln!(f, "{}", differential_table([self]))?;
+        writeln!(f, "{}", self.cache)
     }
 }
 
-/// The mean of a clock differential; none without reads.
-pub fn mean_differential(differential: &BTreeMap<i64, u64>) -> Option<f64> {
-    let count: u64 = differential.values().sum();
-    let sum: f64 = differential.iter().map(|(&d, &count)| d as f64 * count as f64).sum();
-    (count > 0).then(|| sum / count as f64)
+/// About ten of the epochs, the last one among them: number, seconds, and the objective in two columns, headed by
+/// `head`. Then the `target`, if there was one, and when it was reached, if it was.
+pub fn write_epochs(
+    f: &mut fmt::Formatter<'_>,
+    head: [&str; 2],
+    epochs: impl ExactSizeIterator<Item = (usize, f64, [String; 2])>,
+    target: Option<f64>,
+    reached: Option<f64>,
+) -> fmt::Result {
+    let mut table = TextTable::new(["epoch", "seconds"].into_iter().chain(head));
+    let (all, every) = (epochs.len(), epochs.len().div_ceil(10).max(1));
+    for (place, (epoch, seconds, objective)) in epochs.enumerate() {
+        if epoch % every == 0 || place + 1 == all {
+            table.row([epoch.to_string(), format!("{seconds:.4}")].into_iter().chain(objective));
+        }
+    }
+    writeln!(f, "{table}")?;
+    match (target, reached) {
+        (Some(target), Some(seconds)) => {
+            writeln!(f, "target {target:.6e} reached after {seconds:.4} s\n")
+        }
+        (Some(target), None) => writeln!(f, "target {target:.6e} not reached\n"),
+        (None, _) => Ok(()),
+    }
 }
 
 /// How old the data was that the reads of several runs returned: the share of each clock differential.
-pub fn differential_table<'a>(runs: impl IntoIterator<Item = (String, &'a BTreeMap<i64, u64>)>) -> TextTable {
+pub fn differential_table<'a>(runs: impl IntoIterator<Item = &'a Run>) -> TextTable {
     // Beyond this lie the tails of runs without a bound.
     const SHOWN: i64 = 6;
     let head = (1..SHOWN).map(|lag| format!("-{lag}")).chain([format!("-{SHOWN} and less")]);
     let mut table = TextTable::new(["clock differential".to_owned()].into_iter().chain(head));
-    for (title, differential) in runs.into_iter().filter(|(_, differential)| !differential.is_empty()) {
+    for run in runs.into_iter().filter(|run| !run.clock_differential.is_empty()) {
+        let differential = &run.clock_differential;
         let total: u64 = differential.values().sum();
         let share = |holds: &dyn Fn(i64) -> bool| {
             let count: u64 = differential.iter().filter(|(d, _)| holds(**d)).map(|(_, n)| n).sum();
@@ -112,7 +228,7 @@ pub fn differential_table<'a>(runs: impl IntoIterator<Item = (String, &'a BTreeM
         let fresh = share(&|d| d >= -1);
         let middle = (2..SHOWN).map(|lag| share(&|d| d == -lag));
         let old = share(&|d| d <= -SHOWN);
-        table.row([title, fresh].into_iter().chain(middle).chain([old]));
+        table.row([run.title(), fresh].into_iter().chain(middle).chain([old]));
     }
     table
 }

@@ -51,7 +51,8 @@ fn train(
     let (job, prior) = (&options.job, &training.prior);
     let client = Client::connect_with(&job.server, job.client_options(prior.words as u64, prior.topics))?;
     let name = job.job.as_deref().unwrap_or("lda");
-    let tables = Tables::open(&client, name, prior, job.all_workers(), job.model.model())?;
+    let (workers, model) = (job.all_workers(), job.model.model());
+    let tables = Tables::open_with(&client, name, prior, workers, model, job.model.table())?;
     let seats = job
         .workers_of(index)
         .map(|number| Ok((share(options, corpus, number), client.worker()?)))
@@ -67,6 +68,6 @@ fn train(
 
 /// The share of the worker with this number.
 pub fn share(options: &LdaOptions, corpus: &Corpus, number: usize) -> Share {
-    let (workers, clocks) = (options.job.all_workers(), options.clocks_per_epoch as usize);
-    Share::new(corpus, number, workers, clocks, options.topics as usize, options.seed)
+    let (workers, clocks) = (options.job.all_workers(), options.job.clocks_per_epoch as usize);
+    Share::new(corpus, number, workers, clocks, options.topics as usize, options.job.seed)
 }

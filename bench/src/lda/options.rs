@@ -10,7 +10,10 @@ use super::{
     sampler::Prior,
     trainer::Training,
 };
-use crate::job::{JobOptions, options::Arguments};
+use crate::{
+    job::{JobOptions, options::Arguments},
+    model::ModelName,
+};
 
 /// Options of `fervor-bench lda`.
 #[derive(Debug, Clone, Args)]
@@ -41,26 +44,13 @@ pub struct LdaOptions {
     /// Concentration of a topic's words: the less, the fewer it has
     #[arg(long, default_value_t = 0.1)]
     pub beta: f64,
-    /// Clocks that each worker ends in one pass over its tokens
-    #[arg(long, default_value_t = 10, value_parser = value_parser!(u32).range(1..=1_000_000))]
-    pub clocks_per_epoch: u32,
-    /// Passes over the tokens; fewer if a target is reached before
-    #[arg(long, default_value_t = 50, value_parser = value_parser!(u32).range(1..=1_000_000))]
-    pub epochs: u32,
     /// Stop when the log-likelihood is at least this
     #[arg(long, value_name = "L", allow_negative_numbers = true, conflicts_with = "client_index")]
     pub target_loglikelihood: Option<f64>,
-    /// Seed of generated documents, initial topics and draws
-    #[arg(long, default_value_t = 1)]
-    pub seed: u64,
 
     /// Who works where.
     #[command(flatten)]
     pub job: JobOptions,
-
-    /// Write the results to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
 }
 
 impl LdaOptions {
@@ -70,6 +60,11 @@ impl LdaOptions {
     /// Values that make no sense, alone or together.
     pub fn validate(&self) -> Result<()> {
         self.job.validate()?;
+        ensure!(
+            self.job.model.continuous.is_none() || self.job.model.model == ModelName::Essp,
+            "--continuous goes with --model essp here: under async, copies would not be up to date even when all counts \
+             have settled, and the account at the end would not come out"
+        );
         for (name, value) in [("alpha", self.alpha), ("beta", self.beta)] {
             ensure!(
                 value.is_finite() && value > 0.0,
@@ -99,14 +94,14 @@ impl LdaOptions {
     /// # Errors
     /// As [`Source::load`].
     pub fn load(&self) -> Result<Corpus> {
-        self.source().load(self.seed).context("cannot read the documents")
+        self.source().load(self.job.seed).context("cannot read the documents")
     }
 
     /// How to train on `corpus`.
     pub fn training(&self, corpus: &Corpus) -> Training {
         let prior =
             Prior { topics: self.topics as usize, words: corpus.words(), alpha: self.alpha, beta: self.beta };
-        Training { prior, epochs: self.epochs as usize, seed: self.seed }
+        Training { prior, epochs: self.job.epochs as usize, seed: self.job.seed }
     }
 
     /// The command line of client number `index` of the job called `job`, for its servers at `urls`.
@@ -116,9 +111,6 @@ impl LdaOptions {
         arguments.put("topics", &self.topics);
         arguments.put("alpha", &self.alpha);
         arguments.put("beta", &self.beta);
-        arguments.put("clocks-per-epoch", &self.clocks_per_epoch);
-        arguments.put("epochs", &self.epochs);
-        arguments.put("seed", &self.seed);
         if let Some(Planted { documents, words, tokens }) = self.generate {
             arguments.put("generate", &format!("{documents}x{words}:{tokens}"));
         }

@@ -28,7 +28,7 @@ pub fn run(options: &LdaOptions) -> Result<Option<Report>> {
 
 /// Trains with plain threads, or with client processes.
 fn train(options: &LdaOptions, corpus: &Corpus) -> Result<Tally> {
-    let total = u64::from(options.epochs) * corpus.tokens() as u64;
+    let total = u64::from(options.job.epochs) * corpus.tokens() as u64;
     let judge = Box::new(|epoch: &Epoch| {
         let reached = options.target_loglikelihood.is_some_and(|target| epoch.objective >= target);
         (format!("epoch {} log-likelihood {:.5e}", epoch.epoch, epoch.objective), reached)

@@ -19,14 +19,14 @@
 //! has waited until every worker has ended that clock, as far as the shard of that row goes: so it gets a row of each
 //! shard. In the column of each worker is 1 from the start, and from its end 2 more than its last clock `c`, so that
 //! others know whether it has finished. At clock `c + s + 1` of the greatest such `c`, a read under
-//! staleness `s` sees everything; each worker goes on ending clocks until then. Under VAP no clock says what is seen: there the
-//! tables have one row more, which nobody reads, and each worker adds more to it than any bound. Such an update is let
-//! through when nothing else of the worker is in transit: when all see all that it has done.
+//! staleness `s` sees everything; each worker goes on ending clocks until then. Models without a staleness need no more than
+//! the meeting: under Async a `get` READs what the shard has applied, and under VAP the rows of a clock have been
+//! pushed when its round is closed, as under ESSP.
 
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
-use fervor_client::{Client, Error, Model, Table, Worker};
+use fervor_client::{Client, Error, Model, Table, TableOptions, Worker};
 use fervor_verbs::transport::Transport;
 
 use super::{
@@ -47,10 +47,6 @@ pub struct Tables {
     totals: Table<i32>,
     meet: Table<i64>,
     staleness: u64,
-    /// Words in the vocabulary; under VAP, the number of the row that nobody reads.
-    vocabulary: u64,
-    /// Whether reads are bounded by values.
-    by_value: bool,
     /// Rows that are fetched together.
     run: usize,
 }
@@ -67,15 +63,27 @@ impl Tables {
         workers: usize,
         model: Model,
     ) -> Result<Self> {
-        let by_value = matches!(model, Model::Vap { .. });
+        Self::open_with(client, job, prior, workers, model, TableOptions::default())
+    }
+
+    /// As [`Tables::open`]; what `options` say holds for the counts.
+    ///
+    /// # Errors
+    /// As [`Tables::open`].
+    pub fn open_with<T: Transport>(
+        client: &Client<T>,
+        job: &str,
+        prior: &Prior,
+        workers: usize,
+        model: Model,
+        options: TableOptions,
+    ) -> Result<Self> {
         let open = |name: &str, rows| {
-            client.table(&format!("{job}/{name}"), rows + u64::from(by_value), prior.topics, model)
+            client.table_with(&format!("{job}/{name}"), rows, prior.topics, model, options)
         };
         Ok(Tables {
             totals: open("totals", 1)?,
             words: open("words", prior.words as u64)?,
-            vocabulary: prior.words as u64,
-            by_value,
             meet: client.table(&format!("{job}/meet"), SHARDS, workers, Model::Bsp)?,
             staleness: match model {
                 Model::Ssp { staleness } | Model::Essp { staleness } => staleness.into(),
@@ -141,10 +149,6 @@ impl Tables {
     /// # Errors
     /// What the client says; another worker has failed.
     pub fn settle<T: Transport>(&self, worker: &mut Worker<T>, own: usize) -> Result<()> {
-        if self.by_value {
-            worker.inc_at(&self.words, self.vocabulary, &[(0, i32::MAX)])?;
-            worker.inc_at(&self.totals, 1, &[(0, i32::MAX)])?;
-        }
         let mut sign = worker.now() as i64 + 1;
         let greatest = loop {
             match self.sign(worker, own, sign)? {

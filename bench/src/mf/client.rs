@@ -52,12 +52,12 @@ fn train(
     let connect = job.client_options(ratings.columns.into(), training.rank);
     let client = Client::connect_with(&job.server, connect)?;
     let name = job.job.as_deref().unwrap_or("mf");
-    let tables = Tables::open(&client, name, ratings.columns, training.rank, job.model.model())?;
+    let tables = Tables::open(&client, name, ratings.columns, training.rank, &job.model)?;
     let seats = job
         .workers_of(index)
         .map(|number| {
-            let clocks = options.clocks_per_epoch as usize;
-            let share = plan::share(ratings, number, job.all_workers(), clocks, options.seed);
+            let clocks = options.job.clocks_per_epoch as usize;
+            let share = plan::share(ratings, number, job.all_workers(), clocks, options.job.seed);
             Ok((share, client.worker()?))
         })
         .collect::<Result<Vec<_>>>()?;

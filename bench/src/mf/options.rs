@@ -28,12 +28,6 @@ pub struct MfOptions {
     /// Numbers in a factor
     #[arg(long, default_value_t = 32, value_parser = value_parser!(u32).range(1..=65_536))]
     pub rank: u32,
-    /// Clocks that each worker ends in one pass over its ratings
-    #[arg(long, default_value_t = 10, value_parser = value_parser!(u32).range(1..=1_000_000))]
-    pub clocks_per_epoch: u32,
-    /// Passes over the ratings; fewer if a target is reached before
-    #[arg(long, default_value_t = 50, value_parser = value_parser!(u32).range(1..=1_000_000))]
-    pub epochs: u32,
     /// Size of a step in the first epoch [default: one that suits the input]
     #[arg(long)]
     pub step: Option<f32>,
@@ -46,17 +40,11 @@ pub struct MfOptions {
     /// Stop when the loss is at most this part of the loss before the first epoch
     #[arg(long, value_name = "PART", conflicts_with_all = ["target_loss", "client_index"])]
     pub target_fraction: Option<f64>,
-    /// Seed of generated data, initial factors and the order of the ratings
-    #[arg(long, default_value_t = 1)]
-    pub seed: u64,
 
     /// Who works where.
     #[command(flatten)]
     pub job: JobOptions,
 
-    /// Write the results to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
     /// Write the learned column factors to this file, as a JSON array of an array for each column
     #[arg(long, value_name = "FILE", conflicts_with = "client_index")]
     pub factors: Option<PathBuf>,
@@ -100,7 +88,7 @@ impl MfOptions {
     /// # Errors
     /// As [`Source::load`].
     pub fn load(&self) -> Result<Ratings> {
-        self.source().load(self.seed).context("cannot read the ratings")
+        self.source().load(self.job.seed).context("cannot read the ratings")
     }
 
     /// How to train on `ratings`.
@@ -108,10 +96,10 @@ impl MfOptions {
         let rank = self.rank as usize;
         Training {
             rank,
-            epochs: self.epochs as usize,
-            step: self.step.unwrap_or_else(|| default_step(ratings, self.clocks_per_epoch)),
+            epochs: self.job.epochs as usize,
+            step: self.step.unwrap_or_else(|| default_step(ratings, self.job.clocks_per_epoch)),
             decay: self.decay,
-            initial: Initial::new(self.seed, rank, ratings.root_mean_square()),
+            initial: Initial::new(self.job.seed, rank, ratings.root_mean_square()),
             keep_factors: self.tell_factors || self.factors.is_some(),
         }
     }
@@ -131,10 +119,7 @@ impl MfOptions {
         let mut arguments = Arguments::default();
         self.job.put(index, job, urls, &mut arguments);
         arguments.put("rank", &self.rank);
-        arguments.put("clocks-per-epoch", &self.clocks_per_epoch);
-        arguments.put("epochs", &self.epochs);
         arguments.put("decay", &self.decay);
-        arguments.put("seed", &self.seed);
         arguments.put_some("step", self.step.as_ref());
         if let Some(planted) = self.generate {
             arguments.put("generate", &format!("{}x{}:{}", planted.rows, planted.columns, planted.ratings));

@@ -29,7 +29,7 @@ pub fn run(options: &MfOptions) -> Result<Option<Report>> {
 /// Trains with plain threads, or with client processes.
 fn train(options: &MfOptions, ratings: &Ratings) -> Result<Tally> {
     let mut target = None;
-    let total = u64::from(options.epochs) * ratings.entries.len() as u64;
+    let total = u64::from(options.job.epochs) * ratings.entries.len() as u64;
     let judge = Box::new(|epoch: &crate::job::messages::Epoch| {
         let loss = epoch.objective;
         let target = *target.get_or_insert_with(|| options.target(loss));
@@ -39,9 +39,10 @@ fn train(options: &MfOptions, ratings: &Ratings) -> Result<Tally> {
     if options.job.no_server {
         let training = options.training(ratings);
         let workers = options.job.all_workers();
-        let clocks = options.clocks_per_epoch as usize;
-        let shares: Vec<_> =
-            (0..workers).map(|worker| plan::share(ratings, worker, workers, clocks, options.seed)).collect();
+        let clocks = options.job.clocks_per_epoch as usize;
+        let shares: Vec<_> = (0..workers)
+            .map(|worker| plan::share(ratings, worker, workers, clocks, options.job.seed))
+            .collect();
         let columns = Columns::new(ratings.columns, training.rank, training.initial, workers);
         parent::with_threads(shares, &mut monitor, |share, shared, messages| {
             trainer::run(&mut &columns, &share, &training, shared, messages)

@@ -1,23 +1,21 @@
 //! What the user of `fervor-bench mf` gets: a table on the terminal, and a JSON file.
 
-use std::{collections::BTreeMap, fmt};
+use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::{Tally, options::MfOptions};
 use crate::{
     data::Ratings,
     job::{
         self,
-        messages::Bytes,
-        report::{Cache, Costs, Time, differential_table, mean_differential, title},
+        report::{Run, differential_table, write_epochs},
     },
-    machine::Machine,
     report::{self, TextTable},
 };
 
 /// An epoch that every worker has finished.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Epoch {
     /// Its number; 0 is before the first.
     pub epoch: usize,
@@ -28,35 +26,19 @@ pub struct Epoch {
 }
 
 /// The results of a run.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
-    /// `mf`.
-    pub application: String,
-    /// `bsp`, `ssp`, `essp`, `async`; `none` without a parameter server.
-    pub model: String,
-    /// Greatest lag of a read in clocks, where the model has one.
-    pub staleness: Option<u32>,
-    /// Client processes.
-    pub clients: u16,
-    /// The bound in the first clock, under `vap`.
-    #[serde(default)]
-    pub v0: Option<f32>,
-    /// Worker threads of each.
-    pub workers: u16,
-    /// If this is the part of a single client of the job: which.
-    pub client_index: Option<u16>,
+    /// What all applications report.
+    #[serde(flatten)]
+    pub run: Run,
     /// What was trained on.
     pub data: Data,
     /// Numbers in a factor.
     pub rank: u32,
-    /// Clocks of a worker in an epoch.
-    pub clocks_per_epoch: u32,
     /// Size of a step in the first epoch.
     pub step: f32,
     /// What the step is multiplied with after each epoch.
     pub decay: f32,
-    /// Seed of generated data, initial factors and the order of the ratings.
-    pub seed: u64,
     /// After each epoch, and (as epoch 0) before the first: the time that the slowest worker has trained, and the sum
     /// of squared errors.
     pub epochs: Vec<Epoch>,
@@ -64,27 +46,13 @@ pub struct Report {
     pub target_loss: Option<f64>,
     /// When it was first reached at the end of an epoch.
     pub seconds_to_target: Option<f64>,
-    /// Seconds until the last worker was done.
-    pub seconds: f64,
-    /// Clocks that a worker ended in a second, on average.
-    pub clocks_per_second: f64,
-    /// Where the workers' time went; the parts add up to 1.
-    pub time: Time,
-    /// How often a read returned data of a clock this much ahead of the reader's own.
-    pub clock_differential: BTreeMap<i64, u64>,
-    /// How the reads were answered.
-    pub cache: Cache,
-    /// What moved between clients and servers.
-    pub bytes: Bytes,
-    /// Where this was measured.
-    pub machine: Machine,
     /// The column factors, one after the other, if they were kept.
     #[serde(skip)]
     pub factors: Option<Vec<f32>>,
 }
 
 /// What was trained on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Data {
     /// Where it came from, and how it was understood.
     pub source: String,
@@ -99,7 +67,6 @@ pub struct Data {
 impl Report {
     /// The report of a job, or of its client number `client_index`.
     pub fn new(options: &MfOptions, ratings: &Ratings, tally: Tally, client_index: Option<u16>) -> Self {
-        let costs = Costs::new(&tally);
         let training = options.training(ratings);
         let epoch = |epoch: job::messages::Epoch| Epoch {
             epoch: epoch.epoch,
@@ -107,13 +74,7 @@ impl Report {
             loss: epoch.objective,
         };
         let mut report = Report {
-            application: "mf".into(),
-            model: options.job.model_name(),
-            staleness: options.job.staleness(),
-            v0: options.job.model.v0,
-            clients: options.job.clients,
-            workers: options.job.workers,
-            client_index,
+            run: Run::new("mf", &options.job, client_index, &tally),
             data: Data {
                 source: ratings.source.clone(),
                 rows: ratings.rows,
@@ -121,19 +82,10 @@ impl Report {
                 ratings: ratings.entries.len() as u64,
             },
             rank: options.rank,
-            clocks_per_epoch: options.clocks_per_epoch,
             step: training.step,
             decay: training.decay,
-            seed: options.seed,
             target_loss: None,
             seconds_to_target: None,
-            seconds: costs.seconds,
-            clocks_per_second: costs.clocks_per_second,
-            time: costs.time,
-            clock_differential: costs.clock_differential,
-            cache: costs.cache,
-            bytes: tally.bytes,
-            machine: Machine::this(),
             factors: tally.reports.into_iter().find_map(|report| report.result),
             epochs: tally.epochs.into_iter().map(epoch).collect(),
         };
@@ -149,19 +101,14 @@ impl Report {
             self.epochs.iter().find(|epoch| epoch.loss <= target).map(|epoch| epoch.seconds);
     }
 
-    /// The model with its staleness.
+    /// The model with its staleness or bound.
     pub fn title(&self) -> String {
-        title(&self.model, self.staleness, self.v0)
+        self.run.title()
     }
 
     /// The last epoch that all workers finished.
     pub fn last(&self) -> Option<&Epoch> {
         self.epochs.last()
-    }
-
-    /// The mean of the clock differential; none without reads.
-    pub fn mean_differential(&self) -> Option<f64> {
-        mean_differential(&self.clock_differential)
     }
 
     /// The column factors, one array for each column, if they were kept.
@@ -172,82 +119,40 @@ impl Report {
 
 /// A comparison of runs.
 pub fn comparison(reports: &[Report]) -> TextTable {
-    let mut table = TextTable::new([
-        "model",
-        "epochs",
-        "seconds",
-        "loss",
-        "to target",
-        "clocks/s",
-        "compute",
-        "waiting",
-        "comm.",
-        "differential",
-        "READ",
-        "pushed",
-        "sent",
-    ]);
+    let head = ["model", "epochs", "seconds", "loss", "to target", "clocks/s"];
+    let mut table = TextTable::new(head.into_iter().chain(Run::COST_HEAD));
     for report in reports {
-        let Time { compute, waiting, communication } = report.time;
-        table.row([
+        let row = [
             report.title(),
             report.last().map_or("-".into(), |epoch| epoch.epoch.to_string()),
-            format!("{:.3}", report.seconds),
+            format!("{:.3}", report.run.seconds),
             report.last().map_or("-".into(), |epoch| format!("{:.4e}", epoch.loss)),
             report.seconds_to_target.map_or("-".into(), |seconds| format!("{seconds:.3} s")),
-            format!("{:.0}", report.clocks_per_second),
-            report::percent(compute),
-            report::percent(waiting),
-            report::percent(communication),
-            report.mean_differential().map_or("-".into(), |mean| format!("{mean:.2}")),
-            report::bytes(report.bytes.read),
-            report::bytes(report.bytes.pushed),
-            report::bytes(report.bytes.sent),
-        ]);
+            format!("{:.0}", report.run.clocks_per_second),
+        ];
+        table.row(row.into_iter().chain(report.run.cost_cells()));
     }
     table
 }
 
 /// How old the data was that the reads of several runs returned: the share of each clock differential.
 pub fn differentials(reports: &[Report]) -> TextTable {
-    differential_table(reports.iter().map(|report| (report.title(), &report.clock_differential)))
+    differential_table(reports.iter().map(|report| &report.run))
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Data { source, rows, columns, ratings } = &self.data;
         writeln!(f, "{source}: {ratings} ratings of {rows} x {columns}")?;
-        let part =
-            self.client_index.map_or(String::new(), |index| format!(" (this is the part of client {index})"));
-        writeln!(
-            f,
-            "rank {}, {} clocks/epoch, step {:.3e} x {} each epoch, {} clients x {} workers, seed {}{part}",
-            self.rank, self.clocks_per_epoch, self.step, self.decay, self.clients, self.workers, self.seed
-        )?;
-        writeln!(f, "{}\n", self.machine)?;
+        let step = format!("rank {}, step {:.3e} x {} each epoch", self.rank, self.step, self.decay);
+        self.run.write_head(&step, f)?;
         let first = self.epochs.first().map_or(f64::NAN, |epoch| epoch.loss);
-        let mut table = TextTable::new(["epoch", "seconds", "loss", "of the first"]);
-        let shown = self.epochs.len().div_ceil(10).max(1);
-        for epoch in self.epochs.iter().filter(|e| e.epoch % shown == 0 || Some(*e) == self.last()) {
-            table.row([
-                epoch.epoch.to_string(),
-                format!("{:.4}", epoch.seconds),
-                format!("{:.6e}", epoch.loss),
-                report::percent(epoch.loss / first),
-            ]);
-        }
-        writeln!(f, "{table}")?;
-        if let Some(target) = self.target_loss {
-            match self.seconds_to_target {
-                Some(seconds) => writeln!(f, "target {target:.6e} reached after {seconds:.4} s\n")?,
-                None => writeln!(f, "target {target:.6e} not reached\n")?,
-            }
-        }
+        let epochs = self.epochs.iter().map(|epoch| {
+            let loss = [format!("{:.6e}", epoch.loss), report::percent(epoch.loss / first)];
+            (epoch.epoch, epoch.seconds, loss)
+        });
+        write_epochs(f, ["loss", "of the first"], epochs, self.target_loss, self.seconds_to_target)?;
         writeln!(f, "{}", comparison(std::slice::from_ref(self)))?;
-        if !self.clock_differential.is_empty() {
-            writeln!(f, "{}", differentials(std::slice::from_ref(self)))?;
-            writeln!(f, "{}", self.cache)?;
-        }
-        Ok(())
+        self.run.write_reads(f)
     }
 }

@@ -12,14 +12,14 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
-use fervor_client::{Client, Error, Model, Table, Worker};
+use fervor_client::{Client, Error, Model, Table, TableOptions, Worker};
 
 use super::{
     plan::{Group, Part},
     sgd::{self, Initial, Side},
     trainer::Factors,
 };
-use crate::job::Accesses;
+use crate::{job::Accesses, model::ModelOptions};
 
 /// Groups whose factors are fetched together.
 const RUN: usize = 64;
@@ -41,11 +41,13 @@ impl Tables {
     ///
     /// # Errors
     /// What the client says, for example that the table does not fit the servers' memory.
-    pub fn open(client: &Client, job: &str, columns: u32, rank: usize, model: Model) -> Result<Self> {
-        let open = |name: &str, width, model| {
-            client.table::<f32>(&format!("{job}/{name}"), columns.into(), width, model)
+    pub fn open(client: &Client, job: &str, columns: u32, rank: usize, model: &ModelOptions) -> Result<Self> {
+        let open = |name: &str, width, model, options| {
+            client.table_with::<f32>(&format!("{job}/{name}"), columns.into(), width, model, options)
         };
-        Ok(Tables { factors: open("R", rank, model)?, start: open(START, 1, Model::Bsp)?, columns, rank })
+        let factors = open("R", rank, model.model(), model.table())?;
+        let start = open(START, 1, Model::Bsp, TableOptions::default())?;
+        Ok(Tables { factors, start, columns, rank })
     }
 }
 

@@ -24,10 +24,10 @@ const MODELS: [&[&str]; 4] = [
 
 /// Mean clock differential, and part at -1.
 fn freshness(report: &Report) -> (f64, f64) {
-    let all = &report.clock_differential;
+    let all = &report.run.clock_differential;
     let count: u64 = all.values().sum();
     let at_minus_one = all.get(&-1).copied().unwrap_or(0) as f64;
-    (report.mean_differential().unwrap_or(0.0), at_minus_one / count.max(1) as f64)
+    (report.run.mean_differential().unwrap_or(0.0), at_minus_one / count.max(1) as f64)
 }
 
 /// Runs and describes it.
@@ -55,7 +55,7 @@ pub fn section(quick: bool) -> Result<Section> {
             percent(at_minus_one),
         ]);
     }
-    let mean = |model: &str| reports.iter().find(|report| report.model == model).map(|r| freshness(r).0);
+    let mean = |model: &str| reports.iter().find(|report| report.run.model == model).map(|r| freshness(r).0);
     let (ssp, essp) = mean("ssp").zip(mean("essp")).context("a model has not been run")?;
     Ok(Section {
         title: "On this machine",

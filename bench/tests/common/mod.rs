@@ -41,6 +41,76 @@ pub fn said(output: &Output) -> String {
     format!("{}\n{out}{error}", output.status)
 }
 
+/// Runs a job to its end; what it reports.
+pub fn results(arguments: &[&str]) -> Value {
+    let folder = Folder::new();
+    let json = format!("--json={}", folder.file("results.json"));
+    succeed(&[arguments, &[&json]].concat());
+    folder.json("results.json")
+}
+
+/// Runs both clients of a job by hand, on a running server; what they report.
+pub fn by_hand(arguments: &[&str], server: &Server) -> [Value; 2] {
+    let folder = Folder::new();
+    let files = ["0", "1"].map(|index| {
+        let file = format!("{index}.json");
+        let mut command = bench(arguments);
+        command.args(["--clients=2", "--server", &server.url, "--client-index", index]);
+        command.args(["--json", &folder.file(&file)]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        (file, command.spawn().expect("it starts"))
+    });
+    files.map(|(file, client)| {
+        let output = client.wait_with_output().expect("it ends");
+        assert!(output.status.success(), "{}", said(&output));
+        folder.json(&file)
+    })
+}
+
+pub fn number(value: &Value) -> f64 {
+    value.as_f64().expect("a number")
+}
+
+/// The `objective` (`loss`, `log_likelihood`) before the first epoch and after each.
+pub fn objectives(results: &Value, objective: &str) -> Vec<f64> {
+    let epochs = results["epochs"].as_array().expect("epochs");
+    assert!(epochs.iter().enumerate().all(|(number, epoch)| epoch["epoch"] == number), "{epochs:?}");
+    let seconds: Vec<f64> = epochs.iter().map(|epoch| number(&epoch["seconds"])).collect();
+    assert_eq!(seconds[0], 0.0);
+    assert!(seconds.is_sorted(), "{seconds:?}");
+    epochs.iter().map(|epoch| number(&epoch[objective])).collect()
+}
+
+/// What every report of a job on a server has, under `model` with this staleness.
+pub fn check_report(results: &Value, model: &str, staleness: Option<u64>) {
+    assert_eq!(results["model"], model);
+    assert_eq!(results["staleness"].as_u64(), staleness, "{model}");
+    assert_eq!(results["seed"], 1);
+    assert!(results["machine"]["processor"].is_string());
+
+    let differential = results["clock_differential"].as_object().expect("an object");
+    let differential: Vec<(i64, u64)> =
+        differential.iter().map(|(key, count)| (key.parse().unwrap(), count.as_u64().unwrap())).collect();
+    let least = -1 - staleness.unwrap_or(1000) as i64;
+    assert!(differential.iter().all(|(key, _)| *key >= least), "{model}: {differential:?}");
+    assert!(model != "bsp" || differential.iter().all(|(key, _)| *key == -1), "{differential:?}");
+
+    let cache = &results["cache"];
+    let [hits, misses, read] = ["hits", "misses", "reads"].map(|name| cache[name].as_u64().expect("a count"));
+    let reads: u64 = differential.iter().map(|(_, count)| count).sum();
+    assert_eq!(reads, hits + misses, "{model}");
+    assert!(read >= misses && misses > 0, "{model}: {cache}");
+    assert_eq!(cache["violations"], 0, "{model}");
+
+    let bytes = &results["bytes"];
+    assert!(bytes["read"].as_u64() > Some(0) && bytes["sent"].as_u64() > Some(0), "{model}: {bytes}");
+    // Under the others, hot rows that stay torn are asked for and pushed.
+    assert!(!matches!(model, "essp" | "vap") || bytes["pushed"].as_u64() > Some(0), "{bytes}");
+    let time = &results["time"];
+    let sum: f64 = ["compute", "waiting", "communication"].iter().map(|name| number(&time[name])).sum();
+    assert!((sum - 1.0).abs() < 1e-9, "{model}: {time}");
+    assert!(number(&results["clocks_per_second"]) > 0.0);
+}
+
 /// A folder that goes away.
 pub struct Folder(PathBuf);
 

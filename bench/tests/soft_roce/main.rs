@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`guarantee`] | every model keeps its promise |
 //! | [`torn`] | raw READs are torn, rows never are |
-//! | [`training`] | processes train to the loss of shared memory, also when packets are lost |
+//! | [`training`] | processes learn as far as without RDMA, also when packets are lost |
 //! | [`peers`] | who is killed or vanishes is found out in time, and the others go on |
 //! | [`latency`] | latency beside perftest's |
 //! | [`program`], [`network`] | the programs, and the network between them |

@@ -12,7 +12,8 @@ use fervor_verbs::transport::Transport;
 
 use super::{
     journal::What,
-    plan::{Op, Plan, TablePlan},
+    plan::{Op, Plan},
+    tables::TablePlan,
 };
 #[cfg(feature = "mutants")]
 use crate::support::Random;
@@ -64,7 +65,11 @@ pub fn open<T: Transport>(client: &Client<T>, plan: &Plan) -> Result<Vec<Any>, E
     let open = |(number, table): (usize, &TablePlan)| {
         let width = plan.width(number);
         let stride = (32 + plan.row_bytes(number)).next_multiple_of(64);
-        let options = TableOptions { cache_bytes: Some(table.slots * stride), ..TableOptions::default() };
+        let options = TableOptions {
+            cache_bytes: Some(table.slots * stride),
+            continuous: table.continuous,
+            ..TableOptions::default()
+        };
         fn with<E: Element, T: Transport>(
             client: &Client<T>,
             table: &TablePlan,
@@ -289,7 +294,9 @@ impl<T: Transport> Actor<T> {
                 assert!(columns.iter().all(|c| *c == own), "OWN: {}: own, each once: {own}", what());
                 continue;
             }
-            let closed = model == Model::Async && before.closed[lane.client];
+            // Copies of an Async table that are pushed may be old.
+            let fresh = model == Model::Async && plan.tables[table].continuous == 0;
+            let closed = fresh && before.closed[lane.client];
             let least = match (closed, plan.unreliable(other)) {
                 (true, _) => lane.total[table][row as usize],
                 (false, true) => 0,
@@ -327,7 +334,7 @@ impl<T: Transport> Actor<T> {
             let gets = |stats: &WorkerStats| stats.hits + stats.misses;
             // READs that are in flight together may pass each other. A first push may be on its way while a READ
             // overtakes it; and a push may know of a clock before its round is closed, which a READ does not.
-            if gets(&self.worker.stats()) == gets(&before.stats) + 1 && !model.eager() {
+            if gets(&self.worker.stats()) == gets(&before.stats) + 1 && !plan.tables[table].pushed() {
                 assert!(claim >= *last_claim, "BACK: {place}, after clock {last_claim}");
                 let forward = last.iter().zip(&sums).all(|(last, now)| last <= now);
                 assert!(

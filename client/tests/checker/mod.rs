@@ -2,7 +2,8 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`plan`] | what a seed makes of a job: tables, clients, workers, trouble; and what everybody will add |
+//! | [`plan`] | what a seed makes of a job: clients, workers, deaths; and what everybody will add |
+//! | [`tables`] | its tables |
 //! | [`actor`] | a worker at work, and what is checked of each `get` |
 //! | [`rogue`] | a client written by hand: batches that come twice, batches that are bad or missing |
 //! | [`trouble`] | what goes wrong of the transport, and at whom |
@@ -37,4 +38,5 @@ pub mod journal;
 pub mod plan;
 pub mod rogue;
 pub mod scene;
+pub mod tables;
 pub mod trouble;

@@ -14,12 +14,13 @@ use fervor_verbs::transport::sim::Network;
 
 use super::{
     journal::Journal,
+    tables::{TablePlan, tables},
     trouble::{Party, Trouble},
 };
 use crate::support::Random;
 
 /// The last of the rows that everybody uses.
-const HOT: u64 = 2;
+pub const HOT: u64 = 2;
 /// How often each operation of a job that churns is repeated.
 const AGAIN: usize = 6;
 /// [`Lane::began`] of a worker that has not begun.
@@ -40,19 +41,9 @@ pub enum Kind {
     Crowd,
     /// Long rows that everybody writes and reads without a pause: READs come torn, and the server is asked.
     Storm,
-}
-
-#[derive(Debug)]
-pub struct TablePlan {
-    pub name: String,
-    pub model: Model,
-    pub element: ElementType,
-    pub rows: u64,
-    /// Columns of each lane.
-    pub each: usize,
-    /// From one column that is somebody's to the next one; those between are nobody's and stay zero.
-    pub spacing: usize,
-    pub slots: usize,
+    /// A few rows with a value bound, whose pushes to one client wait behind long rounds of another table that only that
+    /// client holds: it reads the few all the time, and the others write them.
+    Behind,
 }
 
 /// What a worker does next.
@@ -150,16 +141,18 @@ impl Plan {
     /// With `clocks` clocks at most. `deaths`: clients may be killed.
     pub fn new(seed: u64, clocks: u64, deaths: bool) -> Arc<Self> {
         let mut random = Random(seed);
-        let kind = match random.among(0..=11) {
+        let kind = match random.among(0..=12) {
             0 | 1 => Kind::Few,
             2 => Kind::Wide,
             3 | 4 => Kind::Storm,
             5 => Kind::Crowd,
             6..=8 => Kind::Churn,
+            9 => Kind::Behind,
             _ => Kind::Busy,
         };
         let clients = match kind {
             Kind::Storm => random.among(3..=4),
+            Kind::Behind => random.among(2..=3),
             Kind::Churn => random.among(1..=2),
             _ => random.among(1..=4),
         } as usize;
@@ -174,12 +167,19 @@ impl Plan {
         let most = match kind {
             Kind::Wide | Kind::Storm => random.among(2..=clocks.div_ceil(2)),
             Kind::Churn => random.among(2 * clocks..=4 * clocks),
-            Kind::Crowd => random.among(2..=clocks.div_ceil(4)),
+            Kind::Crowd | Kind::Behind => random.among(2..=clocks.div_ceil(4)),
             Kind::Few | Kind::Busy => random.among(2..=clocks),
         };
-        let mut lanes: Vec<_> =
-            owners.iter().map(|&client| Lane::worker(client, &tables, kind, most, &mut random)).collect();
-        let most_shards = if kind == Kind::Storm { 1 } else { 3 };
+        let mut lanes: Vec<_> = owners
+            .iter()
+            .enumerate()
+            .map(|(lane, &client)| match (kind, lane) {
+                (Kind::Behind, 1) => Lane::reader(client, &tables, most),
+                _ => Lane::worker(client, &tables, kind, most, &mut random),
+            })
+            .collect();
+        // All rows in one shard, where they are many for one queue.
+        let most_shards = if matches!(kind, Kind::Storm | Kind::Behind | Kind::Crowd) { 1 } else { 3 };
         let (servers, shards) =
             (random.among(1..=most_shards) as usize, random.among(1..=most_shards) as usize);
         if rogue.is_some() {
@@ -215,7 +215,8 @@ impl Plan {
     pub fn small(seed: u64, model: Model) -> Self {
         let mut random = Random(seed);
         let (element, rows, each, spacing, slots) = (ElementType::I64, 4, 2, 1, 4);
-        let table = TablePlan { name: "small".to_owned(), model, element, rows, each, spacing, slots };
+        let name = "small".to_owned();
+        let table = TablePlan { name, model, element, rows, each, spacing, slots, continuous: 0 };
         let tables = vec![table];
         let lane = |client| Lane::worker(client, &tables, Kind::Few, 8, &mut random);
         let lanes = [0, 0, 1].map(lane).into();
@@ -268,6 +269,7 @@ impl Plan {
         let usual = Network::default();
         match self.kind {
             Kind::Storm => Network { per_kib: Duration::from_nanos(3000), ..usual },
+            Kind::Behind => Network { per_kib: Duration::from_micros(60), ..usual },
             _ => usual,
         }
     }
@@ -344,65 +346,11 @@ fn workers(kind: Kind, client: usize, random: &mut Random) -> usize {
     // A client sends when its slowest worker ends a clock: those that are to write without a pause are alone.
     match kind {
         Kind::Storm if client > 0 => 1,
-        Kind::Crowd => 1,
+        Kind::Behind if client == 0 => 2,
+        Kind::Crowd | Kind::Behind => 1,
         Kind::Churn => 3,
         _ => random.among(1..=3) as usize,
     }
-}
-
-fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
-    let most = match kind {
-        Kind::Few => 4,
-        Kind::Wide | Kind::Busy => 2,
-        Kind::Storm | Kind::Churn | Kind::Crowd => 1,
-    };
-    (0..random.among(1..=most))
-        .map(|number| {
-            let element = [ElementType::F32, ElementType::F64, ElementType::I32, ElementType::I64]
-                [random.among(0..=3) as usize];
-            // An image in one cache line lands at once.
-            let element = if kind == Kind::Churn { ElementType::I32 } else { element };
-            let staleness = random.among(0..=3) as u32;
-            let model = match random.among(0..=9) {
-                0 => Model::Bsp,
-                1..=3 => Model::Ssp { staleness },
-                4 => Model::Async,
-                5 => Model::Vap { v0: random.among(5..=60) as f32 },
-                _ => Model::Essp { staleness },
-            };
-            let wide = kind == Kind::Wide && number == 0;
-            // A wide row has more than 64 KiB: its dense updates take several messages.
-            let least = (66 << 10) / element.size() / lanes + 1;
-            let rows = match kind {
-                Kind::Wide => random.among(1..=3),
-                Kind::Busy => random.among(6..=20),
-                Kind::Churn => random.among(5..=9),
-                Kind::Crowd => random.among(150..=400),
-                Kind::Few => random.among(1..=40),
-                Kind::Storm => 1,
-            };
-            let (model, each, spacing) = match kind {
-                // Rows that are long enough to be torn: 16 KiB to 64 KiB, of which little is somebody's.
-                Kind::Storm => {
-                    let loose = [Model::Async, Model::Ssp { staleness: 100 }, Model::Essp { staleness: 100 }];
-                    let model = if random.one_in(4) { model } else { loose[random.among(0..=2) as usize] };
-                    let bytes = (random.among(1..=4) as usize) << 14;
-                    (model, 4, bytes / element.size() / lanes / 4)
-                }
-                Kind::Churn | Kind::Crowd => (Model::Essp { staleness }, 1, 1),
-                _ if wide => (model, least, 1),
-                _ => (model, random.among(1..=6) as usize, 1),
-            };
-            let slots = match kind {
-                Kind::Churn => 4,
-                Kind::Crowd => rows,
-                Kind::Busy => random.among(4..=9),
-                Kind::Few | Kind::Wide | Kind::Storm => random.among(4..=rows.max(4) + 2),
-            };
-            let slots = slots as usize;
-            TablePlan { name: format!("table-{number}"), model, element, rows, each, spacing, slots }
-        })
-        .collect()
 }
 
 impl Lane {
@@ -417,9 +365,20 @@ impl Lane {
             return Self::new(client, tables, clocks, Vec::new());
         }
         // Some are done before the others.
-        let clocks = (0..random.among(1.max(most / 2)..=most)).map(|_| ops(tables, kind, random)).collect();
-        let rest = if random.one_in(2) { ops(tables, kind, random) } else { Vec::new() };
+        let clocks =
+            (0..random.among(1.max(most / 2)..=most)).map(|_| ops(client, tables, kind, random)).collect();
+        let rest = if random.one_in(2) { ops(client, tables, kind, random) } else { Vec::new() };
         Self::new(client, tables, clocks, rest)
+    }
+
+    /// Reads the rows of the second table all the time.
+    fn reader(client: usize, tables: &[TablePlan], most: u64) -> Self {
+        let clock = |_| {
+            let first = Op::Get { table: 0, row: 0 };
+            let hot = (0..200).map(|number| Op::Get { table: 1, row: number % tables[1].rows });
+            [first].into_iter().chain(hot).collect()
+        };
+        Self::new(client, tables, (0..most).map(clock).collect(), Vec::new())
     }
 
     /// Its batches, each to one of `links` shards.
@@ -476,12 +435,12 @@ impl Lane {
     }
 }
 
-fn ops(tables: &[TablePlan], kind: Kind, random: &mut Random) -> Vec<Op> {
+fn ops(client: usize, tables: &[TablePlan], kind: Kind, random: &mut Random) -> Vec<Op> {
     let count = match kind {
         Kind::Busy => random.among(0..=30),
         Kind::Storm => random.among(1..=8),
         Kind::Churn => random.among(1..=3),
-        Kind::Crowd => random.among(1..=3),
+        Kind::Crowd | Kind::Behind => random.among(1..=3),
         Kind::Few | Kind::Wide => random.among(0..=9),
     };
     let any = (0..count).map(|_| {
@@ -504,15 +463,33 @@ fn ops(tables: &[TablePlan], kind: Kind, random: &mut Random) -> Vec<Op> {
         }
     });
     let any: Vec<_> = any.collect();
-    let whole = |op: fn(u64) -> Op| (0..tables[0].rows).map(op);
+    // Most rows of the first table, so that there are some that only another lane changes.
+    let mut add = || {
+        let rows = (0..tables[0].rows).filter(|_| !random.one_in(4)).collect::<Vec<_>>();
+        rows.into_iter().map(|row| Op::IncAt { table: 0, row, by: 1 + 5 * row as i64 })
+    };
     match kind {
         Kind::Few | Kind::Wide | Kind::Storm => return any,
+        Kind::Behind => {
+            // One holds all of the first table; the others are told what is visible while its pushes wait.
+            // (What they read of it has them wait for their clock.)
+            let rows = if client == 0 { (0..tables[0].rows).collect() } else { vec![0] };
+            let all = [Op::GetMany { table: 0, rows }];
+            let hot: Vec<_> = (0..16 * tables[1].rows)
+                .map(|number| (client, number % tables[1].rows))
+                .map(|(client, row)| match client {
+                    0 => Op::Get { table: 1, row },
+                    _ => Op::IncAt { table: 1, row, by: 3 + 5 * row as i64 },
+                })
+                .collect();
+            let first = hot.clone().into_iter().chain(all);
+            return first.chain(hot.clone()).chain(any).chain(add()).chain(hot).collect();
+        }
         // A row is read again at once: perhaps its slot is there, and not its image.
         Kind::Churn => return any.into_iter().flat_map(|op| vec![op; AGAIN]).collect(),
         Kind::Crowd => {
             let all = Op::GetMany { table: 0, rows: (0..tables[0].rows).collect() };
-            let add = whole(|row| Op::IncAt { table: 0, row, by: 1 + 5 * row as i64 });
-            return [all].into_iter().chain(any).chain(add).collect();
+            return [all].into_iter().chain(any).chain(add()).collect();
         }
         Kind::Busy => {}
     }

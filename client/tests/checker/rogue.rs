@@ -59,6 +59,7 @@ impl<T: Transport> Link<T> {
             width: plan.width(table) as u32,
             model: found.model,
             non_finite: false,
+            continuous: found.continuous,
         };
         let body = wire::encode_table(&schema, link as u32, (plan.servers * plan.shards) as u32);
         let message = self.raw.message(Kind::CreateTable, 0, &body);

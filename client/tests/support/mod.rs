@@ -12,6 +12,7 @@ use fervor_server::Config;
 use fervor_verbs::Address;
 
 pub mod raw;
+pub mod rows;
 
 /// SplitMix64.
 #[derive(Debug, Clone)]
