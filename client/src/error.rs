@@ -2,7 +2,8 @@
 
 use fervor_verbs::Error as TransportError;
 
-/// A call that failed. After [`Error::ServerLost`] or [`Error::Fault`] every further call fails alike.
+/// A call that failed. After [`Error::ServerLost`] or [`Error::Fault`] every further call that needs a server fails alike; a
+/// `get` may still be answered from the cache.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// The transport said so: no such address, nobody there, no memory.

@@ -201,6 +201,7 @@ impl<T: Transport> Worker<T> {
         group: &[usize],
         into: &mut [E],
     ) -> Result<(), Error> {
+        self.may_read()?;
         let width = table.schema().width as usize;
         let row_bytes = table.schema().row_bytes();
         self.reader.fit(&self.core.transport, row_bytes)?;
@@ -398,6 +399,7 @@ impl<T: Transport> Worker<T> {
         index: u64,
         into: &mut [E],
     ) -> Result<u64, Error> {
+        self.may_read()?;
         self.reader.fit(&self.core.transport, table.schema().row_bytes())?;
         for _ in 0..TORN_READS {
             // SYNC POINT: a READ is trusted for the clock that was known before it was posted.
@@ -412,6 +414,11 @@ impl<T: Transport> Worker<T> {
             }
         }
         self.ask(table, row, shard, index, into)
+    }
+
+    /// READs that were in flight when a server was lost are not waited for, so the reader reads no more.
+    fn may_read(&self) -> Result<(), Error> {
+        if mutant(Mutant::ReadAfterLoss) { Ok(()) } else { self.core.alive() }
     }
 
     fn post<E: Element>(

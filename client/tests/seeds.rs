@@ -128,7 +128,7 @@ mod mutants {
 
 fn replay(seed: u64, clocks: u64) -> ExitCode {
     match simulated(seed, clocks) {
-        Ok(Outcome { hash, events, tally }) => {
+        Ok(Outcome { hash, events, tally, .. }) => {
             println!("{tally}");
             println!("seed {seed}: clean, history {hash:016x} of {events} events");
             ExitCode::SUCCESS

@@ -33,6 +33,7 @@ pub enum Mutant {
     ClockEndsEarly,
     JoinAtHandshake,
     AskIgnored,
+    ReadAfterLoss,
     GenerationIgnored,
     GapAccepted,
     VisibleOnWrite,
@@ -118,6 +119,8 @@ catalogue! {
         "a row is clean although a client could not take it between rounds (server push_continuously)"
     CopyTooOld "copy-too-old" "3 SSP guarantee"
         "a copy in the cache is used however old it is (client TableCore::look_up)"
+    ReadAfterLoss "read-after-loss" "4 rows are snapshots, of the row that was asked for"
+        "rows are READ after a server was lost, and earlier completions are taken for theirs (client worker::may_read)"
     AskIgnored "ask-ignored" "11 no reader starves"
         "a row that is asked for is not pushed (server poller::slot)"
 }

@@ -3,8 +3,6 @@
 //! Beside it there is an honest client in the same job, which must notice nothing: its updates stay exact, and its clock
 //! goes on as soon as the other one is out of the vector clock.
 
-// tidy: long, because the cases are many and share one scene
-
 use std::{
     thread,
     time::{Duration, Instant},
@@ -13,26 +11,23 @@ use std::{
 use fervor_client::{Client, ClientOptions, Error, Model, Table, Worker};
 use fervor_protocol::{
     Schema,
-    ack::{Immediate, Told, ack_offset, acknowledged},
+    ack::{Immediate, ack_offset, acknowledged},
     batch::{BatchWriter, END_OF_CLOCK},
     element::ElementType,
     limits::MESSAGE_BYTES,
     pending::Delta,
     row::{Header, Seal},
-    wire::{
-        self, Hello, Kind, MessageHeader, PUSH_ONCE, Refusal, SUBSCRIBE, SlotRecord, UNSUBSCRIBE, Welcome,
-    },
+    wire::{self, Hello, Kind, PUSH_ONCE, SUBSCRIBE, SlotRecord, UNSUBSCRIBE, Welcome},
 };
 use fervor_server::{Config, Server};
 use fervor_verbs::{
-    Address, Error as TransportError, Memory,
+    Address,
     transport::{
-        Access, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, Region, RemoteAddress,
-        Request, Sge, Transport,
-        any::{Host, HostConnection, HostEndpoint, HostRegion},
+        Connection, Endpoint, EndpointConfig, Listener, Payload, Region, RemoteAddress, Request, Transport,
+        any::Host,
     },
 };
-use support::{Folder, config};
+use support::{Folder, config, raw::PATIENCE};
 use zerocopy::{FromBytes, IntoBytes};
 
 #[path = "../../client/tests/support/mod.rs"]
@@ -42,102 +37,18 @@ mod support;
 const SLOTS: usize = 4096;
 const ROWS: u64 = 10;
 const WIDTH: usize = 8;
-const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A client written by hand.
-struct Raw {
-    endpoint: HostEndpoint,
-    connection: HostConnection,
-    /// Control block and slots, which the server writes.
-    region: HostRegion,
-    outbox: HostRegion,
-    next: usize,
-    sequence: u64,
-    returned: u64,
-    welcome: Welcome,
-    immediates: Vec<Immediate>,
-    replies: Vec<(u8, u64, Vec<u8>)>,
-    ended: bool,
-}
+type Raw = support::raw::Raw<Host>;
 
-fn hello(region: &HostRegion) -> Hello {
-    let mut hello = Hello::main(0);
-    let remote = region.remote();
-    (hello.clients, hello.receives) = (1, 16);
-    (hello.key, hello.address, hello.length, hello.control) = (remote.key, remote.address, remote.length, 0);
-    hello
-}
-
-impl Raw {
-    /// Connects with `change` made to an honest handshake.
-    fn try_connect(
-        host: &Host,
-        address: &Address,
-        change: impl FnOnce(Hello) -> Vec<u8>,
-    ) -> Result<Self, String> {
-        let endpoint = host
-            .endpoint(&EndpointConfig {
-                receive_buffers: 64,
-                receive_size: 512,
-                send_depth: 128,
-                ..EndpointConfig::default()
-            })
-            .unwrap();
-        let region = host.register(&Memory::new("raw", 1 << 20).unwrap(), Access::RemoteWrite).unwrap();
-        let outbox =
-            host.register(&Memory::new("raw-out", 128 * MESSAGE_BYTES).unwrap(), Access::Local).unwrap();
-        let connected =
-            host.connect(&endpoint.attach(), address, &change(hello(&region)), Duration::from_secs(5));
-        let (connection, welcome) = connected.map_err(|error| match error {
-            TransportError::Refused { private_data, .. } => Refusal::parse(&private_data).0,
-            error => panic!("{error}"),
-        })?;
-        let welcome = Welcome::parse(&welcome).unwrap();
-        Ok(Self {
-            endpoint,
-            connection,
-            region,
-            outbox,
-            next: 0,
-            sequence: 0,
-            returned: 0,
-            welcome,
-            immediates: Vec::new(),
-            replies: Vec::new(),
-            ended: false,
-        })
-    }
-
-    fn connect(host: &Host, address: &Address) -> Self {
-        Self::try_connect(host, address, |hello| hello.as_bytes().to_vec()).unwrap()
-    }
-
-    /// Posts bytes, without ringing.
-    fn post(&mut self, message: &[u8]) {
-        let offset = self.next * MESSAGE_BYTES;
-        self.next = (self.next + 1) % 128;
-        self.outbox.memory().write(offset, message);
-        let piece = [Sge { region: &self.outbox, offset, length: message.len() }];
-        // A connection that the server has ended takes nothing more.
-        let _ = self.connection.send(Payload::Gather(&piece), None, None);
-    }
-
-    fn send(&mut self, message: &[u8]) {
-        self.post(message);
-        let _ = self.connection.ring();
-    }
-
-    /// An honest header of the next message.
-    fn header(&mut self, kind: Kind, records: u32) -> MessageHeader {
-        self.sequence += 1;
-        MessageHeader::new(kind, 0, records, self.sequence, self.returned)
-    }
-
-    fn message(&mut self, kind: Kind, records: u32, body: &[u8]) -> Vec<u8> {
-        [self.header(kind, records).as_bytes(), body].concat()
-    }
-
+/// What the client written by hand says of this table, and finds in its slots.
+trait Speaks {
     /// A batch that adds `value` to the first column of `row`.
+    fn batch(&mut self, number: u64, clock: Option<u64>, row: u64, value: f32) -> Vec<u8>;
+    /// The row in the slot at `offset`, once it is whole.
+    fn slot(&mut self, offset: usize) -> (Header, Vec<f32>);
+}
+
+impl Speaks for Raw {
     fn batch(&mut self, number: u64, clock: Option<u64>, row: u64, value: f32) -> Vec<u8> {
         let mut buffer = vec![0; 4096];
         let mut writer = BatchWriter::new(&mut buffer);
@@ -147,54 +58,6 @@ impl Raw {
         buffer[..length].to_vec()
     }
 
-    fn poll(&mut self) {
-        let mut completions = Vec::new();
-        self.endpoint.poll(&mut completions);
-        for completion in completions {
-            match completion {
-                Completion::Received { buffer, .. } => {
-                    let message = self.endpoint.message(&buffer).to_vec();
-                    self.endpoint.release(buffer);
-                    let header = MessageHeader::parse(&message).unwrap();
-                    self.replies.push((header.kind, header.sequence, message[24..].to_vec()));
-                }
-                Completion::WriteImmediate { immediate, .. } => {
-                    self.immediates.push(Immediate::decode(immediate, &Told::default()).unwrap());
-                }
-                Completion::Disconnected { .. } => self.ended = true,
-                Completion::Work { .. } => {}
-            }
-        }
-    }
-
-    /// Polls until `done` gives something.
-    fn until<X>(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> Option<X>) -> X {
-        let start = Instant::now();
-        loop {
-            self.poll();
-            if let Some(found) = done(self) {
-                return found;
-            }
-            assert!(start.elapsed() < PATIENCE, "waited in vain for {what}; replies: {:?}", self.replies);
-            thread::sleep(Duration::from_micros(50));
-        }
-    }
-
-    /// The LSN with which message `sequence` is acknowledged.
-    fn acknowledgement(&mut self, sequence: u64) -> u64 {
-        self.until("an acknowledgement", |raw| {
-            acknowledged(raw.region.memory().load(ack_offset(sequence)), sequence)
-        })
-    }
-
-    /// The text with which the server ends the connection.
-    fn fault(&mut self) -> String {
-        self.until("the end", |raw| raw.ended.then_some(()));
-        let fault = self.replies.iter().find(|(kind, ..)| *kind == Kind::Fault as u8);
-        fault.map_or_else(String::new, |(_, _, text)| String::from_utf8(text.clone()).unwrap())
-    }
-
-    /// The row in the slot at `offset`, once it is whole.
     fn slot(&mut self, offset: usize) -> (Header, Vec<f32>) {
         self.until("a push", |raw| {
             let mut image = [0; 32 + WIDTH * 4];

@@ -1,5 +1,6 @@
 //! The conformance suite over RDMA, between the two soft-RoCE devices that `ci/soft-roce` makes: the client works on
-//! rxe0 (10.7.0.1), the server on rxe1 (10.7.0.2), and packets really cross the pair.
+//! rxe0 (10.7.0.1), the server on rxe1 (10.7.0.2), and packets really cross the pair. Once more as a [`Host`] that is
+//! [`faulty`](fervor_verbs::transport::faulty): with nothing planned, and with completions that are late.
 //!
 //! Run by `ci/soft-roce-suite`. A plain `cargo test` leaves it out; where it runs and there is no device, it fails.
 
@@ -8,28 +9,48 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use fervor_verbs::{
     Address,
     transport::{
+        Transport,
+        any::Host,
         conformance::{Effort, Rig, Role, Side, VictimProcess},
+        faulty::suite::{FaultyRig, Late, Nothing},
         rdma::Rdma,
     },
 };
 
-struct RdmaRig {
-    client: Rdma,
-    server: Rdma,
+/// The provider, or what holds it.
+trait Subject: Transport {
+    fn of(rdma: Rdma) -> Self;
+}
+
+impl Subject for Rdma {
+    fn of(rdma: Rdma) -> Self {
+        rdma
+    }
+}
+
+impl Subject for Host {
+    fn of(rdma: Rdma) -> Self {
+        Host::Rdma(rdma)
+    }
+}
+
+struct RdmaRig<T> {
+    client: T,
+    server: T,
     port: u16,
 }
 
-impl Rig for RdmaRig {
-    type Transport = Rdma;
+impl<T: Subject> Rig for RdmaRig<T> {
+    type Transport = T;
     type Victim = VictimProcess;
 
     fn new(_: &'static str, _: u64) -> Self {
         static PORT: AtomicU16 = AtomicU16::new(20_000);
-        let on = |device| Rdma::on_device(device).unwrap_or_else(|error| panic!("{device}: {error}"));
+        let on = |device| T::of(Rdma::on_device(device).unwrap_or_else(|error| panic!("{device}: {error}")));
         Self { client: on("rxe0"), server: on("rxe1"), port: PORT.fetch_add(8, Ordering::Relaxed) }
     }
 
-    fn host(&self, side: Side) -> Rdma {
+    fn host(&self, side: Side) -> T {
         match side {
             Side::Client => self.client.clone(),
             Side::Server => self.server.clone(),
@@ -61,4 +82,16 @@ impl Rig for RdmaRig {
     }
 }
 
-fervor_verbs::conformance!(RdmaRig);
+fervor_verbs::conformance!(RdmaRig<Rdma>);
+
+mod faulty {
+    use super::*;
+
+    fervor_verbs::conformance!(FaultyRig<RdmaRig<Host>, Nothing>);
+}
+
+mod late {
+    use super::*;
+
+    fervor_verbs::conformance!(FaultyRig<RdmaRig<Host>, Late>);
+}

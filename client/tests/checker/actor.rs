@@ -6,13 +6,14 @@ use std::{
 };
 
 use fervor_client::{
-    Client, Element, ElementType, Model, Table, TableOptions, Worker, WorkerStats, value_bound,
+    Client, Element, ElementType, Error, Model, Table, TableOptions, Worker, WorkerStats, value_bound,
 };
 use fervor_verbs::transport::Transport;
 
 use super::{
     journal::What,
-    plan::{Op, Plan, TablePlan},
+    plan::{Op, Plan},
+    tables::TablePlan,
 };
 #[cfg(feature = "mutants")]
 use crate::support::Random;
@@ -60,7 +61,7 @@ macro_rules! on {
 }
 
 /// Opens the tables, with caches of few slots.
-pub fn open<T: Transport>(client: &Client<T>, plan: &Plan) -> Vec<Any> {
+pub fn open<T: Transport>(client: &Client<T>, plan: &Plan) -> Result<Vec<Any>, Error> {
     let open = |(number, table): (usize, &TablePlan)| {
         let width = plan.width(number);
         let stride = (32 + plan.row_bytes(number)).next_multiple_of(64);
@@ -74,15 +75,15 @@ pub fn open<T: Transport>(client: &Client<T>, plan: &Plan) -> Vec<Any> {
             table: &TablePlan,
             width: usize,
             options: TableOptions,
-        ) -> Table<E> {
-            client.table_with(&table.name, table.rows, width, table.model, options).unwrap()
+        ) -> Result<Table<E>, Error> {
+            client.table_with(&table.name, table.rows, width, table.model, options)
         }
-        match table.element {
-            ElementType::F32 => Any::F32(with(client, table, width, options)),
-            ElementType::F64 => Any::F64(with(client, table, width, options)),
-            ElementType::I32 => Any::I32(with(client, table, width, options)),
-            ElementType::I64 => Any::I64(with(client, table, width, options)),
-        }
+        Ok(match table.element {
+            ElementType::F32 => Any::F32(with(client, table, width, options)?),
+            ElementType::F64 => Any::F64(with(client, table, width, options)?),
+            ElementType::I32 => Any::I32(with(client, table, width, options)?),
+            ElementType::I64 => Any::I64(with(client, table, width, options)?),
+        })
     };
     plan.tables.iter().enumerate().map(open).collect()
 }
@@ -128,19 +129,46 @@ impl<T: Transport> Actor<T> {
         }
     }
 
-    /// Does all that the plan says. Returns what the worker counted.
-    pub fn run(mut self) -> WorkerStats {
-        let plan = self.plan.clone();
+    /// Does all that the plan says, or all until it loses a server. Returns what the worker counted.
+    pub fn run(mut self) -> (WorkerStats, Result<(), Error>) {
         self.expose();
+        let result = self.work();
+        if let Err(error) = &result {
+            self.note(What::Event(format!("lost: {error}")));
+            self.lost(error);
+        }
+        (self.worker.stats(), result)
+    }
+
+    fn work(&mut self) -> Result<(), Error> {
+        let plan = self.plan.clone();
         for ops in &plan.lanes[self.lane].clocks {
-            ops.iter().for_each(|op| self.act(op));
+            ops.iter().try_for_each(|op| self.act(op))?;
             let clock = self.worker.now();
             self.note(What::Clock);
-            self.worker.clock().unwrap();
+            self.worker.clock()?;
             assert_eq!(self.worker.now(), clock + 1, "seed {}: a clock goes up by one", plan.seed);
         }
-        plan.lanes[self.lane].rest.iter().for_each(|op| self.act(op));
-        self.worker.stats()
+        plan.lanes[self.lane].rest.iter().try_for_each(|op| self.act(op))
+    }
+
+    /// A call has failed. Every further call that needs a server fails alike; what a `get` still returns is right.
+    fn lost(&mut self, error: &Error) {
+        let plan = self.plan.clone();
+        let place = format!("seed {}: lane {}", plan.seed, self.lane);
+        assert!(matches!(error, Error::ServerLost { .. }), "{place}: {error}");
+        for (table, found) in plan.tables.iter().enumerate() {
+            for row in 0..found.rows.min(6) {
+                let again = self.act(&Op::Get { table, row });
+                let alike = again.err().is_none_or(|again| matches!(again, Error::ServerLost { .. }));
+                assert!(alike, "{place}: {error}, and then something else");
+            }
+        }
+        let again = self.worker.clock();
+        assert!(
+            matches!(again, Err(Error::ServerLost { .. })),
+            "{place}: {error}, and a clock comes to {again:?}"
+        );
     }
 
     /// Lets other threads come between where the client's code says so, now and then.
@@ -164,26 +192,26 @@ impl<T: Transport> Actor<T> {
         self.plan.journal.note(self.transport.now(), self.lane, self.worker.now(), what);
     }
 
-    fn act(&mut self, op: &Op) {
+    fn act(&mut self, op: &Op) -> Result<(), Error> {
         self.note(What::Op(op.clone()));
         let any = self.tables[op.table()].clone();
-        on!(&any, found => self.act_on(op, op.table(), found));
+        on!(&any, found => self.act_on(op, op.table(), found))
     }
 
-    fn act_on<E: Number>(&mut self, op: &Op, number: usize, table: &Table<E>) {
+    fn act_on<E: Number>(&mut self, op: &Op, number: usize, table: &Table<E>) -> Result<(), Error> {
         let width = table.width();
         match op {
             Op::Get { row, .. } => {
                 let before = self.before(number, &[*row]);
                 let mut copy = vec![E::default(); width];
-                self.worker.get(table, *row, &mut copy).unwrap();
+                self.worker.get(table, *row, &mut copy)?;
                 let claim = self.claim(&before);
                 self.check(number, *row, &copy, claim, &before);
             }
             Op::GetMany { rows, .. } => {
                 let before = self.before(number, rows);
                 let mut copies = vec![E::default(); width * rows.len()];
-                self.worker.get_many(table, rows, &mut copies).unwrap();
+                self.worker.get_many(table, rows, &mut copies)?;
                 // Which row has which claim is not told: all have the least at least.
                 let claim = self.claim(&before);
                 for (row, copy) in rows.iter().zip(copies.chunks_exact(width)) {
@@ -193,9 +221,9 @@ impl<T: Transport> Actor<T> {
             Op::Inc { row, by, .. } => {
                 let mut delta = vec![E::default(); width];
                 self.plan.columns(number, self.lane).for_each(|column| delta[column] = E::of(*by));
-                self.adding(number, *row, *by);
-                self.worker.inc(table, *row, &delta).unwrap();
-                self.made(number, *row);
+                self.plan.adding(number, *row, self.lane, *by);
+                self.worker.inc(table, *row, &delta)?;
+                self.made(number, *row, *by);
             }
             Op::IncAt { row, by, .. } => {
                 // In two parts: a column may come more than once.
@@ -205,22 +233,20 @@ impl<T: Transport> Actor<T> {
                     .into_iter()
                     .flat_map(|part| columns().map(move |column| (column as u32, part)))
                     .collect();
-                self.adding(number, *row, *by);
-                self.worker.inc_at(table, *row, &pairs).unwrap();
-                self.made(number, *row);
+                self.plan.adding(number, *row, self.lane, *by);
+                self.worker.inc_at(table, *row, &pairs)?;
+                self.made(number, *row, *by);
             }
         }
+        Ok(())
     }
 
-    fn made(&self, table: usize, row: u64) {
+    /// It has added.
+    fn made(&mut self, table: usize, row: u64, by: i64) {
+        self.own[table][row as usize] += by;
         let made = (self.own[table][row as usize], self.worker.now());
         let place = &self.plan.made[table][row as usize][self.lane];
         *place.lock().unwrap_or_else(PoisonError::into_inner) = made;
-    }
-
-    fn adding(&mut self, table: usize, row: u64, by: i64) {
-        self.own[table][row as usize] += by;
-        self.plan.adding(table, row, self.lane, by);
     }
 
     fn before(&self, table: usize, rows: &[u64]) -> Before {
@@ -279,17 +305,25 @@ impl<T: Transport> Actor<T> {
             let most = plan.added[table][row as usize][other].load(Ordering::SeqCst);
             assert!(columns.iter().all(|c| *c >= least), "MISSING: {}: not {least}..={most}", what());
             assert!(columns.iter().all(|c| *c <= most), "TOO MUCH: {}: not {least}..={most}", what());
-            if let (Some(made), false) = (before.made.get(&row), plan.unreliable(other)) {
+            // Nobody waits for a client to see something that has lost the connection, whether it knows that or not.
+            let promised = !plan.unreliable(other) && !plan.harmed(plan.lanes[self.lane].client);
+            if let (Some(made), true) = (before.made.get(&row), promised) {
                 let (made, at) = made[other];
                 let bound = value_bound(model, at + 1).max(Plan::greatest(row) as f64);
                 let seen = columns.iter().all(|c| *c as f64 + bound >= made as f64);
                 assert!(seen, "VALUE: {}: of {made} by clock {at} with bound {bound}", what());
             }
+            if lane.client != plan.lanes[self.lane].client {
+                // It has been applied; a client sees of its own what it has not even sent.
+                plan.saw(table, row, other, *columns.iter().min().expect("a lane has a column"));
+            }
             if !plan.in_parts(table) {
                 assert!(columns.iter().all(|c| *c == columns[0]), "TORN: {}: no snapshot", what());
-                // Under a value bound, updates go when they must, also within a clock.
+                // Under a value bound updates go when they must, and of one that gives up when they can, also within a clock.
                 assert!(
-                    !before.made.is_empty() || lane.sums_to(table, row, columns[0]),
+                    !before.made.is_empty()
+                        || plan.harmed(lane.client)
+                        || lane.sums_to(table, row, columns[0]),
                     "PART: {}: no sum at the end of a clock",
                     what()
                 );

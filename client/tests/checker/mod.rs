@@ -2,9 +2,11 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`plan`] | what a seed makes of a job: tables, clients, workers, trouble; and what everybody will add |
+//! | [`plan`] | what a seed makes of a job: clients, workers, deaths; and what everybody will add |
+//! | [`tables`] | its tables |
 //! | [`actor`] | a worker at work, and what is checked of each `get` |
 //! | [`rogue`] | a client written by hand: batches that come twice, batches that are bad or missing |
+//! | [`trouble`] | what goes wrong of the transport, and at whom |
 //! | [`scene`] | servers, clients and the end of a job; one seed from start to end |
 //! | [`journal`] | the last operations of all workers, for the report of a failure |
 //!
@@ -19,7 +21,8 @@
 //! | others' | what is stamped `< C`; the model wants `C >= c - s` | what has been added by now | a sum at the end of a clock |
 //! | others', under a value bound | what they had added before, less the bound | as above | |
 //! | others' who have closed, under Async | all that they ever added | the same | |
-//! | of one that was killed | nothing | what it had added | a sum at the end of a clock |
+//! | of one that was killed | nothing; at the end, what anybody saw | what it had added | a sum at the end of a clock |
+//! | of one that lost a server | as above | as above | |
 //! | the rogue's | nothing | what it had sent | a sum at the end of a batch |
 //! | nobody's | 0 | 0 | |
 //!
@@ -35,3 +38,5 @@ pub mod journal;
 pub mod plan;
 pub mod rogue;
 pub mod scene;
+pub mod tables;
+pub mod trouble;

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -12,11 +12,15 @@ use fervor_client::{ElementType, Model};
 use fervor_protocol::limits::MAX_CREDITS;
 use fervor_verbs::transport::sim::Network;
 
-use super::journal::Journal;
+use super::{
+    journal::Journal,
+    tables::{TablePlan, tables},
+    trouble::{Party, Trouble},
+};
 use crate::support::Random;
 
 /// The last of the rows that everybody uses.
-const HOT: u64 = 2;
+pub const HOT: u64 = 2;
 /// How often each operation of a job that churns is repeated.
 const AGAIN: usize = 6;
 /// [`Lane::began`] of a worker that has not begun.
@@ -40,28 +44,6 @@ pub enum Kind {
     /// A few rows with a value bound, whose pushes to one client wait behind long rounds of another table that only that
     /// client holds: it reads the few all the time, and the others write them.
     Behind,
-}
-
-#[derive(Debug)]
-pub struct TablePlan {
-    pub name: String,
-    pub model: Model,
-    pub element: ElementType,
-    pub rows: u64,
-    /// Columns of each lane.
-    pub each: usize,
-    /// From one column that is somebody's to the next one; those between are nobody's and stay zero.
-    pub spacing: usize,
-    pub slots: usize,
-    /// Bytes per second of continuous pushes.
-    pub continuous: u64,
-}
-
-impl TablePlan {
-    /// Whether the server pushes changed rows.
-    pub fn pushed(&self) -> bool {
-        self.model.eager() || self.continuous > 0
-    }
 }
 
 /// What a worker does next.
@@ -122,7 +104,6 @@ pub enum Farewell {
 /// What a lane has made of a row, and at which of its clocks.
 pub type Made = Mutex<(i64, u64)>;
 
-#[derive(Debug)]
 pub struct Plan {
     pub seed: u64,
     pub kind: Kind,
@@ -143,7 +124,14 @@ pub struct Plan {
     pub added: Vec<Vec<Vec<AtomicI64>>>,
     /// Per table, row and lane, what has been added by calls that have returned: the sum, and the clock of the last.
     pub made: Vec<Vec<Vec<Made>>>,
-    /// Per client (the rogue is the last): it has been killed; it has closed, and all that it added is applied.
+    /// What of the transport goes wrong at servers and clients.
+    pub trouble: Trouble,
+    /// Whether something of that has happened by now at this party: told by who runs the job.
+    pub witness: OnceLock<Box<dyn Fn(Party) -> bool + Send + Sync>>,
+    /// Per table, row and lane, the most that another client has seen of it.
+    pub seen: Vec<Vec<Vec<AtomicI64>>>,
+    /// Per client (the rogue is the last): it has been killed, or has lost a server; it has closed, and all that it added
+    /// is applied.
     pub dead: Vec<AtomicBool>,
     pub closed: Vec<AtomicBool>,
     pub journal: Journal,
@@ -197,15 +185,6 @@ impl Plan {
         if rogue.is_some() {
             lanes.push(Lane::rogue(clients, &tables, servers * shards, &mut random));
         }
-        let added = tables.iter().map(|table| {
-            let row = || lanes.iter().map(|_| AtomicI64::new(0)).collect();
-            (0..table.rows).map(|_| row()).collect()
-        });
-        let made = tables.iter().map(|table| {
-            let row = || lanes.iter().map(|_| Mutex::default()).collect();
-            (0..table.rows).map(|_| row()).collect()
-        });
-        let flags = || (0..=clients).map(|_| AtomicBool::new(false)).collect();
         let few = random.among(1..=4) as usize;
         let credits = match random.one_in(2) {
             _ if kind == Kind::Storm => MAX_CREDITS,
@@ -218,30 +197,71 @@ impl Plan {
             after: Duration::from_nanos(random.among(1_000..=2_000_000)),
         };
         let lateness = (0..clients).map(|_| Duration::from_nanos(random.among(0..=2_000_000))).collect();
-        Arc::new(Self {
+        let trouble = if deaths {
+            Trouble::draw(seed, clients, servers, shards, rogue.is_some())
+        } else {
+            Trouble::default()
+        };
+        let mut plan = Self::of(seed, kind, clients, tables, lanes);
+        (plan.servers, plan.shards, plan.credits) = (servers, shards, credits);
+        plan.reads_in_flight = random.among(1..=16) as usize;
+        plan.victim = dies.then_some(victim);
+        plan.late = random.one_in(4).then_some(lateness);
+        (plan.rogue, plan.trouble) = (rogue, trouble);
+        Arc::new(plan)
+    }
+
+    /// A small job without trouble: two clients, one with two workers, and one server with two shards.
+    pub fn small(seed: u64, model: Model) -> Self {
+        let mut random = Random(seed);
+        let (element, rows, each, spacing, slots) = (ElementType::I64, 4, 2, 1, 4);
+        let name = "small".to_owned();
+        let table = TablePlan { name, model, element, rows, each, spacing, slots, continuous: 0 };
+        let tables = vec![table];
+        let lane = |client| Lane::worker(client, &tables, Kind::Few, 8, &mut random);
+        let lanes = [0, 0, 1].map(lane).into();
+        Self { shards: 2, ..Self::of(seed, Kind::Few, 2, tables, lanes) }
+    }
+
+    /// A job without trouble, at one server with one shard.
+    fn of(seed: u64, kind: Kind, clients: usize, tables: Vec<TablePlan>, lanes: Vec<Lane>) -> Self {
+        fn each<X>(tables: &[TablePlan], lanes: &[Lane], x: impl Fn() -> X) -> Vec<Vec<Vec<X>>> {
+            let row = || lanes.iter().map(|_| x()).collect();
+            tables.iter().map(|table| (0..table.rows).map(|_| row()).collect()).collect()
+        }
+        let flags = || (0..=clients).map(|_| AtomicBool::new(false)).collect();
+        Self {
             seed,
             kind,
-            servers,
-            shards,
+            servers: 1,
+            shards: 1,
             clients,
-            credits,
-            reads_in_flight: random.among(1..=16) as usize,
-            victim: dies.then_some(victim),
-            late: random.one_in(4).then_some(lateness),
-            added: added.collect(),
-            made: made.collect(),
+            credits: 8,
+            reads_in_flight: 8,
+            victim: None,
+            late: None,
+            added: each(&tables, &lanes, || AtomicI64::new(0)),
+            made: each(&tables, &lanes, Mutex::default),
+            seen: each(&tables, &lanes, || AtomicI64::new(0)),
             tables,
             lanes,
-            rogue,
+            rogue: None,
+            trouble: Trouble::default(),
+            witness: OnceLock::new(),
             dead: flags(),
             closed: flags(),
             journal: Journal::default(),
-        })
+        }
     }
 
-    /// How many clients each says that the job has: all of them, or one, so that nobody waits for the others.
+    /// How many clients each says that the job has: all of them, or one, so that nobody waits for the others, who may not
+    /// even come.
     pub fn expected(&self) -> u16 {
-        if self.late.is_some() { 1 } else { (self.clients + usize::from(self.rogue.is_some())) as u16 }
+        if self.late.is_some() || self.trouble.harms() {
+            1
+        } else {
+            (self.clients + usize::from(self.rogue.is_some())) as u16
+        }
     }
 
     /// Long rows take long only where the network is slow.
@@ -293,7 +313,31 @@ impl Plan {
     /// Whether nothing is promised of `lane`.
     pub fn unreliable(&self, lane: usize) -> bool {
         let client = self.lanes[lane].client;
-        client == self.clients || self.dead[client].load(Ordering::SeqCst)
+        client == self.clients || self.dead[client].load(Ordering::SeqCst) || self.harmed(client)
+    }
+
+    /// Whether a fault has happened that may have taken a server from this client.
+    pub fn harmed(&self, client: usize) -> bool {
+        self.trouble.harms() && (self.struck(Party::Client(client)) || self.server_harmed())
+    }
+
+    /// Whether a server has broken a connection, or died.
+    pub fn server_harmed(&self) -> bool {
+        (0..self.servers).any(|server| self.struck(Party::Server(server)))
+    }
+
+    fn struck(&self, party: Party) -> bool {
+        self.witness.get().is_some_and(|struck| struck(party))
+    }
+
+    /// Notes that another client has seen `sum` of `lane`'s in `row`.
+    pub fn saw(&self, table: usize, row: u64, lane: usize, sum: i64) {
+        self.seen[table][row as usize][lane].fetch_max(sum, Ordering::SeqCst);
+    }
+
+    /// The most that others have seen of `lane`'s in `row`: it is applied, for good.
+    pub fn seen(&self, table: usize, row: u64, lane: usize) -> i64 {
+        self.seen[table][row as usize][lane].load(Ordering::SeqCst)
     }
 }
 
@@ -307,88 +351,6 @@ fn workers(kind: Kind, client: usize, random: &mut Random) -> usize {
         Kind::Churn => 3,
         _ => random.among(1..=3) as usize,
     }
-}
-
-fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
-    let most = match kind {
-        Kind::Few => 4,
-        Kind::Wide | Kind::Busy => 2,
-        Kind::Storm | Kind::Churn | Kind::Crowd => 1,
-        Kind::Behind => 2,
-    };
-    let count = if kind == Kind::Behind { 2 } else { random.among(1..=most) };
-    (0..count)
-        .map(|number| {
-            let element = [ElementType::F32, ElementType::F64, ElementType::I32, ElementType::I64]
-                [random.among(0..=3) as usize];
-            // An image in one cache line lands at once.
-            let element = if kind == Kind::Churn { ElementType::I32 } else { element };
-            let staleness = random.among(0..=3) as u32;
-            let model = match random.among(0..=9) {
-                0 => Model::Bsp,
-                1..=3 => Model::Ssp { staleness },
-                4 => Model::Async,
-                5 => Model::Vap { v0: random.among(5..=60) as f32 },
-                _ => Model::Essp { staleness },
-            };
-            let wide = kind == Kind::Wide && number == 0;
-            // A wide row has more than 64 KiB: its dense updates take several messages.
-            let least = (66 << 10) / element.size() / lanes + 1;
-            let rows = match kind {
-                Kind::Wide => random.among(1..=3),
-                Kind::Busy => random.among(6..=20),
-                Kind::Churn => random.among(5..=9),
-                Kind::Crowd => random.among(150..=400),
-                Kind::Behind if number == 0 => random.among(150..=200),
-                Kind::Behind => random.among(1..=HOT + 1),
-                Kind::Few => random.among(1..=40),
-                Kind::Storm => 1,
-            };
-            let (model, each, spacing) = match kind {
-                // Rows that are long enough to be torn: 16 KiB to 64 KiB, of which little is somebody's.
-                Kind::Storm => {
-                    let loose = [Model::Async, Model::Ssp { staleness: 100 }, Model::Essp { staleness: 100 }];
-                    let model = if random.one_in(4) { model } else { loose[random.among(0..=2) as usize] };
-                    let bytes = (random.among(1..=4) as usize) << 14;
-                    (model, 4, bytes / element.size() / lanes / 4)
-                }
-                Kind::Behind if number == 0 => (Model::Essp { staleness }, 1, 1024 / element.size() / lanes),
-                Kind::Behind => (Model::Vap { v0: random.among(5..=30) as f32 }, 1, 1),
-                // A bound that two updates of one of the last rows exceed.
-                Kind::Crowd if random.one_in(4) => (Model::Vap { v0: random.among(500..=4000) as f32 }, 1, 1),
-                Kind::Churn | Kind::Crowd => (Model::Essp { staleness }, 1, 1),
-                _ if wide => (model, least, 1),
-                _ => (model, random.among(1..=6) as usize, 1),
-            };
-            let slots = match kind {
-                Kind::Churn => 4,
-                Kind::Crowd | Kind::Behind => rows.max(4),
-                Kind::Busy => random.among(4..=9),
-                Kind::Few | Kind::Wide | Kind::Storm => random.among(4..=rows.max(4) + 2),
-            };
-            let slots = slots as usize;
-            let often = kind == Kind::Crowd && random.one_in(2);
-            let continuous = match model {
-                // What is pushed before the round does not hold anything up in it.
-                Model::Essp { .. } if kind == Kind::Behind => 0,
-                Model::Essp { .. } if often => u64::MAX,
-                Model::Essp { .. } | Model::Async if random.one_in(3) => {
-                    [1_000_000, 50_000_000, 2_000_000_000, u64::MAX][random.among(0..=3) as usize]
-                }
-                _ => 0,
-            };
-            TablePlan {
-                name: format!("table-{number}"),
-                model,
-                element,
-                rows,
-                each,
-                spacing,
-                slots,
-                continuous,
-            }
-        })
-        .collect()
 }
 
 impl Lane {

@@ -4,133 +4,50 @@
 //! It has columns of its own like any other, so that the honest ones see whether a batch was applied twice or in part. It
 //! lets the clock run as far as it likes, so nobody waits for it.
 
-use std::time::Duration;
-
 use fervor_client::{ElementType, Schema};
 use fervor_protocol::{
-    ack::{ack_offset, acknowledged},
     batch::BatchWriter,
     limits::{ACK_RING, MESSAGE_BYTES},
     pending::Delta,
-    wire::{self, Hello, Kind, MessageHeader, TableReply, Welcome},
+    wire::{self, Kind, TableReply},
 };
-use fervor_verbs::{
-    Address, Memory,
-    transport::{Access, Completion, Connection, Endpoint, EndpointConfig, Payload, Region, Sge, Transport},
-};
+use fervor_verbs::{Address, transport::Transport};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::{
     actor::Number,
     plan::{Farewell, Op, Plan},
 };
-use crate::support::Random;
+use crate::support::{Random, raw::Raw};
 
-/// How long it waits for an answer.
-const PATIENCE: Duration = Duration::from_secs(5);
 /// A clock that nobody reaches.
 const AHEAD: u64 = 1 << 20;
 
 /// Its connection to one shard.
 struct Link<T: Transport> {
-    transport: T,
-    endpoint: T::Endpoint,
-    connection: T::Connection,
-    /// The control block, which the server writes.
-    region: T::Region,
-    outbox: T::Region,
-    sequence: u64,
-    returned: u64,
+    raw: Raw<T>,
     /// The shard's numbers of the tables.
     tables: Vec<u32>,
     /// Batches sent, with the LSN at which each was applied, from number 1.
     batches: Vec<(Vec<Op>, u64)>,
-    reply: Option<(u8, Vec<u8>)>,
-    ended: bool,
 }
 
 impl<T: Transport> Link<T> {
     fn connect(transport: &T, address: &Address, shard: u16, clients: u16) -> Self {
-        let config = EndpointConfig { receive_buffers: 64, receive_size: 512, ..EndpointConfig::default() };
-        let endpoint = transport.endpoint(&config).unwrap();
-        let memory = |name| Memory::new(name, MESSAGE_BYTES).unwrap();
-        let region = transport.register(&memory("rogue"), Access::RemoteWrite).unwrap();
-        let outbox = transport.register(&memory("rogue-out"), Access::Local).unwrap();
-        let remote = region.remote();
-        let mut hello = Hello::main(shard);
-        (hello.clients, hello.receives) = (clients, 16);
-        (hello.key, hello.address, hello.length) = (remote.key, remote.address, remote.length);
-        let patience = Duration::from_secs(10);
-        let (connection, welcome) =
-            transport.connect(&endpoint.attach(), address, hello.as_bytes(), patience).unwrap();
-        Welcome::parse(&welcome).unwrap();
-        let transport = transport.clone();
-        let (tables, batches, reply) = (Vec::new(), Vec::new(), None);
-        let (sequence, returned, ended) = (0, 0, false);
-        Self {
-            transport,
-            endpoint,
-            connection,
-            region,
-            outbox,
-            sequence,
-            returned,
-            tables,
-            batches,
-            reply,
-            ended,
-        }
-    }
-
-    /// Polls until `done` finds something, or the connection has ended, which is `None`.
-    fn until<X>(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> Option<X>) -> Option<X> {
-        let end = self.transport.now() + PATIENCE;
-        let mut turn = 0;
-        loop {
-            let mut completions = Vec::new();
-            self.endpoint.poll(&mut completions);
-            for completion in completions {
-                match completion {
-                    Completion::Received { buffer, .. } => {
-                        let message = self.endpoint.message(&buffer).to_vec();
-                        self.endpoint.release(buffer);
-                        self.returned += 1;
-                        self.reply = Some((message[0], message[size_of::<MessageHeader>()..].to_vec()));
-                    }
-                    Completion::WriteImmediate { .. } => self.returned += 1,
-                    Completion::Disconnected { .. } => self.ended = true,
-                    Completion::Work { .. } => {}
-                }
-            }
-            if let Some(found) = done(self) {
-                return Some(found);
-            }
-            if self.ended {
-                return None;
-            }
-            assert!(self.transport.now() < end, "the rogue waited in vain for {what}");
-            self.transport.relax(turn);
-            turn += 1;
-        }
+        let raw = Raw::try_connect(transport, address, |mut hello| {
+            (hello.shard, hello.clients) = (shard, clients);
+            hello.as_bytes().to_vec()
+        });
+        Self { raw: raw.unwrap(), tables: Vec::new(), batches: Vec::new() }
     }
 
     /// Sends a message and waits for its acknowledgement: the LSN. `None`: the server ended the connection.
     fn send(&mut self, message: &[u8]) -> Option<u64> {
-        self.outbox.memory().write(0, message);
-        let piece = [Sge { region: &self.outbox, offset: 0, length: message.len() }];
-        let _ = self.connection.send(Payload::Gather(&piece), None, None);
-        let _ = self.connection.ring();
-        let sequence = self.sequence;
-        assert!(sequence < ACK_RING as u64, "the rogue is short-lived");
-        self.until("an acknowledgement", |link| {
-            acknowledged(link.region.memory().load(ack_offset(sequence)), sequence)
-        })
-    }
-
-    fn message(&mut self, kind: Kind, body: &[u8]) -> Vec<u8> {
-        self.sequence += 1;
-        let header = MessageHeader::new(kind, 0, 0, self.sequence, self.returned);
-        [header.as_bytes(), body].concat()
+        assert!(self.raw.sequence < ACK_RING as u64, "the rogue is short-lived");
+        self.raw.send(message);
+        let lsn = self.raw.answer(self.raw.sequence);
+        self.raw.returned = self.raw.arrived;
+        lsn
     }
 
     fn create(&mut self, plan: &Plan, table: usize, link: usize) {
@@ -145,10 +62,9 @@ impl<T: Transport> Link<T> {
             continuous: found.continuous,
         };
         let body = wire::encode_table(&schema, link as u32, (plan.servers * plan.shards) as u32);
-        let message = self.message(Kind::CreateTable, &body);
-        self.reply = None;
+        let message = self.raw.message(Kind::CreateTable, 0, &body);
         self.send(&message).expect("an honest request");
-        let (kind, body) = self.until("a table", |link| link.reply.take()).expect("an answer");
+        let (kind, _, body) = self.raw.until("a table", |raw| raw.replies.pop());
         assert_eq!(kind, Kind::Table as u8, "{}", String::from_utf8_lossy(&body));
         self.tables.push(TableReply::read_from_bytes(&body).unwrap().table);
     }
@@ -178,8 +94,8 @@ impl<T: Transport> Link<T> {
             let beyond = plan.tables[0].rows / links + 1;
             assert_eq!(writer.push(self.tables[0], beyond, &Delta::Sparse(vec![(0, 0i64)])), 1, "it fits");
         }
-        self.sequence += 1;
-        let length = writer.finish(self.sequence, self.returned, number, clock);
+        self.raw.sequence += 1;
+        let length = writer.finish(self.raw.sequence, self.raw.returned, number, clock);
         buffer.truncate(length);
         buffer
     }
@@ -226,7 +142,7 @@ pub fn run<T: Transport>(transport: &T, servers: &[Address], plan: &Plan, farewe
         match farewell {
             Farewell::Vanish => {}
             Farewell::Leave => {
-                let message = link.message(Kind::Leave, &[]);
+                let message = link.raw.message(Kind::Leave, 0, &[]);
                 link.send(&message).expect("an honest farewell");
             }
             Farewell::BadBatch => {

@@ -1,4 +1,4 @@
-//! One seed from start to end: servers, clients, the rogue, the one who kills, and the sums at last.
+//! One seed from start to end: servers, clients, the rogue, the one who kills, trouble, and the sums at last.
 
 use std::{
     fmt,
@@ -9,13 +9,14 @@ use std::{
     time::Duration,
 };
 
-use fervor_client::{Client, ClientOptions, Model, WorkerStats};
+use fervor_client::{Client, ClientOptions, Error, Model, WorkerStats};
 use fervor_server::Server;
 use fervor_verbs::{
     Address,
     transport::{
         Thread, Transport,
         any::Host,
+        faulty::{Faulty, Report},
         sim::{Node, Settings, Sim},
     },
 };
@@ -25,6 +26,7 @@ use super::{
     journal::What,
     plan::{Plan, Victim},
     rogue,
+    trouble::Party,
 };
 use crate::{
     on,
@@ -33,6 +35,8 @@ use crate::{
 
 /// Virtual time after which a run has hung. A death takes up to two seconds of it.
 const LIMIT: Duration = Duration::from_secs(8);
+/// Time within which the death of a server is noticed, and told.
+const NOTICED: Duration = Duration::from_millis(2300);
 
 /// What a run came to.
 #[derive(Debug, Clone, Default)]
@@ -41,6 +45,8 @@ pub struct Outcome {
     pub hash: u64,
     pub events: u64,
     pub tally: Tally,
+    /// What the servers did, and then the clients.
+    pub reports: Vec<Report>,
 }
 
 /// Why a run failed.
@@ -63,13 +69,24 @@ pub struct Tally {
     pub deaths: u64,
     pub rogues: u64,
     pub late: u64,
+    /// Jobs in which a connection broke or a client died at one of its operations.
+    pub harmed: u64,
+    /// Completions that were held back.
+    pub delayed: u64,
 }
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { gets, hits, reads, torn, asked, deaths, rogues, late } = self;
+        let Self { gets, hits, reads, torn, asked, deaths, rogues, late, harmed, delayed } = self;
         writeln!(f, "{gets} gets checked: {hits} hits, {reads} READs, {torn} torn, {asked} rows asked for")?;
-        write!(f, "in {deaths} jobs a client was killed, in {rogues} one did wrong, in {late} they came late")
+        writeln!(
+            f,
+            "in {deaths} jobs a client was killed, in {rogues} one did wrong, in {late} they came late"
+        )?;
+        write!(
+            f,
+            "in {harmed} a connection broke or a client died at a chosen call; {delayed} completions were held back"
+        )
     }
 }
 
@@ -83,6 +100,8 @@ impl Tally {
         self.deaths += other.deaths;
         self.rogues += other.rogues;
         self.late += other.late;
+        self.harmed += other.harmed;
+        self.delayed += other.delayed;
     }
 
     fn count(&mut self, stats: &WorkerStats) {
@@ -95,6 +114,9 @@ impl Tally {
 }
 
 /// A client of the job, from its beginning to its end. `joined` is told when it is part of the job.
+///
+/// # Errors
+/// It has lost a server.
 fn client<T: Transport>(
     transport: &T,
     servers: &[Address],
@@ -102,28 +124,30 @@ fn client<T: Transport>(
     number: usize,
     tally: &Arc<Mutex<Tally>>,
     joined: impl FnOnce(),
-) {
+) -> Result<(), Error> {
     let options = ClientOptions {
         clients: plan.expected(),
         cache_bytes: 8 << 20,
         reads_in_flight: plan.reads_in_flight,
         ..ClientOptions::default()
     };
-    let client = Client::connect_on(transport, servers, options).unwrap();
+    let client = Client::connect_on(transport, servers, options)?;
     joined();
-    let tables = open(&client, plan);
+    let tables = open(&client, plan)?;
     let lanes = plan.lanes.iter().enumerate().filter(|(_, lane)| lane.client == number);
     let actors: Vec<_> = lanes
-        .map(|(lane, _)| Actor::new(transport, plan, lane, client.worker().unwrap(), tables.clone()))
-        .collect();
+        .map(|(lane, _)| Ok(Actor::new(transport, plan, lane, client.worker()?, tables.clone())))
+        .collect::<Result<_, Error>>()?;
+    let lost = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = actors
         .into_iter()
         .map(|actor| {
-            let tally = tally.clone();
+            let (tally, lost) = (tally.clone(), lost.clone());
             let body = move || {
                 let plan = actor.plan.clone();
-                let stats = plan.journal.heed(|| actor.run());
+                let (stats, result) = plan.journal.heed(|| actor.run());
                 tally.lock().unwrap_or_else(PoisonError::into_inner).count(&stats);
+                lost.fetch_or(result.is_err(), Ordering::SeqCst);
             };
             transport.spawn("worker", None, body).unwrap()
         })
@@ -131,21 +155,27 @@ fn client<T: Transport>(
     for thread in threads {
         assert!(thread.join(), "seed {}: a worker failed", plan.seed);
     }
-    client.close().unwrap();
+    let closed = client.close();
+    assert!(closed.is_err() || !lost.load(Ordering::SeqCst), "seed {}: closed without a server", plan.seed);
+    closed?;
     plan.closed[number].store(true, Ordering::SeqCst);
+    Ok(())
 }
 
 /// A new client finds the sums.
-fn sums<T: Transport>(transport: &T, servers: &[Address], plan: &Arc<Plan>) {
+///
+/// # Errors
+/// It has lost a server.
+fn sums<T: Transport>(transport: &T, servers: &[Address], plan: &Arc<Plan>) -> Result<(), Error> {
     let options = ClientOptions { cache_bytes: 8 << 20, ..ClientOptions::default() };
-    let client = Client::connect_on(transport, servers, options).unwrap();
-    let tables = open(&client, plan);
-    let mut worker = client.worker().unwrap();
+    let client = Client::connect_on(transport, servers, options)?;
+    let tables = open(&client, plan)?;
+    let mut worker = client.worker()?;
     for (number, any) in tables.iter().enumerate() {
         on!(any, table => {
             let mut copy = vec![Default::default(); table.width()];
             for row in 0..table.rows() {
-                worker.get(table, row, &mut copy).unwrap();
+                worker.get(table, row, &mut copy)?;
                 for (lane, of) in plan.lanes.iter().enumerate() {
                     let found: Vec<i64> = plan.columns(number, lane).map(|c| Number::count(copy[c])).collect();
                     let total = of.total[number][row as usize];
@@ -153,9 +183,12 @@ fn sums<T: Transport>(transport: &T, servers: &[Address], plan: &Arc<Plan>) {
                     if plan.dead[of.client].load(Ordering::SeqCst) {
                         let whole = plan.in_parts(number)
                             || matches!(plan.tables[number].model, Model::Vap { .. })
+                            || plan.harmed(of.client) && found.iter().all(|f| *f == found[0])
                             || found.iter().all(|f| *f == found[0]) && of.sums_to(number, row, found[0]);
                         assert!(whole, "PART: {}: no sum at the end of a clock", what());
                         assert!(found.iter().all(|f| *f <= total), "TOO MUCH: {}: of {total}", what());
+                        let seen = plan.seen(number, row, lane);
+                        assert!(found.iter().all(|f| *f >= seen), "LOST: {}: somebody saw {seen}", what());
                     } else {
                         assert!(found.iter().all(|f| *f >= total), "LOST: {}: not {total}", what());
                         assert!(found.iter().all(|f| *f <= total), "TWICE: {}: not {total}", what());
@@ -165,7 +198,7 @@ fn sums<T: Transport>(transport: &T, servers: &[Address], plan: &Arc<Plan>) {
         });
     }
     drop(worker);
-    client.close().unwrap();
+    client.close()
 }
 
 fn start<T: Transport>(transport: &T, address: &Address, plan: &Plan, number: usize) -> Server<T> {
@@ -189,6 +222,8 @@ struct Stage {
     joined: Vec<AtomicBool>,
     gone: Vec<AtomicBool>,
     done: AtomicBool,
+    /// When a server died, if one did.
+    died: Mutex<Option<Duration>>,
 }
 
 impl Stage {
@@ -209,24 +244,86 @@ impl Stage {
         }
     }
 
-    fn server(&self, node: &Node, number: usize) {
+    fn server(&self, node: &Faulty<Node>, number: usize) {
         let server = start(node, &self.addresses[number], &self.plan, number);
+        let inner = node.inner();
         self.up.fetch_add(1, Ordering::SeqCst);
         if number == 0 {
-            self.sleep_until(node, || self.left.load(Ordering::SeqCst) == 0);
-            if self.plan.victim.is_some() || self.plan.rogue.is_some() {
+            self.sleep_until(inner, || self.left.load(Ordering::SeqCst) == 0);
+            if self.plan.victim.is_some() || self.plan.rogue.is_some() || self.plan.trouble.harms() {
                 // Until it has been noticed everywhere who is gone: the job is over then.
-                self.sim.sleep(node, Duration::from_millis(2500));
+                self.sim.sleep(inner, Duration::from_millis(2500));
             }
-            sums(node, &self.addresses, &self.plan);
+            let found = sums(inner, &self.addresses, &self.plan);
+            // The fault may have been kept for it; there is but one.
+            if let Err(error) = found {
+                assert!(self.plan.server_harmed(), "seed {}: the sums: {error}", self.plan.seed);
+                sums(inner, &self.addresses, &self.plan).unwrap();
+            }
             self.done.store(true, Ordering::SeqCst);
         }
-        self.sleep_until(node, || self.done.load(Ordering::SeqCst));
+        self.sleep_until(inner, || self.done.load(Ordering::SeqCst));
         assert!(server.stop(), "a server thread failed");
     }
 
+    /// A client of the job, and what has to be if it has lost a server.
+    fn client(&self, node: &Faulty<Node>, number: usize, tally: &Arc<Mutex<Tally>>) {
+        let inner = node.inner();
+        self.await_servers(inner);
+        if let Some(late) = &self.plan.late {
+            self.sim.sleep(inner, late[number]);
+        }
+        let joined = || self.joined[number].store(true, Ordering::SeqCst);
+        let result = client(node, &self.addresses, &self.plan, number, tally, joined);
+        if let Err(error) = result {
+            let (plan, text) = (&self.plan, error.to_string());
+            let event = What::Event(format!("client {number}: {text}"));
+            plan.journal.note(inner.now(), number, 0, event);
+            assert!(
+                plan.harmed(number),
+                "seed {}: client {number}, to whom nothing happened: {text}",
+                plan.seed
+            );
+            let named = self.addresses.iter().any(|address| text.contains(&address.to_string()));
+            assert!(named, "seed {}: client {number}: which server? {text}", plan.seed);
+            if let Some(died) = *self.died.lock().unwrap_or_else(PoisonError::into_inner) {
+                let took = inner.now() - died;
+                // One that is connecting waits for its own limit at most.
+                let limit = if matches!(error, Error::ServerLost { .. }) { NOTICED } else { LIMIT };
+                assert!(took < limit, "seed {}: client {number}: after {took:?}: {text}", plan.seed);
+            }
+            plan.dead[number].store(true, Ordering::SeqCst);
+        }
+        self.went(number);
+    }
+
+    /// A node that dies as its plan says.
+    fn mortal(self: &Arc<Self>, node: Node, party: Party) -> Faulty<Node> {
+        let (stage, victim) = (Arc::downgrade(self), node.clone());
+        let kill = move || {
+            let Some(stage) = stage.upgrade() else { return };
+            stage.plan.journal.note(victim.now(), 0, 0, What::Event(format!("{party:?} dies")));
+            match party {
+                Party::Client(number) => {
+                    stage.plan.dead[number].store(true, Ordering::SeqCst);
+                    stage.went(number);
+                }
+                Party::Server(_) => {
+                    *stage.died.lock().unwrap_or_else(PoisonError::into_inner) = Some(victim.now())
+                }
+            }
+            let sim = stage.sim.clone();
+            // The call below does not return.
+            drop(stage);
+            sim.kill(&victim);
+        };
+        Faulty::mortal(node, self.plan.trouble.of(party), kill)
+    }
+
     fn kill(&self, node: &Node, victim: &Node, Victim { client, after }: Victim) {
-        self.sleep_until(node, || self.joined[client].load(Ordering::SeqCst));
+        // It may have died before, by itself.
+        let here = || self.joined[client].load(Ordering::SeqCst) || self.gone[client].load(Ordering::SeqCst);
+        self.sleep_until(node, here);
         self.sim.sleep(node, after);
         if self.gone[client].load(Ordering::SeqCst) {
             return;
@@ -243,8 +340,15 @@ impl Stage {
 /// # Errors
 /// What went wrong.
 pub fn simulated(seed: u64, clocks: u64) -> Result<Outcome, Failure> {
-    let plan = Plan::new(seed, clocks, true);
-    let sim = Sim::with(seed, Settings { limit: LIMIT, network: plan.network(), ..Settings::default() });
+    simulate(Plan::new(seed, clocks, true))
+}
+
+/// Runs a job in the simulator.
+///
+/// # Errors
+/// What went wrong.
+pub fn simulate(plan: Arc<Plan>) -> Result<Outcome, Failure> {
+    let sim = Sim::with(plan.seed, Settings { limit: LIMIT, network: plan.network(), ..Settings::default() });
     let parties = plan.clients + usize::from(plan.rogue.is_some());
     let flags = || (0..parties).map(|_| AtomicBool::new(false)).collect();
     let stage = Arc::new(Stage {
@@ -256,6 +360,7 @@ pub fn simulated(seed: u64, clocks: u64) -> Result<Outcome, Failure> {
         joined: flags(),
         gone: flags(),
         done: AtomicBool::new(false),
+        died: Mutex::new(None),
     });
     let tally = Arc::new(Mutex::new(Tally {
         deaths: plan.victim.is_some().into(),
@@ -263,26 +368,25 @@ pub fn simulated(seed: u64, clocks: u64) -> Result<Outcome, Failure> {
         late: plan.late.is_some().into(),
         ..Tally::default()
     }));
+    let mut nodes = Vec::new();
     for number in 0..plan.servers {
-        let (node, stage) = (sim.node(&format!("server-{number}")), stage.clone());
-        sim.spawn(&node.clone(), "main", move || stage.plan.journal.heed(|| stage.server(&node, number)));
+        let node = stage.mortal(sim.node(&format!("server-{number}")), Party::Server(number));
+        let (host, stage) = (node.inner().clone(), stage.clone());
+        nodes.push((Party::Server(number), node.clone()));
+        sim.spawn(&host, "main", move || stage.plan.journal.heed(|| stage.server(&node, number)));
     }
     for number in 0..plan.clients {
-        let node = sim.node(&format!("client-{number}"));
+        let host = sim.node(&format!("client-{number}"));
         if let Some(victim) = plan.victim.filter(|victim| victim.client == number) {
-            let (killer, node, stage) = (sim.node("killer"), node.clone(), stage.clone());
-            sim.spawn(&killer.clone(), "main", move || stage.kill(&killer, &node, victim));
+            let (killer, host, stage) = (sim.node("killer"), host.clone(), stage.clone());
+            sim.spawn(&killer.clone(), "main", move || stage.kill(&killer, &host, victim));
         }
-        let (stage, tally) = (stage.clone(), tally.clone());
-        sim.spawn(&node.clone(), "main", move || {
-            stage.await_servers(&node);
-            if let Some(late) = &stage.plan.late {
-                stage.sim.sleep(&node, late[number]);
-            }
-            let joined = || stage.joined[number].store(true, Ordering::SeqCst);
-            let client = || client(&node, &stage.addresses, &stage.plan, number, &tally, joined);
-            stage.plan.journal.heed(client);
-            stage.went(number);
+        let (node, stage, tally) =
+            (stage.mortal(host.clone(), Party::Client(number)), stage.clone(), tally.clone());
+        nodes.push((Party::Client(number), node.clone()));
+        sim.spawn(&host, "main", move || {
+            let plan = stage.plan.clone();
+            plan.journal.heed(|| stage.client(&node, number, &tally));
         });
     }
     if let Some(farewell) = plan.rogue {
@@ -294,14 +398,20 @@ pub fn simulated(seed: u64, clocks: u64) -> Result<Outcome, Failure> {
             stage.went(stage.plan.clients);
         });
     }
+    let reports: Vec<_> = nodes.iter().map(|(_, node)| node.clone()).collect();
+    let struck = move |party| nodes.iter().any(|(of, node)| *of == party && node.struck());
+    assert!(plan.witness.set(Box::new(struck)).is_ok(), "a plan is for one run");
     let result = sim.try_run();
     result.map_err(|report| {
         let first = plan.journal.complaint();
         let first = first.unwrap_or_else(|| report.lines().next().unwrap_or_default().to_owned());
         Failure { first, report: format!("{report}{}", plan.journal) }
     })?;
-    let tally = tally.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    Ok(Outcome { hash: sim.hash(), events: sim.events(), tally })
+    let reports: Vec<_> = reports.iter().map(Faulty::report).collect();
+    let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    tally.harmed = reports.iter().any(|report| !report.fired.is_empty()).into();
+    tally.delayed = reports.iter().map(|report| report.late).sum();
+    Ok(Outcome { hash: sim.hash(), events: sim.events(), tally, reports })
 }
 
 /// Runs a seed over shared memory, with the threads of this machine.
@@ -320,7 +430,7 @@ pub fn over_shared_memory(seed: u64, clocks: u64) {
                 if let Some(late) = &plan.late {
                     std::thread::sleep(late[number]);
                 }
-                client(host, addresses, plan, number, tally, || ());
+                client(host, addresses, plan, number, tally, || ()).unwrap();
             });
         }
         if let Some(farewell) = plan.rogue {
@@ -332,7 +442,7 @@ pub fn over_shared_memory(seed: u64, clocks: u64) {
         // Until its end has been noticed: the job is over then.
         std::thread::sleep(Duration::from_millis(100));
     }
-    sums(&host, &addresses, &plan);
+    sums(&host, &addresses, &plan).unwrap();
     for server in servers {
         assert!(server.stop());
     }

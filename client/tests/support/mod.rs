@@ -11,6 +11,7 @@ use std::{
 use fervor_server::Config;
 use fervor_verbs::Address;
 
+pub mod raw;
 pub mod rows;
 
 /// SplitMix64.

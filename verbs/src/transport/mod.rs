@@ -138,6 +138,7 @@ use crate::{
 pub mod any;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
+pub mod faulty;
 pub mod host;
 #[cfg(feature = "rdma")]
 pub mod rdma;

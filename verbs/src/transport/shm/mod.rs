@@ -69,7 +69,7 @@ mod wire;
 #[cfg(all(test, loom))]
 mod loom_tests;
 #[cfg(test)]
-mod suite;
+pub(in crate::transport) mod suite;
 #[cfg(test)]
 mod tests;
 

@@ -1,5 +1,5 @@
-//! The conformance suite over shared memory: of the provider itself, and as a
-//! [`Host`](super::super::any::Host).
+//! The conformance suite over shared memory: of the provider itself, as a [`Host`](super::super::any::Host), and
+//! with [`Faulty`](super::super::faulty::Faulty) hosts.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -9,18 +9,19 @@ use crate::{
         Transport,
         any::Host,
         conformance::{Effort, Rig, Role, Side, VictimProcess},
+        faulty::suite::{FaultyRig, Late, Nothing},
         shm::Shm,
     },
 };
 
 /// A transport over shared memory, and the `victim` test of its instance of the suite.
-trait Subject: Transport {
+pub(in crate::transport) trait Subject: Transport {
     const VICTIM: &'static str;
     fn make() -> Self;
 }
 
 /// Two hosts: two transports that share nothing but the file system.
-struct LocalRig<T> {
+pub(in crate::transport) struct LocalRig<T> {
     client: T,
     server: T,
     number: u32,
@@ -85,4 +86,16 @@ mod host {
     }
 
     crate::conformance!(LocalRig<Host>);
+}
+
+mod faulty {
+    use super::*;
+
+    crate::conformance!(FaultyRig<LocalRig<Shm>, Nothing>);
+}
+
+mod late {
+    use super::*;
+
+    crate::conformance!(FaultyRig<LocalRig<Shm>, Late>);
 }

@@ -52,9 +52,9 @@ mod fabric;
 mod handshake;
 mod history;
 mod node;
-mod random;
+pub(in crate::transport) mod random;
 #[cfg(test)]
-mod tests;
+pub(in crate::transport) mod tests;
 mod threads;
 mod timed;
 mod world;

@@ -1,17 +1,17 @@
-//! The one source of chance of a simulation, and what a seed makes of the network and the machines.
+//! The one source of chance of a simulation (and of `faulty`), and what a seed makes of the network and the machines.
 
 use std::time::Duration;
 
 /// SplitMix64: small, fast, and good enough to choose among schedules.
 #[derive(Debug)]
-pub(super) struct Random(u64);
+pub(in crate::transport) struct Random(u64);
 
 impl Random {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(in crate::transport) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    pub(super) fn next(&mut self) -> u64 {
+    pub(in crate::transport) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -20,24 +20,24 @@ impl Random {
     }
 
     /// A number below `bound`; 0 if there is none.
-    pub(super) fn below(&mut self, bound: u64) -> u64 {
+    pub(in crate::transport) fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
     }
 
     /// True once in `n` times.
-    pub(super) fn one_in(&mut self, n: u64) -> bool {
+    pub(in crate::transport) fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
 
     /// A number from `low` to `high` of which every order of magnitude is equally likely.
-    pub(super) fn spread(&mut self, low: u64, high: u64) -> u64 {
+    pub(in crate::transport) fn spread(&mut self, low: u64, high: u64) -> u64 {
         let doublings = (high / low.max(1)).max(1).ilog2();
         let base = low << self.below(u64::from(doublings) + 1);
         (base + self.below(base)).min(high)
     }
 
     /// Mostly below `typical`; once in `rare` times anything up to `longest`.
-    pub(super) fn tail(&mut self, typical: u64, longest: u64, rare: u64) -> u64 {
+    pub(in crate::transport) fn tail(&mut self, typical: u64, longest: u64, rare: u64) -> u64 {
         if self.one_in(rare) { self.spread(typical.max(1), longest) } else { self.below(typical) }
     }
 }

@@ -14,6 +14,7 @@ use crate::{
     transport::{
         Thread as _,
         conformance::{self, Rig, Role, Side},
+        faulty::suite::{FaultyRig, Late, Nothing},
     },
 };
 
@@ -23,8 +24,8 @@ mod weakness;
 /// Seeds that each case of the suite runs with, if `FERVOR_SEEDS` does not say how many.
 const SEEDS: u64 = 10;
 
-pub(super) struct SimRig {
-    sim: Sim,
+pub(in crate::transport) struct SimRig {
+    pub(in crate::transport) sim: Sim,
     nodes: [Node; 2],
     victims: AtomicU32,
 }
@@ -75,6 +76,18 @@ impl Rig for SimRig {
 }
 
 crate::conformance!(SimRig);
+
+mod faulty {
+    use super::*;
+
+    crate::conformance!(FaultyRig<SimRig, Nothing>);
+}
+
+mod late {
+    use super::*;
+
+    crate::conformance!(FaultyRig<SimRig, Late>);
+}
 
 /// The hash of a run that does a bit of everything.
 fn hash_of(case: &'static str, seed: u64) -> u64 {
