@@ -96,7 +96,8 @@ impl SendWindow {
     }
 }
 
-/// The server's side of what it sends to a client: replies and immediates, each of which takes a receive buffer.
+/// The server's side of what it sends to a client: replies and immediates, each of which takes a receive buffer. One is kept
+/// for the last word: a client that is told a fault is no longer listened to, so it could not give back one for that.
 #[derive(Debug, Clone)]
 pub struct Receives {
     granted: u64,
@@ -105,16 +106,25 @@ pub struct Receives {
 }
 
 impl Receives {
-    /// With `granted` receive buffers of the client.
+    /// With `granted` receive buffers of the client, at least [`LEAST_RECEIVES`](crate::limits::LEAST_RECEIVES).
     pub fn new(granted: usize) -> Self {
         Self { granted: granted as u64, used: 0, returned: 0 }
     }
 
-    /// Takes one, if there is one.
+    /// Takes one, if there is one besides the last.
     pub fn take(&mut self) -> bool {
-        let free = self.used - self.returned < self.granted;
+        let free = self.used - self.returned + 1 < self.granted;
         self.used += u64::from(free);
         free
+    }
+
+    /// Takes the one that is kept for the last word.
+    ///
+    /// # Panics
+    /// If it has been taken: there is one last word.
+    pub fn take_last(&mut self) {
+        self.used += 1;
+        assert!(self.used - self.returned <= self.granted, "a second last word");
     }
 
     /// The client says that it has given back `total` since the start.
@@ -262,12 +272,13 @@ mod tests {
 
     #[test]
     fn receive_buffers_that_were_not_used_cannot_be_returned() {
-        let mut receives = Receives::new(2);
+        let mut receives = Receives::new(3);
         assert!(receives.take() && receives.take() && !receives.take());
         assert!(receives.update(3).unwrap_err().contains("returned = 3"));
         receives.update(1).unwrap();
         assert!(receives.take() && !receives.take());
         assert!(receives.update(0).is_err());
+        receives.take_last();
     }
 
     proptest! {

@@ -3,7 +3,7 @@
 /// First bytes of every handshake: "FRVR".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"FRVR");
 /// Version of the protocol. Client and server must agree on it exactly.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 1;
 
 /// Bytes before the data of a row: LSN, included batch, clock, check.
 pub const ROW_HEADER: usize = 32;
@@ -33,6 +33,8 @@ pub const LEAST_MESSAGE: usize = 512;
 pub const REPLY_BYTES: usize = 512;
 /// Receive buffers that a client grants each shard, for replies and immediates.
 pub const CLIENT_RECEIVES: usize = 16;
+/// Fewest that it may grant: one for everything, and one for the last word.
+pub const LEAST_RECEIVES: usize = 2;
 
 /// Bits of an immediate that carry a clock or a sequence number; the two above say which.
 pub const IMMEDIATE_BITS: u32 = 30;

@@ -13,7 +13,7 @@ use std::{
 };
 
 use fervor_protocol::{
-    limits::{CLIENT_RECEIVES, MESSAGE_BYTES},
+    limits::{CLIENT_RECEIVES, LEAST_RECEIVES, MESSAGE_BYTES},
     wire::{Hello, Refusal, Role, Welcome},
 };
 use fervor_verbs::transport::{Attach, Listener, RemoteRegion, Request, Transport};
@@ -109,8 +109,12 @@ impl<T: Transport> Control<T> {
                     self.clients
                 )));
             }
-            if hello.receives == 0 || hello.receives as usize > 64 * CLIENT_RECEIVES {
-                return Err(Refusal::new(&format!("receives = {} is out of range", hello.receives)));
+            if !(LEAST_RECEIVES..=64 * CLIENT_RECEIVES).contains(&(hello.receives as usize)) {
+                return Err(Refusal::new(&format!(
+                    "receives = {} is not in {LEAST_RECEIVES}..={}",
+                    hello.receives,
+                    64 * CLIENT_RECEIVES
+                )));
             }
         }
         Ok((hello, role, door))

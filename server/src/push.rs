@@ -134,12 +134,10 @@ impl<T: Transport> Poller<T> {
         let mut posted = usize::from(peer.post_acks()?);
         while !peer.replies.is_empty() && peer.has_room() {
             let Some(entry) = self.staging.reserve(REPLY_BYTES) else { break };
-            if !peer.receives.take() {
+            if peer.condemned {
+                peer.receives.take_last();
+            } else if !peer.receives.take() {
                 self.staging.release(entry);
-                if peer.condemned {
-                    // It is not listened to any more, so it can return no buffer to be told the fault in.
-                    peer.connection.disconnect();
-                }
                 break;
             }
             let reply = peer.replies.pop_front().expect("it is not empty");
