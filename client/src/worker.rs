@@ -526,7 +526,6 @@ impl<T: Transport> Worker<T> {
         self.stats.asked += 1;
         loop {
             let known = self.core.links[shard].clock.load(Ordering::Acquire);
-            // A subscribed slot is filled by the server anyway.
             // Where rows are pushed anyway the first push is the answer: a copy that is not kept up to date has no place
             // in the cache of such a table.
             let eager = table.schema().eager();

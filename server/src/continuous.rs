@@ -216,15 +216,18 @@ impl Continuous {
 }
 
 impl<T: Transport> Poller<T> {
-    /// Pushes what the budgets allow and the clients can take. How many rows.
+    /// Pushes what the budgets allow and the clients can take, and notes until when a budget makes rows wait. How many rows.
     pub(crate) fn push_continuously(&mut self) -> usize {
         let mut pushed = 0;
+        self.next_push = None;
         for table in 0..self.shard.tables.len() {
             for _ in 0..ROWS_A_TURN {
                 let Some(continuous) = &self.shard.tables[table].continuous else { break };
                 let Some(row) = continuous.ranking.next() else { break };
                 let now = self.transport.now();
                 if now < continuous.budget.free {
+                    let free = continuous.budget.free;
+                    self.next_push = Some(self.next_push.map_or(free, |other| other.min(free)));
                     break;
                 }
                 let can = self.can_push(table as TableId, row);
@@ -255,13 +258,10 @@ impl<T: Transport> Poller<T> {
         })
     }
 
-    /// How long until some budget allows the next push of a row that waits for that.
-    pub(crate) fn next_push(&self) -> Option<Duration> {
-        let tables = self.shard.tables.iter().filter_map(|table| table.continuous.as_ref());
-        let waiting = tables.filter(|continuous| continuous.ranking.next().is_some());
-        let free = waiting.map(|continuous| continuous.budget.free).min()?;
-        // What the clients cannot take now they can when a completion says so, which wakes the poller.
-        Some(free.saturating_sub(self.transport.now())).filter(|wait| !wait.is_zero())
+    /// How long the poller may sleep until a budget allows the next push, as [`Poller::push_continuously`] saw it; it may
+    /// be no time by now. (What clients could not take they can when a completion says so, which wakes the poller.)
+    pub(crate) fn until_next_push(&self) -> Option<Duration> {
+        self.next_push.map(|at| at.saturating_sub(self.transport.now()))
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Poller<T: Transport> {
     early: Vec<Completion>,
     /// The shard clock rose to this in the present turn.
     rose: Option<u64>,
+    /// When a budget allows the next continuous push, if rows wait for that.
+    pub(crate) next_push: Option<Duration>,
     /// Registration of the shard's rows: lives as long as the connections through which they are read.
     _export: Box<dyn Export>,
 }
@@ -85,6 +87,7 @@ impl<T: Transport> Poller<T> {
             completions: Vec::new(),
             early: Vec::new(),
             rose: None,
+            next_push: None,
             _export: export,
         }
     }
@@ -99,7 +102,7 @@ impl<T: Transport> Poller<T> {
                 self.transport.relax(idle);
                 idle += 1;
             } else {
-                self.endpoint.wait(self.next_push().unwrap_or(SLEEP));
+                self.endpoint.wait(self.until_next_push().unwrap_or(SLEEP));
             }
         }
         self.farewell();
