@@ -12,10 +12,16 @@
 //! receive buffers that the client granted; every message of the client says how many it has given back since the
 //! start ([`Receives`]).
 //!
+//! **Rounds.** The WRITE with immediate that closes a round of clock `C` also tells the shard's LSN of that moment: in one of a few words, with the
+//! low bits of `C`, so that a client that finds the word of a later round there does not take it for this one's ([`round_word`]).
+//!
+//! **Announcements.** For clients on its own host a shard keeps rings of the same words in its exported region: what batch is applied at which
+//! LSN, published *before* the first image is changed. See [`inclusion`](crate::inclusion).
+//!
 //! **Batches.** Numbered per client and shard, without gaps. [`BatchNumbers`] lets each be applied once.
 
 use crate::{
-    limits::{ACK_RING, ACK_SEQUENCE_BITS, IMMEDIATE_BITS},
+    limits::{ACK_RING, ACK_SEQUENCE_BITS, IMMEDIATE_BITS, ROUND_WORDS},
     mutants::{Mutant, mutant},
 };
 
@@ -41,6 +47,24 @@ pub fn acknowledged(word: u64, sequence: u64) -> Option<u64> {
     (word & ((1 << LSN_BITS) - 1)).checked_sub(1)
 }
 
+/// Index of the word that tells the LSN of the round of `clock`.
+pub fn round_index(clock: u64) -> usize {
+    (clock % ROUND_WORDS as u64) as usize
+}
+
+/// The word that tells that the round of `clock` was closed when the shard stood at `lsn`.
+pub fn round_word(clock: u64, lsn: u64) -> u64 {
+    ack_word(clock, lsn)
+}
+
+/// The LSN in `word`, if it is of the round of `clock`.
+pub fn round_lsn(word: u64, clock: u64) -> Option<u64> {
+    if mutant(Mutant::RoundWordUntagged) {
+        return (word & ((1 << LSN_BITS) - 1)).checked_sub(1);
+    }
+    acknowledged(word, clock)
+}
+
 /// The client's side of its messages to one shard: how many may be out.
 #[derive(Debug, Clone)]
 pub struct SendWindow {
@@ -54,6 +78,11 @@ impl SendWindow {
     pub fn new(credits: usize) -> Self {
         assert!(credits > 0 && credits <= ACK_RING, "{credits} credits do not fit the ring of {ACK_RING}");
         Self { credits: credits as u64, sent: 0, acknowledged: 0 }
+    }
+
+    /// The same, with messages numbered from the one after `origin` on.
+    pub fn starting_at(credits: usize, origin: u64) -> Self {
+        Self { sent: origin, acknowledged: origin, ..Self::new(credits) }
     }
 
     /// Messages that may be sent now.
@@ -175,6 +204,11 @@ impl Default for BatchNumbers {
 }
 
 impl BatchNumbers {
+    /// With batches numbered from the one after `origin` on.
+    pub fn starting_at(origin: u64) -> Self {
+        Self { applied: origin, ..Self::default() }
+    }
+
     /// What to do with batch `number`. Numbers start at 1.
     pub fn admit(&self, number: u64) -> Admit {
         if number != 0 && number <= self.applied && self.applied - number < ACK_RING as u64 {

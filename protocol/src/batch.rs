@@ -1,16 +1,28 @@
 //! Batches: the updates that a client sends to one shard at a time, in one message.
 //!
 //! ```text
-//! │ MessageHeader │ BatchHeader │ RecordHeader │ columns (sparse only) │ values │ RecordHeader │ ...
+//! Kind::Batch      │ MessageHeader │ BatchHeader │ SectionHeader │ body │ SectionHeader │ body │ ...
+//! Kind::Reference  │ MessageHeader │ BatchHeader │ SectionHeader │ SectionHeader │ ...     bodies: in the client's memory
 //! ```
-//! Records start at multiples of 8 bytes from the start of the message. [`Batch::parse`] and [`Batch::check`]
-//! look at every byte before anything is applied; [`Batch::records`] then cannot fail. The message is used where it lies.
+//!
+//! | section | at `rows_at` (`u32`s) | at `values_at` |
+//! |---|---|---|
+//! | [`ROWS`] | `count` indices of rows in the shard | a whole row for each |
+//! | [`CELLS`] | `count` indices, `count` numbers of cells, then `total` columns | an element for each column |
+//! | [`PART`] | one index | `count` elements, from column `total` on |
+//!
+//! Bodies start at multiples of 8 bytes: from the start of the message, or (by reference) of the memory that the client has
+//! named. The values of a reference are read where they lie, by a server on the same host.
+//!
+//! **Checked as a whole.** [`Batch::read`] looks at every byte that decides anything (tables, indices, columns, lengths, the clock)
+//! before anything is applied, and copies it: what it has copied nobody can change. The values of a message are
+//! checked there too. Those of a reference are the client's own memory, which it can change at any time, so they are copied
+//! and checked when they are added.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
     element::{Element, ElementType},
-    pending::Delta,
     wire::{Fault, Kind, MessageHeader},
 };
 
@@ -27,29 +39,40 @@ pub struct BatchHeader {
 /// Flag of a batch's message: it ends a clock of the client.
 pub const END_OF_CLOCK: u8 = 1;
 
-/// Before each record.
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+/// Kind of a section: whole rows.
+pub const ROWS: u32 = 1;
+/// Kind of a section: single elements of rows.
+pub const CELLS: u32 = 2;
+/// Kind of a section: part of a row that is longer than a message.
+pub const PART: u32 = 3;
+
+/// Before each section. See the module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub struct RecordHeader {
-    /// Index of the row in the shard.
-    pub row: u64,
+pub struct SectionHeader {
     /// The shard's number of the table.
     pub table: u32,
-    /// Dense: column of the first value. Sparse: [`SPARSE`].
-    pub start: u32,
-    /// Number of values.
+    /// [`ROWS`], [`CELLS`] or [`PART`].
+    pub kind: u32,
+    /// Rows, or elements of a part.
     pub count: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Cells, or first column of a part; zero for whole rows.
+    pub total: u32,
+    /// Byte offset of the indices.
+    pub rows_at: u64,
+    /// Byte offset of the values.
+    pub values_at: u64,
 }
 
-/// `start` of a sparse record.
-pub const SPARSE: u32 = u32::MAX;
-
 const _: () = assert!(size_of::<BatchHeader>() == 16);
-const _: () = assert!(size_of::<RecordHeader>() == 24);
+const _: () = assert!(size_of::<SectionHeader>() == 32);
 
-/// What a shard knows of a table, to check records against.
+/// Bytes before the first section.
+pub const HEADERS: usize = size_of::<MessageHeader>() + size_of::<BatchHeader>();
+/// Bytes of a section's header.
+pub const SECTION: usize = size_of::<SectionHeader>();
+
+/// What a shard knows of a table, to check sections against.
 #[derive(Debug, Clone, Copy)]
 pub struct Shape {
     /// Type of the elements.
@@ -62,100 +85,140 @@ pub struct Shape {
     pub non_finite: bool,
 }
 
+impl Shape {
+    fn row_bytes(&self) -> u64 {
+        u64::from(self.width) * self.element.size() as u64
+    }
+}
+
 /// Writes a batch into a buffer.
 #[derive(Debug)]
 pub struct BatchWriter<'a> {
     buffer: &'a mut [u8],
     length: usize,
-    records: u32,
+    sections: u32,
 }
-
-const HEADERS: usize = size_of::<MessageHeader>() + size_of::<BatchHeader>();
 
 impl<'a> BatchWriter<'a> {
     /// Into `buffer`, which has room for the headers.
     pub fn new(buffer: &'a mut [u8]) -> Self {
-        assert!(buffer.len() >= HEADERS + size_of::<RecordHeader>() + 16, "no room for a batch");
-        Self { buffer, length: HEADERS, records: 0 }
+        assert!(buffer.len() >= HEADERS + SECTION + 16, "no room for a batch");
+        Self { buffer, length: HEADERS, sections: 0 }
     }
 
-    /// Number of records so far.
-    pub fn records(&self) -> u32 {
-        self.records
+    /// Number of sections so far.
+    pub fn sections(&self) -> u32 {
+        self.sections
     }
 
-    /// Appends as much of `delta` as there is room for, and returns the number of its elements that is: all of it or
-    /// none, and only of one that no message could hold some. So an update of a row is applied at one LSN, and no
-    /// reader sees half of it, unless it is greater than a message.
-    pub fn push<E: Element>(&mut self, table: u32, row: u64, delta: &Delta<E>) -> usize {
-        let size = size_of::<E>();
-        let whole = size_of::<RecordHeader>()
-            + match delta {
-                Delta::Dense { values, .. } => (values.len() * size).next_multiple_of(8),
-                Delta::Sparse(pairs) => {
-                    (pairs.len() * 4).next_multiple_of(8) + (pairs.len() * size).next_multiple_of(8)
-                }
-            };
-        let left = self.buffer.len() - self.length;
-        if whole > left && whole <= self.buffer.len() - HEADERS {
-            return 0;
+    /// Bytes that a section's body may have: what is left, or all that an empty message would have.
+    fn room(&self, whole: bool) -> usize {
+        let used = if whole { HEADERS } else { self.length };
+        (self.buffer.len() & !7).saturating_sub(used + SECTION)
+    }
+
+    /// How many rows of `row_bytes` bytes a section of whole rows may have now.
+    pub fn room_for_rows(&self, row_bytes: usize) -> usize {
+        // The indices are filled up to 8 bytes.
+        self.room(false).saturating_sub(4) / (4 + row_bytes)
+    }
+
+    /// Whether a row of `row_bytes` bytes fits a message at all.
+    pub fn fits_a_message(&self, row_bytes: usize) -> bool {
+        self.room(true) >= 8 + row_bytes
+    }
+
+    /// Whether a row with `cells` cells of `size` bytes fits what is left.
+    pub fn has_room_for_cells(&self, rows: usize, cells: usize, size: usize) -> bool {
+        (8 * rows + 4 * cells).next_multiple_of(8) + cells * size <= self.room(false)
+    }
+
+    /// How many elements of `size` bytes of one row a section may have now.
+    pub fn room_for_part(&self, size: usize) -> usize {
+        self.room(false).saturating_sub(8) / size
+    }
+
+    /// A section of whole rows, for which there is room. Returns where their values go, one row after the other.
+    pub fn rows(&mut self, table: u32, rows: &[u32], row_bytes: usize) -> &mut [u8] {
+        let header = SectionHeader {
+            table,
+            kind: ROWS,
+            count: rows.len() as u32,
+            total: 0,
+            rows_at: (self.length + SECTION) as u64,
+            values_at: 0,
+        };
+        self.section(header, &[rows.as_bytes()], rows.len() * row_bytes)
+    }
+
+    /// A section of single elements, for which there is room: of each row its index and its number of cells, and the columns and
+    /// values of all, row by row.
+    pub fn cells<E: Element>(
+        &mut self,
+        table: u32,
+        rows: &[u32],
+        counts: &[u32],
+        columns: &[u32],
+        values: &[E],
+    ) {
+        let header = SectionHeader {
+            table,
+            kind: CELLS,
+            count: rows.len() as u32,
+            total: columns.len() as u32,
+            rows_at: (self.length + SECTION) as u64,
+            values_at: 0,
+        };
+        let lists = [rows.as_bytes(), counts.as_bytes(), columns.as_bytes()];
+        self.section(header, &lists, size_of_val(values)).copy_from_slice(values.as_bytes());
+    }
+
+    /// A section of elements of one row from column `start` on, for which there is room.
+    pub fn part(&mut self, table: u32, row: u32, start: u32, count: usize, values: &[u8]) {
+        let header = SectionHeader {
+            table,
+            kind: PART,
+            count: count as u32,
+            total: start,
+            rows_at: (self.length + SECTION) as u64,
+            values_at: 0,
+        };
+        self.section(header, &[row.as_bytes()], values.len()).copy_from_slice(values);
+    }
+
+    /// The header of a section whose body lies in the client's memory.
+    pub fn refer(&mut self, header: SectionHeader) {
+        self.buffer[self.length..self.length + SECTION].copy_from_slice(header.as_bytes());
+        self.length += SECTION;
+        self.sections += 1;
+    }
+
+    /// Whether one more section can be referred to.
+    pub fn has_room_to_refer(&self) -> bool {
+        self.buffer.len() - self.length >= SECTION
+    }
+
+    fn section(&mut self, mut header: SectionHeader, lists: &[&[u8]], values: usize) -> &mut [u8] {
+        let mut at = self.length + SECTION;
+        for list in lists {
+            self.buffer[at..at + list.len()].copy_from_slice(list);
+            at += list.len();
         }
-        let room = left.saturating_sub(size_of::<RecordHeader>()) & !7;
-        let record =
-            |start, count: usize| RecordHeader { row, table, start, count: count as u32, reserved: 0 };
-        match delta {
-            Delta::Dense { start, values } => {
-                let count = values.len().min(room / size);
-                if count == 0 {
-                    return 0;
-                }
-                self.append(record(*start, count).as_bytes());
-                self.append(values[..count].as_bytes());
-                self.records += 1;
-                count
-            }
-            Delta::Sparse(pairs) => {
-                // Columns and values are each padded to 8 bytes.
-                let most = if whole <= left { pairs.len() } else { room.saturating_sub(8) / (4 + size) };
-                let count = pairs.len().min(most);
-                if count == 0 {
-                    return 0;
-                }
-                self.append(record(SPARSE, count).as_bytes());
-                for (column, _) in &pairs[..count] {
-                    self.put(column.as_bytes());
-                }
-                self.pad();
-                for (_, value) in &pairs[..count] {
-                    self.put(value.as_bytes());
-                }
-                self.pad();
-                self.records += 1;
-                count
-            }
-        }
-    }
-
-    fn append(&mut self, bytes: &[u8]) {
-        self.put(bytes);
-        self.pad();
-    }
-
-    fn put(&mut self, bytes: &[u8]) {
-        self.buffer[self.length..self.length + bytes.len()].copy_from_slice(bytes);
-        self.length += bytes.len();
-    }
-
-    fn pad(&mut self) {
-        let end = self.length.next_multiple_of(8);
-        self.buffer[self.length..end].fill(0);
-        self.length = end;
+        let values_at = at.next_multiple_of(8);
+        self.buffer[at..values_at].fill(0);
+        header.values_at = values_at as u64;
+        self.buffer[self.length..self.length + SECTION].copy_from_slice(header.as_bytes());
+        let end = values_at + values;
+        self.length = end.next_multiple_of(8);
+        self.buffer[end..self.length].fill(0);
+        self.sections += 1;
+        &mut self.buffer[values_at..end]
     }
 
     /// Writes the headers and returns the length of the message. `clock`: the batch ends that clock.
-    pub fn finish(self, sequence: u64, returned: u64, number: u64, clock: Option<u64>) -> usize {
+    pub fn finish(self, kind: Kind, sequence: u64, returned: u64, number: u64, clock: Option<u64>) -> usize {
         let flags = if clock.is_some() { END_OF_CLOCK } else { 0 };
-        let header = MessageHeader::new(Kind::Batch, flags, self.records, sequence, returned);
+        let header = MessageHeader::new(kind, flags, self.sections, sequence, returned);
         let batch = BatchHeader { number, clock: clock.unwrap_or(0) };
         self.buffer[..size_of::<MessageHeader>()].copy_from_slice(header.as_bytes());
         self.buffer[size_of::<MessageHeader>()..HEADERS].copy_from_slice(batch.as_bytes());
@@ -163,187 +226,248 @@ impl<'a> BatchWriter<'a> {
     }
 }
 
-/// A batch in a receive buffer.
-#[derive(Debug, Clone, Copy)]
-pub struct Batch<'a> {
-    /// Its number.
-    pub number: u64,
-    /// The clock that it ends.
-    pub clock: Option<u64>,
-    records: u32,
-    body: &'a [u8],
+/// Where the bodies of a batch's sections lie.
+pub trait Source {
+    /// Bytes that there are.
+    fn len(&self) -> u64;
+    /// Whether there is nothing.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Copies bytes `at..at + into.len()` out; they are there.
+    fn read(&self, at: u64, into: &mut [u8]);
 }
 
-/// One record of a checked batch.
+impl Source for [u8] {
+    fn len(&self) -> u64 {
+        <[u8]>::len(self) as u64
+    }
+
+    fn read(&self, at: u64, into: &mut [u8]) {
+        into.copy_from_slice(&self[at as usize..at as usize + into.len()]);
+    }
+}
+
+/// A section that has been checked; its lists are in the [`Batch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Record<'a> {
+struct Checked {
+    header: SectionHeader,
+    /// First of its indices, counts and columns in [`Batch::lists`].
+    first: usize,
+}
+
+/// A section of a checked batch: what is to be added to which rows, but for the values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Section<'a> {
     /// The shard's number of the table.
     pub table: u32,
-    /// Index of the row in the shard.
-    pub row: u64,
-    /// The update.
-    pub update: Update<'a>,
+    /// Which elements of which rows.
+    pub target: Target<'a>,
+    /// Byte offset of the values in the batch's source: row by row, without gaps.
+    pub values_at: u64,
 }
 
-/// The update of a record, as it lies in the message; alignment is not promised.
+/// The elements that a section changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Update<'a> {
-    /// Consecutive elements.
-    Dense {
+pub enum Target<'a> {
+    /// Whole rows, by index in the shard.
+    Rows(&'a [u32]),
+    /// Single elements.
+    Cells {
+        /// The rows.
+        rows: &'a [u32],
+        /// How many columns of each.
+        counts: &'a [u32],
+        /// The columns of all, row by row.
+        columns: &'a [u32],
+    },
+    /// Consecutive elements of one row.
+    Part {
+        /// The row.
+        row: u32,
         /// Column of the first one.
         start: u32,
-        /// The values.
-        values: &'a [u8],
-    },
-    /// Single elements.
-    Sparse {
-        /// Columns, `u32` each.
-        columns: &'a [u8],
-        /// The values.
-        values: &'a [u8],
+        /// How many.
+        count: u32,
     },
 }
 
-impl Update<'_> {
-    /// Adds it to a row of `E`, the table's element type.
-    pub fn apply<E: Element>(&self, row: &mut [E]) {
-        let value = |bytes: &[u8]| E::read_from_bytes(bytes).expect("chunks have the size of an element");
-        match self {
-            Update::Dense { start, values } => {
-                let start = *start as usize;
-                let row = &mut row[start..start + values.len() / size_of::<E>()];
-                for (element, bytes) in row.iter_mut().zip(values.chunks_exact(size_of::<E>())) {
-                    *element = element.plus(value(bytes));
-                }
-            }
-            Update::Sparse { columns, values } => {
-                for (column, bytes) in columns.chunks_exact(4).zip(values.chunks_exact(size_of::<E>())) {
-                    let column = u32::read_from_bytes(column).expect("chunks of 4 bytes") as usize;
-                    row[column] = row[column].plus(value(bytes));
-                }
-            }
-        }
-    }
-
-    /// The greatest magnitude of its values, of element type `E`; infinity if one is not a number.
-    pub fn greatest<E: Element>(&self) -> f32 {
-        let (Update::Dense { values, .. } | Update::Sparse { values, .. }) = self;
-        let values = values.chunks_exact(size_of::<E>());
-        values.fold(0.0, |greatest, bytes| {
-            let value =
-                E::read_from_bytes(bytes).expect("chunks have the size of an element").to_f64() as f32;
-            if value.is_nan() { f32::INFINITY } else { value.abs().max(greatest) }
-        })
-    }
+/// A batch that has been checked. Made once and used again: its lists keep their memory.
+#[derive(Debug, Default)]
+pub struct Batch {
+    number: u64,
+    clock: Option<u64>,
+    sections: Vec<Checked>,
+    lists: Vec<u32>,
 }
 
-impl<'a> Batch<'a> {
-    /// The batch in `message`, whose header has been read as `header`.
+impl Batch {
+    /// Its number.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// The clock that it ends.
+    pub fn clock(&self) -> Option<u64> {
+        self.clock
+    }
+
+    /// Takes the batch in `message`, whose header has been read as `header`, in the place of what was here before. Everything is checked
+    /// against the shapes of the tables. `slabs` is the memory that the client has named, for a reference.
     ///
     /// # Errors
-    /// The message is shorter than a batch.
-    pub fn parse(header: &MessageHeader, message: &'a [u8]) -> Result<Self, Fault> {
+    /// The first thing that is wrong, with the field, the value and the limit. The batch is not to be used then.
+    pub fn read<S: Source + ?Sized>(
+        &mut self,
+        header: &MessageHeader,
+        message: &[u8],
+        slabs: Option<&S>,
+        shape: impl Fn(u32) -> Option<Shape>,
+    ) -> Result<(), Fault> {
+        self.sections.clear();
+        self.lists.clear();
         let body = message.get(size_of::<MessageHeader>()..).unwrap_or_default();
-        let (batch, body) = BatchHeader::read_from_prefix(body)
+        let (batch, _) = BatchHeader::read_from_prefix(body)
             .map_err(|_| Fault::Short { field: "batch header", length: message.len() })?;
-        let clock = (header.flags & END_OF_CLOCK != 0).then_some(batch.clock);
-        Ok(Self { number: batch.number, clock, records: header.records, body })
+        self.number = batch.number;
+        self.clock = (header.flags & END_OF_CLOCK != 0).then_some(batch.clock);
+        let mut at = HEADERS;
+        for record in 0..header.records {
+            let (section, _) = SectionHeader::read_from_prefix(message.get(at..).unwrap_or_default())
+                .map_err(|_| Fault::Short { field: "section header", length: message.len() })?;
+            at += SECTION;
+            if header.kind == Kind::Reference as u8 {
+                let slabs = slabs
+                    .ok_or_else(|| Fault::State("a reference, but the client has named no memory".into()))?;
+                self.section(record, section, slabs, &shape)?;
+            } else {
+                if section.rows_at != at as u64 {
+                    return Err(field(record, "rows_at", section.rows_at, at as u64, "is where it begins"));
+                }
+                let (values_at, length) = self.section(record, section, message, &shape)?;
+                check_values(record, &section, &message[values_at..values_at + length], &shape)?;
+                at = (values_at + length).next_multiple_of(8);
+            }
+        }
+        if at < message.len() { Err(Fault::Trailing { bytes: message.len() - at }) } else { Ok(()) }
     }
 
-    /// Checks every record against its table's shape, before any is applied.
-    ///
-    /// # Errors
-    /// The first thing that is wrong, with the field, the value and the limit.
-    pub fn check(&self, shape: impl Fn(u32) -> Option<Shape>) -> Result<(), Fault> {
-        let mut body = self.body;
-        for record in 0..self.records {
-            let (header, rest) = RecordHeader::read_from_prefix(body)
-                .map_err(|_| Fault::Short { field: "record header", length: body.len() })?;
-            let shape = shape(header.table).ok_or(Fault::Field {
-                record,
-                field: "table",
-                value: header.table.into(),
-                limit: 0,
-                what: "there is no such table",
-            })?;
-            let field = |field, value, limit, what| Fault::Field { record, field, value, limit, what };
-            if header.row >= shape.rows {
-                return Err(field("row", header.row, shape.rows, "rows are in this shard"));
-            }
-            if header.reserved != 0 {
-                return Err(field("reserved", header.reserved.into(), 0, "is the only value"));
-            }
-            let width = u64::from(shape.width);
-            let count = u64::from(header.count);
-            if header.start != SPARSE && u64::from(header.start) + count > width {
-                return Err(field(
-                    "start + count",
-                    u64::from(header.start) + count,
-                    width,
-                    "columns has the table",
-                ));
-            }
-            let (update, rest) = split(&header, shape.element.size(), rest).ok_or(field(
+    /// Checks a section and copies its lists. Returns where its values are, and how many bytes.
+    fn section<S: Source + ?Sized>(
+        &mut self,
+        record: u32,
+        header: SectionHeader,
+        source: &S,
+        shape: &impl Fn(u32) -> Option<Shape>,
+    ) -> Result<(usize, usize), Fault> {
+        let SectionHeader { table, kind, count, total, rows_at, values_at } = header;
+        let bad = |name, value, limit, what| Err(field(record, name, value, limit, what));
+        let Some(shape) = shape(table) else {
+            return bad("table", table.into(), 0, "there is no such table");
+        };
+        let (many, cells) = (u64::from(count), u64::from(total));
+        let size = shape.element.size() as u64;
+        let (list, values) = match kind {
+            ROWS => (many, many * shape.row_bytes()),
+            CELLS => (2 * many + cells, cells * size),
+            PART => (1, many * size),
+            _ => return bad("kind", kind.into(), 0, "there is no such section"),
+        };
+        if rows_at % 8 != 0 || values_at % 8 != 0 {
+            return bad("values_at", values_at, 8, "divides all offsets");
+        }
+        let inside = |at: u64, length: u64| at.checked_add(length).is_some_and(|end| end <= source.len());
+        if !inside(rows_at, list * 4) {
+            return bad("count", many, source.len().saturating_sub(rows_at), "bytes are left for its rows");
+        }
+        if !inside(values_at, values) {
+            return bad(
                 "count",
-                count,
-                rest.len() as u64,
-                "bytes are left of the message",
-            ))?;
-            if let Update::Sparse { columns, .. } = update {
-                for column in columns.chunks_exact(4) {
-                    let column = u32::read_from_bytes(column).expect("chunks of 4 bytes").into();
-                    if column >= width {
-                        return Err(field("column", column, width, "columns has the table"));
-                    }
+                many,
+                source.len().saturating_sub(values_at),
+                "bytes are left for its values",
+            );
+        }
+        let first = self.lists.len();
+        self.lists.resize(first + list as usize, 0);
+        source.read(rows_at, self.lists[first..].as_mut_bytes());
+        let rows = if kind == PART { 1 } else { count as usize };
+        let lists = &self.lists[first..];
+        // The greatest decides: one pass without branches.
+        let greatest = lists[..rows].iter().copied().max().map_or(0, |row| u64::from(row) + 1);
+        if greatest > shape.rows {
+            return bad("row", greatest - 1, shape.rows, "rows are in this shard");
+        }
+        let width = u64::from(shape.width);
+        match kind {
+            CELLS => {
+                let sum: u64 = lists[rows..2 * rows].iter().map(|count| u64::from(*count)).sum();
+                if sum != cells {
+                    return bad("total", cells, sum, "cells have its rows");
+                }
+                let greatest =
+                    lists[2 * rows..].iter().copied().max().map_or(0, |column| u64::from(column) + 1);
+                if greatest > width {
+                    return bad("column", greatest - 1, width, "columns has the table");
                 }
             }
-            if !shape.non_finite && !finite(shape.element, update) {
-                return Err(field("value", header.row, 0, "NaN or infinity in an update of this row"));
+            PART if cells + many > width => {
+                return bad("start + count", cells + many, width, "columns has the table");
             }
-            body = rest;
+            ROWS if total != 0 => return bad("total", cells, 0, "is the only value"),
+            _ => {}
         }
-        if body.is_empty() { Ok(()) } else { Err(Fault::Trailing { bytes: body.len() }) }
+        self.sections.push(Checked { header, first });
+        Ok((values_at as usize, values as usize))
     }
 
-    /// A mutant: its first `records` records, as if they were all.
-    pub fn first(&self, records: u32) -> Self {
-        Self { records, ..*self }
-    }
-
-    /// The records of a batch that [`Batch::check`] has accepted, with the element size of each table.
-    pub fn records(&self, size: impl Fn(u32) -> usize) -> impl Iterator<Item = Record<'a>> {
-        let mut body = self.body;
-        (0..self.records).map(move |_| {
-            let (header, rest) = RecordHeader::read_from_prefix(body).expect("a checked batch");
-            let (update, rest) = split(&header, size(header.table), rest).expect("a checked batch");
-            body = rest;
-            Record { table: header.table, row: header.row, update }
+    /// Its sections.
+    pub fn sections(&self) -> impl Iterator<Item = Section<'_>> {
+        self.sections.iter().map(|Checked { header, first }| {
+            let lists = &self.lists[*first..];
+            let count = header.count as usize;
+            let target = match header.kind {
+                ROWS => Target::Rows(&lists[..count]),
+                CELLS => Target::Cells {
+                    rows: &lists[..count],
+                    counts: &lists[count..2 * count],
+                    columns: &lists[2 * count..2 * count + header.total as usize],
+                },
+                _ => Target::Part { row: lists[0], start: header.total, count: header.count },
+            };
+            Section { table: header.table, target, values_at: header.values_at }
         })
     }
 }
 
-/// Splits a record's update off what follows its header.
-fn split<'a>(header: &RecordHeader, size: usize, rest: &'a [u8]) -> Option<(Update<'a>, &'a [u8])> {
-    let count = header.count as usize;
-    let take = |bytes: &'a [u8], length: usize| -> Option<(&'a [u8], &'a [u8])> {
-        let padded = length.checked_next_multiple_of(8)?;
-        (padded <= bytes.len()).then(|| (&bytes[..length], &bytes[padded..]))
-    };
-    if header.start == SPARSE {
-        let (columns, rest) = take(rest, count.checked_mul(4)?)?;
-        let (values, rest) = take(rest, count.checked_mul(size)?)?;
-        Some((Update::Sparse { columns, values }, rest))
-    } else {
-        let (values, rest) = take(rest, count.checked_mul(size)?)?;
-        Some((Update::Dense { start: header.start, values }, rest))
-    }
+fn field(record: u32, field: &'static str, value: u64, limit: u64, what: &'static str) -> Fault {
+    Fault::Field { record, field, value, limit, what }
 }
 
-fn finite(element: ElementType, update: Update<'_>) -> bool {
-    let (Update::Dense { values, .. } | Update::Sparse { values, .. }) = update;
-    fn all<E: Element>(values: &[u8]) -> bool {
-        let value = |bytes| E::read_from_bytes(bytes).expect("chunks have the size of an element");
-        values.chunks_exact(size_of::<E>()).fold(true, |all, bytes| all & value(bytes).is_finite())
+/// Checks that the values of a section of a message are numbers, if its table wants that.
+fn check_values(
+    record: u32,
+    section: &SectionHeader,
+    values: &[u8],
+    shape: &impl Fn(u32) -> Option<Shape>,
+) -> Result<(), Fault> {
+    let shape = shape(section.table).expect("it has been looked up");
+    if shape.non_finite || finite(shape.element, values) {
+        return Ok(());
+    }
+    let table = section.table.into();
+    Err(field(record, "value", table, 0, "NaN or infinity in an update of this table"))
+}
+
+/// Whether all of `values`, elements of this type, are finite.
+pub fn finite(element: ElementType, values: &[u8]) -> bool {
+    fn all<E: Element + KnownLayout>(values: &[u8]) -> bool {
+        match <[E]>::ref_from_bytes(values) {
+            Ok(values) => E::all_finite(values),
+            Err(_) => values.chunks_exact(size_of::<E>()).all(|bytes| {
+                E::read_from_bytes(bytes).expect("chunks have the size of an element").is_finite()
+            }),
+        }
     }
     match element {
         ElementType::F32 => all::<f32>(values),
@@ -353,110 +477,4 @@ fn finite(element: ElementType, update: Update<'_>) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const SHAPE: Shape = Shape { element: ElementType::F32, rows: 10, width: 8, non_finite: false };
-
-    fn decode(message: &[u8]) -> Result<Batch<'_>, Fault> {
-        let header = MessageHeader::parse(message)?;
-        let batch = Batch::parse(&header, message)?;
-        batch.check(|table| (table == 3).then_some(SHAPE))?;
-        Ok(batch)
-    }
-
-    fn one(row: u64, table: u32, delta: &Delta<f32>) -> Vec<u8> {
-        let mut buffer = vec![0xaa; 1024];
-        let mut writer = BatchWriter::new(&mut buffer);
-        writer.push(table, row, delta);
-        let length = writer.finish(1, 0, 1, None);
-        buffer.truncate(length);
-        buffer
-    }
-
-    #[test]
-    fn a_bad_field_is_named_with_its_value() {
-        let good = Delta::Dense { start: 0, values: vec![1.0; 8] };
-        let long = Delta::Dense { start: 1, values: vec![1.0; 8] };
-        let column = Delta::Sparse(vec![(1, 1.0), (8, 1.0)]);
-        let nan = Delta::Sparse(vec![(1, f32::NAN)]);
-        let cases = [
-            (one(10, 3, &good), "row = 10"),
-            (one(0, 4, &good), "table = 4"),
-            (one(0, 3, &long), "start + count = 9"),
-            (one(0, 3, &column), "column = 8"),
-            (one(0, 3, &nan), "NaN or infinity"),
-            (one(0, 3, &good)[..70].to_vec(), "count = 8"),
-            (one(0, 3, &good)[..30].to_vec(), "batch header"),
-            ([one(0, 3, &good), vec![0; 8]].concat(), "8 bytes"),
-        ];
-        for (message, text) in cases {
-            let error = decode(&message).unwrap_err().to_string();
-            assert!(error.contains(text), "{error}: no {text}");
-        }
-        assert!(decode(&one(9, 3, &good)).is_ok());
-    }
-
-    #[test]
-    fn a_row_that_does_not_fit_is_sent_in_parts() {
-        let mut buffer = vec![0; HEADERS + 24 + 16];
-        let mut writer = BatchWriter::new(&mut buffer);
-        assert_eq!(writer.push(3, 0, &Delta::Dense { start: 0, values: vec![1f32; 8] }), 4);
-        assert_eq!(writer.push(3, 0, &Delta::Dense { start: 4, values: vec![1f32; 4] }), 0);
-        assert_eq!(writer.records(), 1);
-    }
-
-    #[test]
-    fn an_update_that_fits_a_message_is_never_in_two() {
-        let mut buffer = vec![0; HEADERS + 2 * 24 + 48];
-        let mut writer = BatchWriter::new(&mut buffer);
-        assert_eq!(writer.push(3, 0, &Delta::Dense { start: 0, values: vec![1f32; 8] }), 8);
-        assert_eq!(writer.push(3, 1, &Delta::Dense { start: 0, values: vec![1f32; 8] }), 0);
-        assert_eq!(writer.push(3, 1, &Delta::Sparse(vec![(0, 1f32), (2, 1.0), (4, 1.0)])), 0);
-        assert_eq!(writer.push(3, 1, &Delta::Sparse(vec![(0, 1f32), (2, 1.0)])), 2);
-        assert_eq!(writer.records(), 2);
-    }
-
-    proptest! {
-        #[test]
-        fn what_is_written_is_read(updates in proptest::collection::vec((0u64..10, any::<bool>(), proptest::collection::vec((0u32..8, -9f32..9.0), 1..8)), 0..20)) {
-            let mut buffer = vec![0xaa; 8192];
-            let mut writer = BatchWriter::new(&mut buffer);
-            let mut expected = vec![[0f32; 8]; 10];
-            for (row, dense, pairs) in &updates {
-                let delta = if *dense { Delta::Dense { start: 8 - pairs.len() as u32, values: pairs.iter().map(|p| p.1).collect() } }
-                    else { Delta::Sparse(pairs.clone()) };
-                prop_assert_eq!(writer.push(3, *row, &delta), pairs.len());
-                delta.add_to(&mut expected[*row as usize]);
-            }
-            let length = writer.finish(5, 2, 9, Some(4));
-            let batch = decode(&buffer[..length]).unwrap();
-            prop_assert_eq!((batch.number, batch.clock), (9, Some(4)));
-            let mut rows = vec![[0f32; 8]; 10];
-            for record in batch.records(|_| 4) { record.update.apply(&mut rows[record.row as usize]); }
-            prop_assert_eq!(rows, expected);
-        }
-
-        #[test]
-        fn garbage_is_refused_without_a_panic(mut message in proptest::collection::vec(any::<u8>(), 0..200), kind in 0u8..3) {
-            if let Some(first) = message.first_mut() { *first = kind; }
-            if let Ok(batch) = decode(&message) {
-                let mut rows = vec![[0f32; 8]; 10];
-                for record in batch.records(|_| 4) { record.update.apply(&mut rows[record.row as usize]); }
-            }
-        }
-
-        #[test]
-        fn a_damaged_batch_is_refused_or_still_in_bounds(at in 0usize..200, byte: u8) {
-            let mut message = one(3, 3, &Delta::Sparse(vec![(1, 1.0), (2, 2.0), (7, 3.0)]));
-            let at = at % message.len();
-            message[at] = byte;
-            if let Ok(batch) = decode(&message) {
-                let mut rows = vec![[0f32; 8]; 10];
-                for record in batch.records(|_| 4) { record.update.apply(&mut rows[record.row as usize]); }
-            }
-        }
-    }
-}
+mod tests;

@@ -9,18 +9,34 @@
 
 use std::collections::BTreeMap;
 
-use crate::schema::Model;
+use crate::{limits::MAX_CLOCK_JUMP, schema::Model};
 
 /// Clocks of the clients of one shard.
 #[derive(Debug, Clone, Default)]
 pub struct VectorClock {
     clocks: BTreeMap<u64, u64>,
     shard: u64,
+    /// Clients that stand at the shard clock: while there are any it does not rise, and nobody looks for the minimum.
+    at_minimum: usize,
     expected: usize,
     joined: usize,
 }
 
+/// How a client went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Departure {
+    /// It said that it leaves: it has had its part in the job.
+    Left,
+    /// Its connection broke. A job that is still starting waits for another in its place.
+    Died,
+}
+
 impl VectorClock {
+    /// That begins at `clock`, as if so many had been.
+    pub fn starting_at(clock: u64) -> Self {
+        Self { shard: clock, ..Self::default() }
+    }
+
     /// The shard clock `C`.
     pub fn shard(&self) -> u64 {
         self.shard
@@ -39,7 +55,8 @@ impl VectorClock {
     /// # Errors
     /// The size of the running job, if it is another one.
     pub fn join(&mut self, client: u64, expected: usize) -> Result<(), usize> {
-        if self.clocks.is_empty() && (self.joined >= self.expected || self.expected != expected) {
+        let over = self.joined >= self.expected || self.joined == 0 || self.expected != expected;
+        if self.clocks.is_empty() && over {
             self.expected = expected;
             self.joined = 0;
         } else if self.expected != expected {
@@ -48,28 +65,44 @@ impl VectorClock {
         self.joined += 1;
         let before = self.clocks.insert(client, self.shard);
         assert!(before.is_none(), "client {client} joined twice");
+        self.at_minimum += 1;
         Ok(())
     }
 
     /// Removes `client`. Returns the shard clock if it rose.
-    pub fn leave(&mut self, client: u64) -> Option<u64> {
-        self.clocks.remove(&client);
+    pub fn leave(&mut self, client: u64, how: Departure) -> Option<u64> {
+        let clock = self.clocks.remove(&client)?;
+        self.at_minimum -= usize::from(clock == self.shard);
+        if how == Departure::Died && self.joined < self.expected {
+            self.joined -= 1;
+        }
         self.advance()
     }
 
     /// All updates of `client` stamped below `clock` have been applied. Returns the shard clock if it rose.
-    pub fn tick(&mut self, client: u64, clock: u64) -> Option<u64> {
-        let entry = self.clocks.get_mut(&client)?;
-        *entry = clock.max(*entry);
-        self.advance()
+    ///
+    /// # Errors
+    /// The client's clock, if `clock` is not after it, or too far.
+    pub fn tick(&mut self, client: u64, clock: u64) -> Result<Option<u64>, u64> {
+        let Some(entry) = self.clocks.get_mut(&client) else { return Ok(None) };
+        if clock <= *entry || clock - *entry >= MAX_CLOCK_JUMP {
+            return Err(*entry);
+        }
+        self.at_minimum -= usize::from(*entry == self.shard);
+        *entry = clock;
+        Ok(self.advance())
     }
 
     fn advance(&mut self) -> Option<u64> {
+        if self.at_minimum > 0 || self.joined < self.expected {
+            return None;
+        }
         let minimum = *self.clocks.values().min()?;
-        if minimum <= self.shard || self.joined < self.expected {
+        if minimum <= self.shard {
             return None;
         }
         self.shard = minimum;
+        self.at_minimum = self.clocks.values().filter(|clock| **clock == minimum).count();
         Some(minimum)
     }
 }
@@ -92,30 +125,42 @@ mod tests {
 
     use super::*;
 
+    use Departure::{Died, Left};
+
     #[test]
     fn the_slowest_client_decides_and_the_dead_do_not() {
         let mut vector = VectorClock::default();
         vector.join(1, 2).unwrap();
-        assert_eq!(vector.tick(1, 5), None, "the second client has not joined");
+        assert_eq!(vector.tick(1, 5), Ok(None), "the second client has not joined");
         vector.join(2, 2).unwrap();
-        assert_eq!(vector.tick(2, 1), Some(1));
-        assert_eq!(vector.tick(2, 1), None);
-        assert_eq!(vector.tick(9, 7), None, "not a client");
+        assert_eq!(vector.tick(2, 1), Ok(Some(1)));
+        assert_eq!(vector.tick(9, 7), Ok(None), "not a client");
         assert_eq!(vector.join(3, 4), Err(2));
-        assert_eq!(vector.leave(2), Some(5));
-        assert_eq!(vector.leave(1), None);
+        assert_eq!(vector.leave(2, Died), Some(5));
+        assert_eq!(vector.leave(1, Left), None);
         vector.join(3, 1).unwrap();
         assert_eq!(vector.shard(), 5, "a new job goes on where the last one ended");
-        assert_eq!(vector.tick(3, 6), Some(6));
+        assert_eq!(vector.tick(3, 6), Ok(Some(6)));
+    }
+
+    #[test]
+    fn a_clock_that_does_not_rise_or_jumps_is_refused_and_changes_nothing() {
+        let mut vector = VectorClock::starting_at(7);
+        vector.join(1, 1).unwrap();
+        for clock in [0, 6, 7, 7 + MAX_CLOCK_JUMP, u64::MAX] {
+            assert_eq!(vector.tick(1, clock), Err(7), "{clock}");
+        }
+        assert_eq!(vector.tick(1, 8), Ok(Some(8)));
+        assert_eq!(vector.tick(1, 7 + MAX_CLOCK_JUMP), Ok(Some(7 + MAX_CLOCK_JUMP)));
     }
 
     #[test]
     fn a_job_of_which_one_left_before_the_others_came_still_waits_for_them() {
         let mut vector = VectorClock::default();
         vector.join(1, 2).unwrap();
-        vector.leave(1);
+        vector.leave(1, Left);
         vector.join(2, 2).unwrap();
-        assert_eq!(vector.tick(2, 1), Some(1));
+        assert_eq!(vector.tick(2, 1), Ok(Some(1)));
     }
 
     #[test]
@@ -123,9 +168,18 @@ mod tests {
         let mut vector = VectorClock::default();
         vector.join(1, 3).unwrap();
         assert_eq!(vector.join(2, 1), Err(3), "it is still there");
-        vector.leave(1);
+        vector.leave(1, Died);
         vector.join(3, 1).unwrap();
-        assert_eq!(vector.tick(3, 1), Some(1));
+        assert_eq!(vector.tick(3, 1), Ok(Some(1)));
+        // Of the same size, too: the dead one of the first job is not counted among the three of the second.
+        vector.leave(3, Left);
+        vector.join(4, 3).unwrap();
+        vector.leave(4, Died);
+        vector.join(5, 3).unwrap();
+        vector.join(6, 3).unwrap();
+        assert_eq!((vector.tick(5, 2), vector.tick(6, 2)), (Ok(None), Ok(None)), "the third has not joined");
+        vector.join(7, 3).unwrap();
+        assert_eq!(vector.tick(7, 2), Ok(Some(2)));
     }
 
     #[test]
@@ -144,9 +198,13 @@ mod tests {
             let mut clocks = [0u64; 4];
             for client in 0..4 { vector.join(client, 4).unwrap(); }
             for (client, by) in steps {
-                clocks[client as usize] += by;
                 let before = vector.shard();
-                let rose = vector.tick(client, clocks[client as usize]);
+                if by == 0 {
+                    prop_assert!(vector.tick(client, clocks[client as usize]).is_err());
+                    continue;
+                }
+                clocks[client as usize] += by;
+                let rose = vector.tick(client, clocks[client as usize]).unwrap();
                 prop_assert_eq!(vector.shard(), *clocks.iter().min().unwrap());
                 prop_assert_eq!(rose, (vector.shard() > before).then(|| vector.shard()));
             }

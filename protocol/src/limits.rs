@@ -3,12 +3,16 @@
 /// First bytes of every handshake: "FRVR".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"FRVR");
 /// Version of the protocol. Client and server must agree on it exactly.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
-/// Bytes before the data of a row: LSN, included batch, clock, check.
-pub const ROW_HEADER: usize = 32;
-/// Rows start at multiples of this: a cache line, so that two rows never share one.
-pub const ROW_ALIGN: usize = 64;
+/// Bytes before the data of an image: version, check.
+pub const ROW_HEADER: usize = 16;
+/// Images start at multiples of this.
+pub const IMAGE_ALIGN: usize = 16;
+/// Rows share an image as long as their data is no longer than this.
+pub const BLOCK_BYTES: usize = 64;
+/// Bits of a version that tell apart the rewrites of an image under one LSN.
+pub const COUNT_BITS: u32 = 15;
 /// Greatest bytes of data in one row.
 pub const MAX_ROW_BYTES: usize = 1 << 20;
 /// Greatest number of rows of a table.
@@ -36,6 +40,21 @@ pub const CLIENT_RECEIVES: usize = 16;
 /// Fewest that it may grant: one for everything, and one for the last word.
 pub const LEAST_RECEIVES: usize = 2;
 
+/// Words in which a client is told the LSN at which a round was closed: round `C` uses word `C % ROUND_WORDS`.
+pub const ROUND_WORDS: usize = 16;
+/// Bytes of a client's control block for one shard: the acknowledgement ring, the bytes pushed, the round words.
+pub const CONTROL_BYTES: usize = (ACK_RING + 8 + ROUND_WORDS) * 8;
+/// Byte offset in the control block of the count of bytes pushed.
+pub const CONTROL_PUSHED: usize = ACK_RING * 8;
+/// Byte offset in the control block of the round words.
+pub const CONTROL_ROUNDS: usize = (ACK_RING + 8) * 8;
+/// Bytes at the start of a shard's region before the rings of announcements: the shard clock, on a cache line of its own.
+pub const REGION_HEADER: usize = 128;
+/// Bytes of a ring of announcements.
+pub const ANNOUNCE_BYTES: usize = ACK_RING * 8;
+/// A clock may rise by less than this at a time.
+pub const MAX_CLOCK_JUMP: u64 = 1 << IMMEDIATE_BITS;
+
 /// Bits of an immediate that carry a clock or a sequence number; the two above say which.
 pub const IMMEDIATE_BITS: u32 = 30;
 
@@ -43,6 +62,9 @@ pub const IMMEDIATE_BITS: u32 = 30;
 const _: () = assert!(MAX_CREDITS <= ACK_RING);
 // The low bits of a sequence number tell the messages apart that may share a word.
 const _: () = assert!((ACK_RING as u64) < 1 << ACK_SEQUENCE_BITS);
-const _: () = assert!(ROW_ALIGN.is_multiple_of(ROW_HEADER));
+// A version has the LSN of an acknowledgement, the count and the busy bit.
+const _: () = assert!(64 - ACK_SEQUENCE_BITS + COUNT_BITS < 64);
+const _: () = assert!(IMAGE_ALIGN.is_multiple_of(ROW_HEADER) && BLOCK_BYTES.is_multiple_of(8));
+const _: () = assert!(CONTROL_BYTES.is_multiple_of(64));
 // Every column of a row can be named by a record, and a record of one value fits a message.
 const _: () = assert!(MAX_ROW_BYTES <= u32::MAX as usize);

@@ -17,30 +17,40 @@ pub enum Mutant {
     PushFromLiveMemory,
     InclusionByArrival,
     InclusionStrict,
+    UnknownIsNo,
+    RoundWordUntagged,
     ReplayApplied,
+    GapAccepted,
+    GenerationIgnored,
     SlotReusedEarly,
     RoundByPlainWrite,
     RoundBeforeQueue,
     PushDropped,
     ChecksumIgnored,
+    SnapshotUnchecked,
+    LockNotTaken,
+    AnnouncedLate,
+    ClockWordEarly,
     DeadStays,
     BatchByHalves,
     HalvesAtTwoLsns,
     AcknowledgedBeforeApplied,
     DirtyForgotten,
-    OwnLsnNotRaised,
+    RunCutShort,
+    MirrorUnfilled,
+    FloorForgotten,
+    SlabDroppedEarly,
+    SlabReusedEarly,
     WishesOutOfOrder,
     ClockEndsEarly,
     JoinAtHandshake,
-    AskIgnored,
-    ReadAfterLoss,
-    GenerationIgnored,
-    GapAccepted,
     VisibleOnWrite,
     BoundIgnored,
     QueuedUnproved,
     RankingForgotten,
     CopyTooOld,
+    ReadAfterLoss,
+    AskIgnored,
 }
 
 /// What a mutant is.
@@ -66,17 +76,21 @@ macro_rules! catalogue {
 
 catalogue! {
     TrustLateClock "trust-late-clock" "3 SSP guarantee"
-        "a READ is trusted for the clock known when it completed (client worker::miss)"
+        "a READ is trusted for the clock known when it completed (client worker::read)"
     SlotNotCleared "slot-not-cleared" "6 slots: current only after the first push"
         "a slot keeps its old image when it is taken for another row (client Cache::take)"
     PushFromLiveMemory "push-from-live-memory" "5 a push reads stable memory"
-        "staging memory is used again as soon as the WRITE is posted (server push::post, Staging::reserve)"
+        "staging memory is used again as soon as the WRITE is posted (server Staging::release_posted)"
     InclusionByArrival "inclusion-by-arrival" "4 own updates count once"
-        "a push is taken to contain what is acknowledged by now (protocol Pending::contained)"
+        "a copy is taken to contain what is acknowledged by now (protocol inclusion::contained)"
     InclusionStrict "inclusion-strict" "4 own updates count once"
-        "a READ is taken to contain batches below its LSN, not at it (protocol Pending::contained)"
+        "a copy is taken to contain batches below its LSN, not at it (protocol inclusion::contained)"
+    UnknownIsNo "unknown-is-no" "4 own updates count once"
+        "a copy newer than all that is acknowledged is taken to lack what is not (protocol inclusion::contained)"
+    RoundWordUntagged "round-word-untagged" "4 own updates count once"
+        "the LSN of a later round is taken for that of the one that was polled (protocol ack::round_lsn)"
     ReplayApplied "replay-applied" "7 exactly once"
-        "a batch that comes again is applied again (server poller::batch)"
+        "a batch that comes again is applied again (server ShardCore::batch)"
     GapAccepted "gap-accepted" "7 exactly once"
         "a batch whose predecessor is missing is taken (protocol BatchNumbers::admit)"
     GenerationIgnored "generation-ignored" "6 slots"
@@ -84,29 +98,45 @@ catalogue! {
     SlotReusedEarly "slot-reused-early" "6 slots: not reused under a WRITE"
         "a slot is free when giving it up is acknowledged, not when it is closed (client Channel::free_closed)"
     RoundByPlainWrite "round-by-plain-write" "3 SSP guarantee; transport rule 2"
-        "the clock is also told by a plain WRITE, and believed (server push::try_pump, client take_acknowledgements)"
+        "the clock is also told by a plain WRITE, and believed (server Outbound, client take_acknowledgements)"
     RoundBeforeQueue "round-before-queue" "10 back-pressure, never loss"
-        "a round is closed while rows of it still wait for room (server push::try_pump)"
+        "a round is closed while images of it still wait for room (server Outbound)"
     PushDropped "push-dropped" "10 back-pressure, never loss"
-        "a push that finds no room is dropped, not queued (server push::push_row)"
+        "a push that finds no room is dropped, not owed (server push)"
     ChecksumIgnored "checksum-ignored" "4 rows are snapshots"
         "a copy is believed whatever its checksum (protocol Seal::verify)"
+    SnapshotUnchecked "snapshot-unchecked" "4 rows are snapshots; in place"
+        "an image that changed while it was copied in place is believed (client table::in_place)"
+    LockNotTaken "lock-not-taken" "4 rows are snapshots; in place"
+        "an image is rewritten without saying so first (server ShardCore::rewrite)"
+    AnnouncedLate "announced-late" "4 own updates count once; in place"
+        "a batch is announced after its images have changed (server ShardCore::batch)"
+    ClockWordEarly "clock-word-early" "3 SSP guarantee; in place"
+        "the clock word says a clock before the batch that ends it is applied (server ShardCore::batch)"
     DeadStays "dead-stays" "faults: the dead hold up nobody"
-        "a client whose connection broke stays in the vector clock (server poller::gone)"
+        "a client whose connection broke stays in the vector clock (server ShardCore::leave)"
     BatchByHalves "batch-by-halves" "8 a batch is checked as a whole first"
-        "the good records before a bad one are applied (server poller::batch)"
+        "the good sections before a bad one are applied (server ShardCore::batch)"
     HalvesAtTwoLsns "halves-at-two-lsns" "4 own updates count once"
-        "the second half of a batch is applied at an LSN of its own (server Shard::apply)"
+        "the second half of a batch is applied at an LSN of its own (server ShardCore::apply)"
     AcknowledgedBeforeApplied "acknowledged-before-applied" "4 own updates count once"
-        "a batch is acknowledged, and its receive buffer credited, as of before it was applied (server poller::batch)"
+        "a batch is acknowledged as of the LSN before it (server ShardCore::batch)"
     DirtyForgotten "dirty-forgotten" "3 SSP guarantee"
-        "a row is clean for all when one more client subscribes to it (server poller::slot)"
-    OwnLsnNotRaised "own-lsn-not-raised" "4 own updates count once"
-        "updates are dropped while copies may lack them, and nothing remembers it (client ShardPending::drop_first)"
+        "an image is clean for all when one more client subscribes to it (server ShardCore::slot)"
+    RunCutShort "run-cut-short" "3 SSP guarantee"
+        "the last image of a run is not pushed (server push)"
+    MirrorUnfilled "mirror-unfilled" "3 SSP guarantee"
+        "a table is opened before its mirror is filled (server ShardCore::open)"
+    FloorForgotten "floor-forgotten" "4 own updates count once"
+        "slabs are dropped while copies may lack them, and nothing remembers it (client OwnUpdates::drop_oldest)"
+    SlabDroppedEarly "slab-dropped-early" "4 own updates count once"
+        "a slab is dropped when it is acknowledged, though a copy may lack it (client OwnUpdates::retire)"
+    SlabReusedEarly "slab-reused-early" "7 exactly once; references"
+        "a slab's memory is used again before the shard has applied it (client slab::Pool)"
     WishesOutOfOrder "wishes-out-of-order" "6 slots"
         "the shard is told about slots after the mutex is released (client worker::take)"
     ClockEndsEarly "clock-ends-early" "3 SSP guarantee"
-        "END_OF_CLOCK goes with the first of several batches (client Engine::send_batch)"
+        "END_OF_CLOCK goes with the first of several batches (client sender)"
     JoinAtHandshake "join-at-handshake" "3 SSP guarantee"
         "a client begins at the clock that the handshake told (client Core::join)"
     VisibleOnWrite "visible-on-write" "VAP: visible is proved; transport rule 3"
@@ -114,15 +144,15 @@ catalogue! {
     BoundIgnored "bound-ignored" "VAP: the value bound"
         "an update does not wait (client worker::admit)"
     QueuedUnproved "queued-unproved" "VAP: visible is proved"
-        "a push that waits in the queue is not waited for (server push::push_row)"
+        "a push that waits for room is not waited for (server push)"
     RankingForgotten "ranking-forgotten" "3 SSP guarantee"
-        "a row is clean although a client could not take it between rounds (server push_continuously)"
+        "an image is clean although a client could not take it between rounds (server push_continuously)"
     CopyTooOld "copy-too-old" "3 SSP guarantee"
-        "a copy in the cache is used however old it is (client TableCore::look_up)"
+        "a copy in the cache is used however old it is (client table)"
     ReadAfterLoss "read-after-loss" "4 rows are snapshots, of the row that was asked for"
         "rows are READ after a server was lost, and earlier completions are taken for theirs (client worker::may_read)"
     AskIgnored "ask-ignored" "11 no reader starves"
-        "a row that is asked for is not pushed (server poller::slot)"
+        "a row that is asked for is not pushed (server ShardCore::slot)"
 }
 
 /// Whether `mutant` is switched on.

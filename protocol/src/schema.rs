@@ -5,7 +5,7 @@ use std::fmt;
 use crate::{
     element::ElementType,
     limits::{MAX_NAME, MAX_ROW_BYTES, MAX_ROWS},
-    row,
+    row::Layout,
 };
 
 /// Consistency model of a table: how old a copy of a row may be that `get` returns, and whether the server
@@ -186,9 +186,9 @@ impl Schema {
         self.width as usize * self.element.size()
     }
 
-    /// Bytes from one row to the next.
-    pub fn stride(&self) -> usize {
-        row::stride(self.row_bytes())
+    /// How its rows lie in memory.
+    pub fn layout(&self) -> Layout {
+        Layout::new(self.row_bytes())
     }
 }
 

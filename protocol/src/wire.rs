@@ -9,6 +9,10 @@
 //! | [`Kind::CreateTable`] | client | [`TableHeader`], name |
 //! | [`Kind::Credit`] | client | nothing: the header returns receive buffers |
 //! | [`Kind::Leave`] | client | nothing: no more messages will come |
+//! | [`Kind::Memory`] | client | [`MemoryHeader`]: where the slabs are that references will name |
+//! | [`Kind::Reference`] | client | see [`batch`](crate::batch): updates that lie in the client's memory |
+//! | [`Kind::Release`] | client | [`ReleaseHeader`]: an open is taken back |
+//! | [`Kind::Named`] | server | [`NamedReply`]: whether it sees that memory |
 //! | [`Kind::Table`] | server | [`TableReply`] |
 //! | [`Kind::Refused`] | server | text: the message with that sequence was refused |
 //! | [`Kind::Fault`] | server | text: the connection ends |
@@ -35,18 +39,26 @@ pub enum Kind {
     Credit = 4,
     /// The client leaves.
     Leave = 5,
+    /// The client names the memory of its slabs.
+    Memory = 6,
+    /// Updates that lie in that memory.
+    Reference = 7,
+    /// The client takes an open back.
+    Release = 8,
     /// A table is there.
     Table = 65,
     /// A request was refused.
     Refused = 66,
     /// The connection ends.
     Fault = 67,
+    /// The memory has been named.
+    Named = 68,
 }
 
 impl Kind {
     fn from_code(code: u8) -> Option<Self> {
         use Kind::*;
-        [Batch, Slots, CreateTable, Credit, Leave, Table, Refused, Fault]
+        [Batch, Slots, CreateTable, Credit, Leave, Memory, Reference, Release, Table, Refused, Fault, Named]
             .into_iter()
             .find(|k| *k as u8 == code)
     }
@@ -136,19 +148,19 @@ impl MessageHeader {
     }
 }
 
-/// Subscribe: the shard pushes the row now and whenever it has changed at the end of a clock.
+/// Subscribe: the shard pushes the image now and whenever it has changed at the end of a clock.
 pub const SUBSCRIBE: u32 = 0;
 /// Unsubscribe: the immediate [`Closed`](crate::ack::Immediate::Closed) tells when the slot is free.
 pub const UNSUBSCRIBE: u32 = 1;
-/// Push the row once, now.
+/// Push the image once, now.
 pub const PUSH_ONCE: u32 = 2;
 
 /// A client's wish for one of its slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct SlotRecord {
-    /// Index of the row in the shard.
-    pub row: u64,
+    /// Which image of the table.
+    pub image: u64,
     /// Byte offset of the slot in the client's region.
     pub slot: u64,
     /// The shard's number of the table.
@@ -172,86 +184,127 @@ pub fn slot_records(header: &MessageHeader, message: &[u8]) -> Result<Vec<SlotRe
     Ok(body.chunks_exact(size).map(|c| SlotRecord::read_from_bytes(c).expect("chunks of its size")).collect())
 }
 
+/// How a client holds the rows of a table that lie in a shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    /// In slots, or not at all: it READs.
+    Slots,
+    /// As a mirror of all its images, which begins at this byte of the client's region.
+    Mirror(u64),
+    /// It reads them in place.
+    InPlace,
+}
+
 /// A schema on the wire; the name follows.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct TableHeader {
     rows: u64,
     continuous: u64,
+    base: u64,
     width: u32,
     parameter: u32,
-    /// Number of this shard in the job's order of shards, and how many there are: what the rows are dealt out by.
-    pub shard: u32,
-    /// How many shards the job has.
-    pub shards: u32,
+    shard: u32,
+    shards: u32,
     element: u8,
     model: u8,
     non_finite: u8,
     name_length: u8,
-    reserved: u32,
+    hold: u8,
+    reserved: [u8; 3],
 }
 
-const _: () = assert!(size_of::<TableHeader>() == 40);
+const _: () = assert!(size_of::<TableHeader>() == 48);
 
-/// Writes a request to create `schema` on shard `shard` of `shards`, after the message header; returns the body.
-pub fn encode_table(schema: &Schema, shard: u32, shards: u32) -> Vec<u8> {
-    let (model, parameter) = schema.model.to_wire();
-    let header = TableHeader {
-        rows: schema.rows,
-        continuous: schema.continuous,
-        width: schema.width,
-        parameter,
-        shard,
-        shards,
-        element: schema.element as u8,
-        model,
-        non_finite: schema.non_finite.into(),
-        name_length: schema.name.len() as u8,
-        reserved: 0,
-    };
-    [header.as_bytes(), schema.name.as_bytes()].concat()
+/// A request to open a table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OpenTable {
+    /// What the table is.
+    pub schema: Schema,
+    /// Number of this shard in the job's order of shards: the rows are dealt out by it.
+    pub shard: u32,
+    /// How many shards the job has.
+    pub shards: u32,
+    /// How the client holds the rows.
+    pub hold: Hold,
 }
 
-/// Reads what [`encode_table`] wrote: the schema, the shard and the number of shards.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn decode_table(message: &[u8]) -> Result<(Schema, u32, u32), Fault> {
-    let body = &message[size_of::<MessageHeader>()..];
-    let (header, name) = TableHeader::read_from_prefix(body)
-        .map_err(|_| Fault::Short { field: "schema", length: message.len() })?;
-    let state = |text: String| Fault::State(text);
-    let name = std::str::from_utf8(name).map_err(|_| state("the table's name is not UTF-8".into()))?;
-    if name.len() != usize::from(header.name_length) || name.len() > MAX_NAME {
-        return Err(state(format!(
-            "name_length = {}, but the name has {} bytes",
-            header.name_length,
-            name.len()
-        )));
+impl OpenTable {
+    /// The body of the message.
+    pub fn encode(&self) -> Vec<u8> {
+        let Self { schema, shard, shards, hold } = self;
+        let (model, parameter) = schema.model.to_wire();
+        let (hold, base) = match *hold {
+            Hold::Slots => (0, 0),
+            Hold::Mirror(base) => (1, base),
+            Hold::InPlace => (2, 0),
+        };
+        let header = TableHeader {
+            rows: schema.rows,
+            continuous: schema.continuous,
+            base,
+            width: schema.width,
+            parameter,
+            shard: *shard,
+            shards: *shards,
+            element: schema.element as u8,
+            model,
+            non_finite: schema.non_finite.into(),
+            name_length: schema.name.len() as u8,
+            hold,
+            reserved: [0; 3],
+        };
+        [header.as_bytes(), schema.name.as_bytes()].concat()
     }
-    let schema = Schema {
-        name: name.to_owned(),
-        element: ElementType::from_code(header.element)
-            .ok_or_else(|| state(format!("element = {} is no element type", header.element)))?,
-        rows: header.rows,
-        width: header.width,
-        model: Model::from_wire(header.model, header.parameter)
-            .ok_or_else(|| state(format!("model = {}, {} is no model", header.model, header.parameter)))?,
-        non_finite: header.non_finite != 0,
-        continuous: header.continuous,
-    };
-    schema.check().map_err(|error: SchemaError| state(error.to_string()))?;
-    if header.shard >= header.shards {
-        return Err(state(format!("shard = {} of {}", header.shard, header.shards)));
+
+    /// Reads what [`OpenTable::encode`] wrote, from the whole message.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn decode(message: &[u8]) -> Result<Self, Fault> {
+        let body = &message[size_of::<MessageHeader>()..];
+        let (header, name) = TableHeader::read_from_prefix(body)
+            .map_err(|_| Fault::Short { field: "schema", length: message.len() })?;
+        let state = |text: String| Fault::State(text);
+        let name = std::str::from_utf8(name).map_err(|_| state("the table's name is not UTF-8".into()))?;
+        if name.len() != usize::from(header.name_length) || name.len() > MAX_NAME {
+            return Err(state(format!(
+                "name_length = {}, but the name has {} bytes",
+                header.name_length,
+                name.len()
+            )));
+        }
+        let schema = Schema {
+            name: name.to_owned(),
+            element: ElementType::from_code(header.element)
+                .ok_or_else(|| state(format!("element = {} is no element type", header.element)))?,
+            rows: header.rows,
+            width: header.width,
+            model: Model::from_wire(header.model, header.parameter).ok_or_else(|| {
+                state(format!("model = {}, {} is no model", header.model, header.parameter))
+            })?,
+            non_finite: header.non_finite != 0,
+            continuous: header.continuous,
+        };
+        schema.check().map_err(|error: SchemaError| state(error.to_string()))?;
+        if header.shard >= header.shards {
+            return Err(state(format!("shard = {} of {}", header.shard, header.shards)));
+        }
+        let hold = match header.hold {
+            0 => Hold::Slots,
+            1 => Hold::Mirror(header.base),
+            2 => Hold::InPlace,
+            hold => return Err(state(format!("hold = {hold}, which there is not"))),
+        };
+        Ok(Self { schema, shard: header.shard, shards: header.shards, hold })
     }
-    Ok((schema, header.shard, header.shards))
 }
 
-/// Answer to [`Kind::CreateTable`].
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+/// Answer to [`Kind::CreateTable`]: the mirror, if there is one, is filled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct TableReply {
-    /// Byte offset of the table's first row in the shard's region.
+    /// Byte offset of the table's first image in the shard's region.
     pub offset: u64,
     /// The shard's number of the table.
     pub table: u32,
@@ -260,6 +313,53 @@ pub struct TableReply {
 }
 
 const _: () = assert!(size_of::<TableReply>() == 16);
+
+/// Body of [`Kind::Memory`]: a region of the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct MemoryHeader {
+    /// Its address.
+    pub address: u64,
+    /// Its length.
+    pub length: u64,
+    /// The key that lets the shard read it.
+    pub key: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<MemoryHeader>() == 24);
+
+/// Answer to [`Kind::Memory`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct NamedReply {
+    /// Byte offset of the client's ring of announcements in the shard's region; [`NOT_SEEN`] if the server does not see
+    /// the memory: no references then.
+    pub announcements: u64,
+}
+
+/// See [`NamedReply`].
+pub const NOT_SEEN: u64 = u64::MAX;
+
+/// Body of [`Kind::Release`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ReleaseHeader {
+    /// The shard's number of the table.
+    pub table: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// The body of `message`, which is a `T`.
+///
+/// # Errors
+/// It has another length.
+pub fn body<T: FromBytes>(message: &[u8], what: &'static str) -> Result<T, Fault> {
+    let body = message.get(size_of::<MessageHeader>()..).unwrap_or_default();
+    T::read_from_bytes(body).map_err(|_| Fault::Short { field: what, length: message.len() })
+}
 
 /// A message from the server: header and body.
 pub fn reply(kind: Kind, sequence: u64, body: &[u8]) -> Vec<u8> {
@@ -380,9 +480,11 @@ pub struct Welcome {
     /// Bytes of the greatest message.
     pub message_bytes: u32,
     reserved: u32,
+    /// The client's messages and batches are numbered from the next number on.
+    pub origin: u64,
 }
 
-const _: () = assert!(size_of::<Welcome>() == 56);
+const _: () = assert!(size_of::<Welcome>() == 64);
 
 impl Welcome {
     /// For the least that a server can grant; the other public fields are zero.
@@ -399,6 +501,7 @@ impl Welcome {
             credits: 1,
             message_bytes: LEAST_MESSAGE as u32,
             reserved: 0,
+            origin: 0,
         }
     }
 
@@ -508,13 +611,22 @@ mod tests {
             non_finite: true,
             continuous: 1 << 40,
         };
-        let message = |schema: &Schema, shard, shards| {
-            reply(Kind::CreateTable, 1, &encode_table(schema, shard, shards))
+        let message = |schema: &Schema, shard, shards, hold| {
+            let open = OpenTable { schema: schema.clone(), shard, shards, hold };
+            (reply(Kind::CreateTable, 1, &open.encode()), open)
         };
-        assert_eq!(decode_table(&message(&schema, 1, 2)), Ok((schema.clone(), 1, 2)));
-        assert!(decode_table(&message(&schema, 2, 2)).is_err());
-        assert!(decode_table(&message(&schema, 0, 1)[..40]).is_err());
+        for hold in [Hold::Slots, Hold::Mirror(1 << 40), Hold::InPlace] {
+            let (message, open) = message(&schema, 1, 2, hold);
+            assert_eq!(OpenTable::decode(&message), Ok(open));
+        }
+        assert!(OpenTable::decode(&message(&schema, 2, 2, Hold::Slots).0).is_err());
+        let good = message(&schema, 0, 1, Hold::Slots).0;
+        assert!(OpenTable::decode(&good[..40]).is_err());
+        let mut held = good.clone();
+        held[size_of::<MessageHeader>() + std::mem::offset_of!(TableHeader, hold)] = 3;
+        assert!(OpenTable::decode(&held).unwrap_err().to_string().contains("hold = 3"));
         schema.width = 0;
-        assert!(decode_table(&message(&schema, 0, 1)).unwrap_err().to_string().contains("elements, not 0"));
+        let error = OpenTable::decode(&message(&schema, 0, 1, Hold::Slots).0).unwrap_err().to_string();
+        assert!(error.contains("elements, not 0"), "{error}");
     }
 }
