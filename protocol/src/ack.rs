@@ -192,6 +192,7 @@ pub enum Admit {
 /// The numbers of one client's batches at a shard.
 #[derive(Debug, Clone)]
 pub struct BatchNumbers {
+    origin: u64,
     applied: u64,
     /// LSNs of the last batches, by number: as many as can be out, and so come again.
     lsns: [u64; ACK_RING],
@@ -199,19 +200,19 @@ pub struct BatchNumbers {
 
 impl Default for BatchNumbers {
     fn default() -> Self {
-        Self { applied: 0, lsns: [0; ACK_RING] }
+        Self { origin: 0, applied: 0, lsns: [0; ACK_RING] }
     }
 }
 
 impl BatchNumbers {
     /// With batches numbered from the one after `origin` on.
     pub fn starting_at(origin: u64) -> Self {
-        Self { applied: origin, ..Self::default() }
+        Self { origin, applied: origin, ..Self::default() }
     }
 
     /// What to do with batch `number`. Numbers start at 1.
     pub fn admit(&self, number: u64) -> Admit {
-        if number != 0 && number <= self.applied && self.applied - number < ACK_RING as u64 {
+        if number > self.origin && number <= self.applied && self.applied - number < ACK_RING as u64 {
             Admit::Duplicate { lsn: self.lsns[number as usize % ACK_RING] }
         } else if number == self.applied + 1 || mutant(Mutant::GapAccepted) {
             Admit::Apply
