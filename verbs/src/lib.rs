@@ -20,4 +20,4 @@ pub mod transport;
 
 pub use address::Address;
 pub use error::Error;
-pub use memory::{Exclusive, Memory};
+pub use memory::{Exclusive, Memory, Piece};

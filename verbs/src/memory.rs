@@ -33,7 +33,12 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use crate::error::Error;
 
+pub(crate) mod atomic;
 pub(crate) mod copy;
+mod exclusive;
+pub(crate) mod seqlock;
+
+pub use exclusive::{Exclusive, Piece};
 
 /// Bytes of a huge page on the machines that Fervor runs on.
 const HUGE_PAGE: usize = 2 << 20;
@@ -173,66 +178,6 @@ impl Memory {
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Memory({} bytes)", self.len())
-    }
-}
-
-/// Memory with one writer in this program, and remote readers only: what a shard's rows live in.
-#[derive(Debug)]
-pub struct Exclusive(Memory);
-
-impl Exclusive {
-    /// As [`Memory::new`].
-    ///
-    /// # Errors
-    /// The system's, when it has no such memory.
-    pub fn new(name: &str, len: usize) -> Result<Self, Error> {
-        Memory::new(name, len).map(Self)
-    }
-
-    /// Size in bytes.
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Never: a memory has at least one byte.
-    pub fn is_empty(&self) -> bool {
-        false
-    }
-
-    /// Whether it lies on huge pages.
-    pub fn huge_pages(&self) -> bool {
-        self.0.huge_pages()
-    }
-
-    /// The bytes, to read.
-    pub fn bytes(&self) -> &[u8] {
-        // SAFETY: the mapping has `len` bytes and lives as long as `self`. Nobody writes them while the
-        // slice lives: writers need `&mut self`, and providers register an `Exclusive` for remote read only.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.0.len()) }
-    }
-
-    /// The bytes, to write. A peer's READ may see any mixture of old and new cache lines.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as for `bytes`; `&mut self` makes this the only reference. Remote READs do not go through
-        // this mapping's references: a NIC reads physical memory, a peer process reads its own mapping.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_ptr(), self.0.len()) }
-    }
-
-    /// The same bytes through a mapping of their own, for a provider whose peers live in this process: what
-    /// they read through it, no reference of `bytes_mut` covers.
-    pub(crate) fn map_again(&self) -> Result<Memory, Error> {
-        let Mapping { file, len, huge, map } = &*self.0.0;
-        let again = MmapOptions::new()
-            .len(map.len())
-            .map_raw(file)
-            .map_err(Error::io(format!("mmap({len} bytes, again)")))?;
-        let file = file.try_clone().map_err(Error::io("dup(memfd)"))?;
-        Ok(Memory(Arc::new(Mapping { map: again, file, len: *len, huge: *huge })))
-    }
-
-    /// The memory, for providers to export. It must not be handed on: see [`Memory::word`].
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.0
     }
 }
 

@@ -201,6 +201,7 @@ impl Transport for Host {
     type Endpoint = HostEndpoint;
     type Attach = HostAttach;
     type Connection = HostConnection;
+    type View = shm::ShmView;
     type Listener = HostListener;
     type Request = HostRequest;
     type Signal = HostSignal;
@@ -318,6 +319,8 @@ impl Attach for HostAttach {
 
 impl Connection for HostConnection {
     type Region = HostRegion;
+    // Only `shm` has views.
+    type View = shm::ShmView;
 
     #[inline]
     fn id(&self) -> ConnectionId {
@@ -365,6 +368,14 @@ impl Connection for HostConnection {
     #[inline]
     fn room(&self) -> usize {
         on!(self, HostConnection, connection => connection.room())
+    }
+
+    fn view(&self, region: RemoteRegion) -> Option<shm::ShmView> {
+        match self {
+            HostConnection::Shm(connection) => connection.view(region),
+            #[cfg(feature = "rdma")]
+            HostConnection::Rdma(_) => None,
+        }
     }
 
     fn disconnect(&mut self) {

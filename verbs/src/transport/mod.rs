@@ -24,6 +24,9 @@
 //! 5. After an error on a connection, every operation not completed may or may not have happened.
 //! 6. What a thread wrote to its own memory before it posted is what a READ posted by anyone who learned
 //!    of that post (by a message, an immediate, a WRITE) sees, or something later.
+//! 7. A [`View`] reads each aligned 8-byte word whole, and nothing larger. What the owner wrote before it published
+//!    a word ([`Exclusive::publish`], or the version at the end of a [`rewrite`](Exclusive::rewrite)) is seen by whoever
+//!    has loaded that word. Rule 6 holds for views, too. Nothing else is ordered, and what was copied may be torn.
 //!
 //! **Work requests.** Those of one connection execute in the order they were posted; a READ may be overtaken
 //! by later SENDs and WRITEs. A post may take effect at any time from the call on, and takes effect at the
@@ -48,6 +51,8 @@
 //! **Remote access.** A connection reaches those regions of its peer that were registered when it was made,
 //! and later ones only if the provider can. Out of bounds, or without the right: an error at the
 //! initiator, nothing read or written, and the connection is broken.
+//! [`Connection::view`] gives a view of what a connection may READ, when both ends are on one host and the provider
+//! can map memory; the view outlives the connection.
 //!
 //! **Errors.** When a connection breaks (a failed request, a dead peer, [`Connection::disconnect`], the drop of
 //! the peer's end) every signalled request that is outstanding completes, with an error if it is not known to have
@@ -58,9 +63,10 @@
 //!
 //! **Threads and time.** User code reads the time, waits, sleeps and starts threads through the transport and
 //! its objects alone. These calls may let other threads run: [`Transport::relax`], [`Transport::connect`],
-//! [`Endpoint::wait`], [`Signal::wait`], [`Listener::accept`], [`Request::accept`], [`Thread::join`]. A thread that is
-//! in one of them must hold no lock that another takes without `try_lock`. The other calls neither block nor
-//! let others run. Waiting without any of them does not end in a simulation.
+//! [`Endpoint::wait`], [`Signal::wait`], [`Listener::accept`], [`Request::accept`], [`Thread::join`], [`View::load`],
+//! [`View::copy`], [`View::snapshot`]. A thread that is
+//! in one of them must hold no lock that another takes without `try_lock`. Calls of a view never wait. The other calls neither
+//! block nor let others run. Waiting without any of them does not end in a simulation.
 //!
 //! # Wrong order does not compile
 //!
@@ -136,6 +142,7 @@ use crate::{
 };
 
 pub mod any;
+mod completion;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 pub mod faulty;
@@ -144,6 +151,10 @@ pub mod host;
 pub mod rdma;
 pub mod shm;
 pub mod sim;
+mod view;
+
+pub use completion::{Completion, ConnectionId, PostError, ReceiveBuffer, WorkError};
+pub use view::{NoView, View};
 
 /// Longest private data of a connection request, bytes.
 pub const MAX_REQUEST_DATA: usize = 48;
@@ -241,105 +252,6 @@ impl<R> Clone for Payload<'_, R> {
 }
 impl<R> Copy for Payload<'_, R> {}
 
-/// Why a post was refused. Nothing has happened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum PostError {
-    /// The send queue is full: poll, then post again.
-    #[error("the send queue is full")]
-    Full,
-    /// The connection is broken.
-    #[error("the connection is broken")]
-    Disconnected,
-}
-
-/// Why a work request failed, or a connection ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum WorkError {
-    /// The peer has no such region there, or grants no such right.
-    #[error("remote access error: outside the peer's region, or without the right")]
-    RemoteAccess,
-    /// The message did not fit the receiver's buffer, or the request was malformed for the peer.
-    #[error("remote invalid request: the message is longer than the receive buffer")]
-    RemoteInvalid,
-    /// The peer does not answer.
-    #[error("the peer does not answer (retries exceeded)")]
-    RetryExceeded,
-    /// The receiver had no receive buffer for too long.
-    #[error("the receiver had no receive buffer (RNR retries exceeded)")]
-    ReceiverNotReady,
-    /// The connection broke before this request was known to have happened.
-    #[error("flushed: the connection broke before this request completed")]
-    Flushed,
-    /// The peer, or this side, ended the connection.
-    #[error("disconnected")]
-    Disconnected,
-    /// Another status of the provider, by its number (`ibv_wc_status`).
-    #[error("work completion status {0}")]
-    Other(u32),
-}
-
-/// Names a connection within its endpoint; never used again there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ConnectionId(pub u32);
-
-/// A receive buffer with a message in it. Give it back with [`Endpoint::release`]: a buffer that is dropped
-/// is lost to the endpoint.
-#[derive(Debug)]
-#[must_use = "a receive buffer that is not released is lost to the endpoint"]
-pub struct ReceiveBuffer {
-    pub(crate) index: u32,
-    pub(crate) length: u32,
-}
-
-impl ReceiveBuffer {
-    /// Length of the message, bytes.
-    pub fn len(&self) -> usize {
-        self.length as usize
-    }
-
-    /// Whether the message is empty.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-}
-
-/// What [`Endpoint::poll`] reports.
-#[derive(Debug)]
-pub enum Completion {
-    /// A signalled request is done, and with it every earlier one of the connection.
-    Work {
-        /// The connection.
-        connection: ConnectionId,
-        /// The id given at the post.
-        id: u64,
-        /// Whether it happened.
-        result: Result<(), WorkError>,
-    },
-    /// A SEND arrived.
-    Received {
-        /// The connection.
-        connection: ConnectionId,
-        /// The message.
-        buffer: ReceiveBuffer,
-        /// The immediate of the SEND, if it had one.
-        immediate: Option<u32>,
-    },
-    /// A WRITE with immediate arrived: it and all earlier WRITEs of the connection are visible.
-    WriteImmediate {
-        /// The connection.
-        connection: ConnectionId,
-        /// The immediate.
-        immediate: u32,
-    },
-    /// The connection is over; nothing more comes of it.
-    Disconnected {
-        /// The connection.
-        connection: ConnectionId,
-        /// Why: the first error, or [`WorkError::Disconnected`].
-        cause: WorkError,
-    },
-}
-
 /// What an endpoint is made for. All of it is allocated at once.
 #[derive(Debug, Clone)]
 pub struct EndpointConfig {
@@ -382,7 +294,9 @@ pub trait Transport: Clone + Send + Sync + 'static {
     /// Handle of an endpoint for other threads.
     type Attach: Attach;
     /// One end of a connection.
-    type Connection: Connection<Region = Self::Region>;
+    type Connection: Connection<Region = Self::Region, View = Self::View>;
+    /// A peer's memory, mapped here.
+    type View: View;
     /// A listening address.
     type Listener: Listener<Request = Self::Request>;
     /// A peer that wants to connect.
@@ -487,6 +401,8 @@ pub trait Attach: Clone + Send + Sync + 'static {
 pub trait Connection: Send + fmt::Debug + 'static {
     /// The regions that its requests name.
     type Region: Region;
+    /// Memory of the peer, mapped here.
+    type View: View;
 
     /// Its name in the completions of its endpoint.
     fn id(&self) -> ConnectionId;
@@ -533,6 +449,10 @@ pub trait Connection: Send + fmt::Debug + 'static {
 
     /// Requests, of whatever kind and length, that may be posted now before the queue is full.
     fn room(&self) -> usize;
+
+    /// A view of memory of the peer: of all of `region`, or of a part of it. `None`: the peer is on another host,
+    /// this provider cannot map its memory, or this connection may not READ all of it.
+    fn view(&self, region: RemoteRegion) -> Option<Self::View>;
 
     /// Ends the connection; both sides get [`Completion::Disconnected`].
     fn disconnect(&mut self);

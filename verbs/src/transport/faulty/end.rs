@@ -21,7 +21,7 @@ use std::{collections::VecDeque, mem, time::Duration};
 use super::plan::{Counts, Fate, Kind, Point};
 use crate::{
     address::Address,
-    transport::{Connection, Payload, PostError, Region, RemoteAddress, WorkError},
+    transport::{Connection, Payload, PostError, Region, RemoteAddress, RemoteRegion, WorkError},
 };
 
 /// The inner id of a request that the user did not signal, and whose completion is waited for.
@@ -233,6 +233,11 @@ impl<C: Connection> End<C> {
             return Err(PostError::Disconnected);
         }
         self.inner.as_mut().expect("it is there until it is dropped").ring()
+    }
+
+    /// The inner connection's view.
+    pub(super) fn view(&self, region: RemoteRegion) -> Option<C::View> {
+        self.inner.as_ref()?.view(region)
     }
 
     /// The user ends the connection.

@@ -64,7 +64,7 @@ use crate::{
     memory::{Exclusive, Memory},
     transport::{
         self, Access, Connection as _, ConnectionId, EndpointConfig, Payload, PostError, Region as _,
-        RemoteAddress, Sge, Transport,
+        RemoteAddress, RemoteRegion, Sge, Transport,
     },
 };
 
@@ -169,6 +169,7 @@ impl<T: Transport> Transport for Faulty<T> {
     type Endpoint = Endpoint<T>;
     type Attach = Attach<T>;
     type Connection = Connection<T>;
+    type View = T::View;
     type Listener = Listener<T>;
     type Request = Request<T>;
     type Signal = T::Signal;
@@ -257,6 +258,8 @@ impl<T: Transport> Connection<T> {
 
 impl<T: Transport> transport::Connection for Connection<T> {
     type Region = T::Region;
+    /// The inner provider's: it goes on when the connection is broken or this node dead, as the contract says.
+    type View = T::View;
 
     fn id(&self) -> ConnectionId {
         self.id
@@ -302,6 +305,10 @@ impl<T: Transport> transport::Connection for Connection<T> {
 
     fn room(&self) -> usize {
         lock(&self.end).room()
+    }
+
+    fn view(&self, region: RemoteRegion) -> Option<T::View> {
+        lock(&self.end).view(region)
     }
 
     fn disconnect(&mut self) {

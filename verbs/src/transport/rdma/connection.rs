@@ -5,7 +5,8 @@ use std::{fmt, sync::Arc};
 use rdma_sys::ibv_wr_opcode;
 
 use crate::transport::{
-    Connection, ConnectionId, MAX_INLINE, MAX_SGE, Payload, PostError, RemoteAddress, Sge,
+    Connection, ConnectionId, MAX_INLINE, MAX_SGE, NoView, Payload, PostError, RemoteAddress, RemoteRegion,
+    Sge,
     rdma::{
         device::RdmaRegion,
         link::Link,
@@ -81,6 +82,7 @@ impl RdmaConnection {
 
 impl Connection for RdmaConnection {
     type Region = RdmaRegion;
+    type View = NoView;
 
     fn id(&self) -> ConnectionId {
         self.link.id
@@ -142,6 +144,10 @@ impl Connection for RdmaConnection {
 
     fn room(&self) -> usize {
         self.link.room()
+    }
+
+    fn view(&self, _: RemoteRegion) -> Option<NoView> {
+        None
     }
 
     fn disconnect(&mut self) {

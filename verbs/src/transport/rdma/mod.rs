@@ -35,7 +35,7 @@ use crate::{
     error::Error,
     memory::{Exclusive, Memory},
     transport::{
-        Access, EndpointConfig, Transport,
+        Access, EndpointConfig, NoView, Transport,
         host::{self, HostSignal, HostThread},
     },
 };
@@ -134,6 +134,7 @@ impl Transport for Rdma {
     type Endpoint = RdmaEndpoint;
     type Attach = RdmaAttach;
     type Connection = RdmaConnection;
+    type View = NoView;
     type Listener = RdmaListener;
     type Request = RdmaRequest;
     type Signal = HostSignal;

@@ -31,11 +31,8 @@ use std::{
 
 use rustix::thread::futex;
 
-use super::{
-    atomic::Word,
-    mapping::{Mapping, PAGE},
-};
-use crate::error::Error;
+use super::mapping::{Mapping, PAGE};
+use crate::{error::Error, memory::atomic::Word};
 
 /// The owner sleeps, or is about to.
 pub(super) const PARKED: u64 = 1 << 63;

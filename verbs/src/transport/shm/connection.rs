@@ -11,12 +11,13 @@ use super::{
     link::Link,
     region::{RemoteTable, ShmRegion},
     ring::{Corrupt, Kind, Outbox},
+    view::ShmView,
 };
 use crate::{
     memory::copy::copy,
     transport::{
-        Connection, ConnectionId, MAX_INLINE, MAX_SGE, Payload, PostError, Region, RemoteAddress, Sge,
-        WorkError,
+        Connection, ConnectionId, MAX_INLINE, MAX_SGE, Payload, PostError, Region, RemoteAddress,
+        RemoteRegion, Sge, WorkError,
     },
 };
 
@@ -206,6 +207,7 @@ fn start(piece: &Sge<'_, ShmRegion>) -> *mut u8 {
 
 impl Connection for ShmConnection {
     type Region = ShmRegion;
+    type View = ShmView;
 
     fn id(&self) -> ConnectionId {
         self.link.id
@@ -315,6 +317,10 @@ impl Connection for ShmConnection {
         // Every one of them may be a message, of the greatest length: none of them will find the ring full.
         let queue = self.link.depth() - (self.posted - self.link.retired());
         self.outbox.room(self.peer_receive_size, queue) as usize
+    }
+
+    fn view(&self, region: RemoteRegion) -> Option<ShmView> {
+        self.remote.view(region)
     }
 
     fn disconnect(&mut self) {

@@ -16,14 +16,14 @@
 
 use std::sync::atomic::Ordering;
 
-use super::atomic::Word;
+use crate::memory::atomic::Word;
 
 /// Whether the gate was open: then the writer is inside until it calls [`leave`].
 #[inline]
 pub(super) fn enter<W: Word>(writing: &W, shut: &W) -> bool {
     writing.store(1, Ordering::Relaxed);
     // SYNC POINT: with the fence of `close`.
-    W::fence();
+    W::fence(Ordering::SeqCst);
     let open = shut.load(Ordering::Relaxed) == 0;
     if !open {
         leave(writing);
@@ -43,7 +43,7 @@ pub(super) fn leave(writing: &impl Word) {
 pub(super) fn close<W: Word>(writing: &W, shut: &W) -> bool {
     shut.store(1, Ordering::Relaxed);
     // SYNC POINT: with the fence of `enter`.
-    W::fence();
+    W::fence(Ordering::SeqCst);
     // SYNC POINT: acquires what `leave` released.
     writing.load(Ordering::Acquire) == 0
 }

@@ -16,6 +16,7 @@
 //! | `link` | what a connection and the endpoint of its own process share: completions, the end |
 //! | `connection`, `endpoint` | the posting and the polling side |
 //! | `region` | registered regions, own and the peer's |
+//! | `view` | the peer's regions, looked at without a request |
 //! | `connect`, `wire` | listening and connecting; what is said over the socket |
 //! | `watch` | the thread that notices dead peers |
 //!
@@ -53,7 +54,6 @@ use crate::{
     },
 };
 
-mod atomic;
 mod bell;
 mod connect;
 mod connection;
@@ -63,6 +63,7 @@ mod link;
 mod mapping;
 mod region;
 mod ring;
+mod view;
 mod watch;
 mod wire;
 
@@ -77,6 +78,7 @@ pub use connect::{ShmListener, ShmRequest};
 pub use connection::ShmConnection;
 pub use endpoint::{ShmAttach, ShmEndpoint};
 pub use region::{ShmExport, ShmRegion};
+pub use view::ShmView;
 
 /// What all objects of a transport share.
 #[derive(Debug)]
@@ -116,6 +118,7 @@ impl Transport for Shm {
     type Endpoint = ShmEndpoint;
     type Attach = ShmAttach;
     type Connection = ShmConnection;
+    type View = ShmView;
     type Listener = ShmListener;
     type Request = ShmRequest;
     type Signal = HostSignal;

@@ -15,7 +15,7 @@ use std::{
 
 use rustix::fs::{SealFlags, fcntl_add_seals};
 
-use super::mapping::Mapping;
+use super::{mapping::Mapping, view::ShmView};
 use crate::{
     error::Error,
     memory::{Exclusive, Memory},
@@ -191,6 +191,15 @@ pub(super) struct RemoteMapping {
     pub(super) mapping: Arc<Mapping>,
 }
 
+impl RemoteMapping {
+    /// Where in the mapping these bytes of the peer begin, if all of them are in the region.
+    #[inline]
+    fn offset(&self, address: u64, length: u64) -> Option<u64> {
+        let offset = address.checked_sub(self.base)?;
+        (offset <= self.length && length <= self.length - offset).then_some(offset)
+    }
+}
+
 /// The regions of the peer that a connection reaches.
 #[derive(Debug, Default)]
 pub(super) struct RemoteTable {
@@ -222,14 +231,21 @@ impl RemoteTable {
                 .map_err(|_| WorkError::RemoteAccess)?;
         }
         let region = &self.regions[self.last];
-        let offset = remote.address.checked_sub(region.base).ok_or(WorkError::RemoteAccess)?;
-        let inside = offset <= region.length && length as u64 <= region.length - offset;
-        if !inside || (write && !region.writable) {
+        let offset = region.offset(remote.address, length as u64).ok_or(WorkError::RemoteAccess)?;
+        if write && !region.writable {
             return Err(WorkError::RemoteAccess);
         }
         region.mapping.check(offset as usize, length);
         // SAFETY: `offset <= offset + length <= mapping.len()`, just checked: the pointer stays in the
         // mapping.
         Ok(unsafe { region.mapping.as_ptr().add(offset as usize) })
+    }
+
+    /// A view of what is named, if it is the peer's: all of it grants READ.
+    pub(super) fn view(&self, wanted: RemoteRegion) -> Option<ShmView> {
+        let place = self.regions.binary_search_by_key(&wanted.key, |region| region.key).ok()?;
+        let region = &self.regions[place];
+        let offset = region.offset(wanted.address, wanted.length)?;
+        Some(ShmView::new(&region.mapping, offset as usize, wanted.length as usize))
     }
 }

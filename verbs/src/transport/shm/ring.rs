@@ -27,11 +27,13 @@ use std::{
 };
 
 use super::{
-    atomic::Word,
     gate,
     mapping::{Mapping, PAGE},
 };
-use crate::{error::Error, memory::copy::copy};
+use crate::{
+    error::Error,
+    memory::{atomic::Word, copy::copy},
+};
 
 const TAIL: usize = 0;
 // Two cache lines apart: processors fetch lines in pairs.

@@ -358,7 +358,7 @@ impl World {
     }
 
     /// The memory of `node` that a request names, if it may.
-    fn locate(
+    pub(super) fn locate(
         &self,
         node: usize,
         horizon: u64,

@@ -8,6 +8,7 @@ use super::{
     handshake::Answer,
     node::{Node, Region, at_most, name, nanos},
     threads::Wait,
+    view::View,
     world::World,
 };
 use crate::{
@@ -15,7 +16,7 @@ use crate::{
     error::Error,
     transport::{
         self, Completion, ConnectionId, MAX_INLINE, MAX_REPLY_DATA, MAX_SGE, Payload, PostError,
-        ReceiveBuffer, RemoteAddress, Sge,
+        ReceiveBuffer, RemoteAddress, RemoteRegion, Sge,
     },
 };
 
@@ -189,6 +190,7 @@ impl Connection {
 
 impl transport::Connection for Connection {
     type Region = Region;
+    type View = View;
 
     fn id(&self) -> ConnectionId {
         self.id
@@ -231,6 +233,10 @@ impl transport::Connection for Connection {
         world.settle(self.link, self.side);
         let end = &world.links[self.link].ends[self.side as usize];
         end.depth - end.used
+    }
+
+    fn view(&self, region: RemoteRegion) -> Option<View> {
+        self.node.view(self.link, self.side, region)
     }
 
     fn disconnect(&mut self) {

@@ -27,7 +27,7 @@
 //! in any order until a later message, immediate or READ of the same connection proves them; SENDs and
 //! WRITEs overtake READs; gather lists are read as late as may be; completions show late; requests that
 //! were on their way when a connection broke happened, or in part, or not; regions registered after a
-//! connection was made are out of its reach; a dead peer is noticed at any time within two seconds. Each seed
+//! connection was made are out of its reach; views are read word by word while others run; a dead peer is noticed at any time within two seconds. Each seed
 //! is after another kind of trouble (`random::Temper`).
 //!
 //! **Time instead.** With a [`Fabric`] ([`Settings::fabric`]) the same nodes, threads and connections are in a simulation of
@@ -57,12 +57,14 @@ pub(in crate::transport) mod random;
 pub(in crate::transport) mod tests;
 mod threads;
 mod timed;
+mod view;
 mod world;
 
 pub use ends::{Attach, Connection, Endpoint, Listener, Request};
 pub use fabric::{Busy, Fabric, Machine, Sent};
 pub use node::{Export, Node, Region, Signal, Thread};
 pub use random::Network;
+pub use view::View;
 
 use fabric::{Computing, Traffic};
 use threads::{Shared, State};
@@ -106,14 +108,27 @@ impl Sim {
         Self { shared: Shared::new(World::new(seed, settings.network, traffic, limit), settings.core) }
     }
 
-    /// A new node.
+    /// A new node, on a host of its own.
     pub fn node(&self, name: &str) -> Node {
+        let host = self.shared.lock().nodes.len();
+        self.add_node(host, name)
+    }
+
+    /// A new node on the host of another one: the two have [views](crate::transport::Connection::view) of each other's memory.
+    /// In all else they are like any two nodes.
+    pub fn node_on(&self, host: &Node, name: &str) -> Node {
+        let host = self.shared.lock().nodes[host.index].host;
+        self.add_node(host, name)
+    }
+
+    fn add_node(&self, host: usize, name: &str) -> Node {
         let mut world = self.shared.lock();
         let computing = Computing::new(Machine::default(), 0);
         world.nodes.push(NodeState {
             computing,
             relaxing: Vec::new(),
             name: name.to_owned(),
+            host,
             alive: true,
             regions: Default::default(),
             registrations: 0,

@@ -15,6 +15,7 @@ use super::{
     handshake::{Answer, Attempt, ListenerState},
     random::Random,
     threads::{Shared, State, Wait},
+    view::View,
     world::{Event, Registered, World},
 };
 use crate::{
@@ -119,6 +120,7 @@ impl transport::Transport for Node {
     type Endpoint = Endpoint;
     type Attach = Attach;
     type Connection = Connection;
+    type View = View;
     type Listener = Listener;
     type Request = Request;
     type Signal = Signal;

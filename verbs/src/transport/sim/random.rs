@@ -92,10 +92,14 @@ pub(super) struct Temper {
     pub(super) spin: u64,
     /// A thread is descheduled for long once in so many times.
     pub(super) late_thread: u64,
+    /// Other threads run in the middle of a copy of a view, or before a load, once in so many times.
+    pub(super) torn_view: u64,
 }
 
 impl Temper {
     pub(super) fn new(random: &mut Random) -> Self {
+        // A chance of its own, so that what has no views is as it was.
+        let torn_view = [2, 8, 32, 256][Random::new(!random.0).below(4) as usize];
         let mut pick = |choices: [u64; 4]| choices[random.below(4) as usize];
         Self {
             eager: pick([1, 2, 4, 16]),
@@ -105,6 +109,7 @@ impl Temper {
             late_packet: pick([4, 16, 64, 1024]),
             spin: pick([60, 250, 500, 1000]),
             late_thread: pick([16, 64, 256, 4096]),
+            torn_view,
         }
     }
 }

@@ -73,6 +73,7 @@ impl Baton {
 pub(super) enum Wait {
     Relax,
     Compute,
+    View,
     Endpoint(usize),
     Signal,
     Accept,
@@ -84,6 +85,7 @@ impl fmt::Display for Wait {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Wait::Relax => f.write_str("Transport::relax"),
+            Wait::View => f.write_str("a call of a View"),
             Wait::Compute => f.write_str("Node::compute"),
             Wait::Endpoint(endpoint) => write!(f, "Endpoint::wait of endpoint {endpoint}"),
             Wait::Signal => f.write_str("Signal::wait"),

@@ -96,6 +96,8 @@ pub(super) struct Registered {
 #[derive(Debug)]
 pub(super) struct NodeState {
     pub(super) name: String,
+    /// The machine that it is on: nodes of one see each other's memory.
+    pub(super) host: usize,
     pub(super) alive: bool,
     pub(super) regions: BTreeMap<u32, Registered>,
     pub(super) registrations: u64,

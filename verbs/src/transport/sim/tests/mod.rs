@@ -19,6 +19,7 @@ use crate::{
 };
 
 mod timed;
+mod views;
 mod weakness;
 
 /// Seeds that each case of the suite runs with, if `FERVOR_SEEDS` does not say how many.

@@ -4,15 +4,15 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// An 8-byte atomic word.
-pub(super) trait Word {
+pub(crate) trait Word {
     fn load(&self, order: Ordering) -> u64;
     fn store(&self, value: u64, order: Ordering);
     fn swap(&self, value: u64, order: Ordering) -> u64;
     fn fetch_or(&self, bits: u64, order: Ordering) -> u64;
     fn fetch_and(&self, bits: u64, order: Ordering) -> u64;
     fn compare_exchange(&self, old: u64, new: u64, ok: Ordering, failed: Ordering) -> Result<u64, u64>;
-    /// A sequentially consistent fence.
-    fn fence();
+    /// A fence.
+    fn fence(order: Ordering);
 }
 
 macro_rules! word {
@@ -49,8 +49,8 @@ macro_rules! word {
                 self.compare_exchange(old, new, ok, failed)
             }
             #[inline]
-            fn fence() {
-                $fence(Ordering::SeqCst);
+            fn fence(order: Ordering) {
+                $fence(order);
             }
         }
     };
