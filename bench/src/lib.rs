@@ -7,10 +7,12 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`check`] | the guarantee of the consistency models, at scale |
+//! | [`connect`] | how all of these connect to servers |
 //! | [`data`] | ratings: read, recognised, generated |
 //! | [`job`] | processes and threads of a training job |
 //! | [`lda`] | topics of documents, with the parameter server and without |
 //! | [`mf`] | matrix factorisation, with the parameter server and without |
+//! | [`scaling`] | a job with 1, 2, 4 … workers, beside plain threads |
 //! | [`demo`] | the digits under all models, with curves and pictures |
 //! | [`paper`] | the paper's experiments on simulated clusters, as one page |
 //! | [`devices`] | the RDMA devices of this machine |
@@ -22,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod connect;
 pub mod data;
 pub mod demo;
 pub mod devices;
@@ -34,4 +37,5 @@ pub mod mf;
 pub mod model;
 pub mod paper;
 pub mod report;
+pub mod scaling;
 pub mod server;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use fervor_bench::{check, demo, devices, latency, lda, mf, paper, report, server};
+use fervor_bench::{check, demo, devices, latency, lda, mf, paper, report, scaling, server};
 
 /// Applications and measurements of the Fervor parameter server.
 #[derive(Debug, Parser)]
@@ -22,6 +22,8 @@ enum Command {
     Mf(Box<mf::MfOptions>),
     /// Topics of documents: latent Dirichlet allocation by collapsed Gibbs sampling
     Lda(Box<lda::LdaOptions>),
+    /// A job with 1, 2, 4 … workers, beside as many plain threads
+    Scaling(Box<scaling::ScalingOptions>),
     /// How long a cache hit, a cache miss, and an update take
     Latency(latency::LatencyOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
@@ -59,6 +61,7 @@ fn run(command: Command) -> Result<()> {
         Command::Lda(options) => run_lda(&options),
         Command::Demo(options) => demo::run(&options).map(drop),
         Command::Paper(options) => paper::run(&options).map(drop),
+        Command::Scaling(options) => scaling::run(&options),
         Command::Latency(options) => latency::run(&options),
         Command::Devices => devices::run().map(|text| print!("{text}")),
         Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),

@@ -213,3 +213,12 @@ fn a_client_or_server_that_dies_ends_the_job_with_an_error() {
         assert!(children.iter().all(|pid| !runs(*pid)), "a process is left over");
     }
 }
+
+#[test]
+fn a_run_without_a_server_says_how_many_threads_trained() {
+    for (threads, words) in [("--workers=3", "6 plain threads"), ("--workers=1", "2 plain threads")] {
+        let out = succeed(&[&TINY[..], &["--no-server", "--epochs=1", threads]].concat());
+        assert_eq!(out.matches(words).count(), 2, "in the head and in the table: {out}");
+    }
+    assert_eq!(run(&["--no-server", "--epochs=1", "--clients=3"])["threads"], 3);
+}
