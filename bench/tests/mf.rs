@@ -222,3 +222,15 @@ fn a_run_without_a_server_says_how_many_threads_trained() {
     }
     assert_eq!(run(&["--no-server", "--epochs=1", "--clients=3"])["threads"], 3);
 }
+
+#[test]
+fn a_checked_job_whose_workers_stop_at_different_times_keeps_its_promise() {
+    // Long enough that the workers are in different passes when the target is reached; and clocks go on without those that have left.
+    for kind in
+        [&["--model=essp"][..], &["--model=ssp", "--staleness=1"], &["--model=bsp"], &["--model=async"]]
+    {
+        let job = ["--check", "--workers=2", "--shards=2", "--epochs=400", "--target-fraction=0.5"];
+        let results = run(&[kind, &job].concat());
+        assert!(results["seconds_to_target"].is_number(), "{kind:?}");
+    }
+}

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use clap::{Args, value_parser};
 use fervor_client::ClientOptions;
 
+use super::oracle::SPREAD;
 use crate::{
     connect::{self, ReadOptions},
     model::ModelOptions,
@@ -55,7 +56,8 @@ pub struct JobOptions {
     /// Write the results to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Fail when a read returns older data than the model allows, and not only count it
+    /// Fail when a read returns older data than the model allows. The client checks each read, and a further table of counters checks
+    /// the client
     #[arg(long, conflicts_with = "no_server")]
     pub check: bool,
     /// How rows are read.
@@ -101,7 +103,8 @@ impl JobOptions {
     pub fn client_options(&self, rows: u64, width: usize) -> ClientOptions {
         // A row has a header of 32 bytes and begins at a cache line. One table may take half of the cache.
         let row = (32 + 4 * width).next_multiple_of(64);
-        let cache_bytes = self.cache.unwrap_or((1 << 20) + 2 * rows as usize * row);
+        let oracle = if self.check { 2 * self.all_workers() * SPREAD * 64 } else { 0 };
+        let cache_bytes = self.cache.unwrap_or((1 << 20) + 2 * rows as usize * row + oracle);
         let options = connect::client_options(self.clients, self.reads);
         ClientOptions { cache_bytes, check: self.check, ..options }
     }
