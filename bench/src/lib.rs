@@ -16,7 +16,8 @@
 //! | [`demo`] | the digits under all models, with curves and pictures |
 //! | [`paper`] | the paper's experiments on simulated clusters, as one page |
 //! | [`devices`] | the RDMA devices of this machine |
-//! | [`latency`] | what a hit, a miss and an update take, one by one |
+//! | [`latency`] | what each operation takes, one by one |
+//! | [`limits`], [`perftest`] | what the machine and its network allow |
 //! | [`model`] | consistency models on the command line |
 //! | [`server`] | starting and stopping a server of our own |
 //! | [`machine`], [`report`], [`figures`] | where it was measured; tables and files; curves and bars |
@@ -32,10 +33,12 @@ pub mod figures;
 pub mod job;
 pub mod latency;
 pub mod lda;
+pub mod limits;
 pub mod machine;
 pub mod mf;
 pub mod model;
 pub mod paper;
+pub mod perftest;
 pub mod report;
 pub mod scaling;
 pub mod server;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use fervor_bench::{check, demo, devices, latency, lda, mf, paper, report, scaling, server};
+use fervor_bench::{check, demo, devices, latency, lda, limits, mf, paper, report, scaling, server};
 
 /// Applications and measurements of the Fervor parameter server.
 #[derive(Debug, Parser)]
@@ -24,6 +24,8 @@ enum Command {
     Lda(Box<lda::LdaOptions>),
     /// A job with 1, 2, 4 … workers, beside as many plain threads
     Scaling(Box<scaling::ScalingOptions>),
+    /// What this machine allows: loads, copies, messages between cores, wakes, and perftest where there is a device
+    Limits(limits::LimitsOptions),
     /// How long a cache hit, a cache miss, and an update take
     Latency(latency::LatencyOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
@@ -62,6 +64,7 @@ fn run(command: Command) -> Result<()> {
         Command::Demo(options) => demo::run(&options).map(drop),
         Command::Paper(options) => paper::run(&options).map(drop),
         Command::Scaling(options) => scaling::run(&options),
+        Command::Limits(options) => limits::run(&options),
         Command::Latency(options) => latency::run(&options),
         Command::Devices => devices::run().map(|text| print!("{text}")),
         Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),

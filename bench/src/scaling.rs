@@ -27,7 +27,7 @@ use crate::{
     machine::Machine,
     mf::{self, MfOptions},
     model::ModelName,
-    report::{TextTable, percent, write_json},
+    report::{TextTable, median, percent, write_json},
 };
 
 /// A job that is run with more and more workers.
@@ -410,18 +410,6 @@ fn title(options: &ScalingOptions, model: ModelName) -> String {
     }
 }
 
-/// The middle one, or the mean of the middle two.
-pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.into_iter().collect();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        length if length % 2 == 1 => values[middle],
-        _ => (values[middle - 1] + values[middle]) / 2.0,
-    }
-}
-
 /// Fails when a row is above its bound: the first of `most` is for the first number of workers, and so on.
 fn judge(rows: &[Row], most: &[f64]) -> Result<()> {
     let mut counts: Vec<u32> =
@@ -603,13 +591,6 @@ mod tests {
             assert_eq!(mf.job.no_server, setting.is_none());
             assert_eq!(mf.job.reads.copies, setting.is_some());
         }
-    }
-
-    #[test]
-    fn medians_are_in_the_middle() {
-        assert_eq!(median([3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median([4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert!(median([]).is_nan());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What is measured beside a limit, as a user runs it: `scaling`.
+//! What is measured beside a limit, as a user runs it: `scaling`, `limits`.
 
 mod common;
 
@@ -67,4 +67,20 @@ fn scaling_fails_above_its_bound_and_refuses_nonsense() {
         let said = fail(&[&["scaling", "--workers=1"][..], arguments].concat());
         assert!(said.contains(message), "{arguments:?}: {said}");
     }
+}
+
+#[test]
+fn limits_are_figures_of_this_machine() {
+    let folder = Folder::new();
+    let json = format!("--json={}", folder.file("limits.json"));
+    let out = succeed(&["limits", "--no-perftest", "--size=64,4096", &json]);
+    assert!(out.contains("a load that waits for the one before, over 16.0 KiB"), "{out}");
+    assert!(out.contains("left out: perftest: --no-perftest"), "{out}");
+    let limits = folder.json("limits.json");
+    assert!(limits["machine"]["processor"].is_string());
+    let limits = limits["limits"].as_array().expect("limits");
+    assert!(limits.iter().all(|limit| number(&limit["ns"]) > 0.0), "{limits:?}");
+    let copies = |bytes: u64| limits.iter().filter(|limit| limit["bytes"] == bytes).count();
+    assert_eq!((copies(64), copies(4096), copies(512)), (2, 2, 0));
+    assert!(fail(&["limits", "--size=0"]).contains("--size 0: write 1 to"));
 }
