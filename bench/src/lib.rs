@@ -17,6 +17,7 @@
 //! | [`paper`] | the paper's experiments on simulated clusters, as one page |
 //! | [`devices`] | the RDMA devices of this machine |
 //! | [`latency`] | what each operation takes, one by one |
+//! | [`compare`] | latencies of several runs side by side |
 //! | [`limits`], [`perftest`] | what the machine and its network allow |
 //! | [`model`] | consistency models on the command line |
 //! | [`server`] | starting and stopping a server of our own |
@@ -25,6 +26,7 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod compare;
 pub mod connect;
 pub mod data;
 pub mod demo;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use fervor_bench::{check, demo, devices, latency, lda, limits, mf, paper, report, scaling, server};
+use fervor_bench::{check, compare, demo, devices, latency, lda, limits, mf, paper, report, scaling, server};
 
 /// Applications and measurements of the Fervor parameter server.
 #[derive(Debug, Parser)]
@@ -26,8 +26,10 @@ enum Command {
     Scaling(Box<scaling::ScalingOptions>),
     /// What this machine allows: loads, copies, messages between cores, wakes, and perftest where there is a device
     Limits(limits::LimitsOptions),
-    /// How long a cache hit, a cache miss, and an update take
-    Latency(latency::LatencyOptions),
+    /// How long single operations take: hits, misses, updates, clocks, barriers
+    Latency(Box<latency::LatencyOptions>),
+    /// Compare the latencies of several runs
+    Compare(compare::CompareOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
     Demo(demo::DemoOptions),
     /// The paper's experiments on 64 simulated nodes: figures, and one page that says what came of each claim
@@ -66,6 +68,7 @@ fn run(command: Command) -> Result<()> {
         Command::Scaling(options) => scaling::run(&options),
         Command::Limits(options) => limits::run(&options),
         Command::Latency(options) => latency::run(&options),
+        Command::Compare(options) => compare::run(&options),
         Command::Devices => devices::run().map(|text| print!("{text}")),
         Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),
         Command::WithParent { parent, command } => match server::with_parent(parent, &command)? {},
