@@ -29,6 +29,8 @@ pub struct Time {
 /// How reads were answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cache {
+    /// In place, in the memory of a server on the same host.
+    pub in_place: u64,
     /// By the client's cache.
     pub hits: u64,
     /// Not by the cache.
@@ -41,8 +43,8 @@ pub struct Cache {
 
 impl fmt::Display for Cache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Cache { hits, misses, reads, violations } = self;
-        writeln!(f, "cache: {hits} hits, {misses} misses, {reads} READs")?;
+        let Cache { in_place, hits, misses, reads, violations } = self;
+        writeln!(f, "reads: {in_place} in place, {hits} hits, {misses} misses, {reads} READs")?;
         write!(f, "staleness violations: {violations}")
     }
 }
@@ -120,6 +122,7 @@ impl Run {
             time: Time { compute: (1.0 - waiting - communication).max(0.0), waiting, communication },
             clock_differential: accesses.clock_differential,
             cache: Cache {
+                in_place: accesses.in_place,
                 hits: accesses.hits,
                 misses: accesses.misses,
                 reads: accesses.reads,

@@ -341,6 +341,25 @@ impl Stage {
     }
 }
 
+/// Lets other threads come between where the server's code says so, now and then.
+#[cfg(feature = "mutants")]
+fn expose(sim: &Sim, node: &Node, seed: u64) {
+    let rarely = [2, 8, 32, u64::MAX][(seed % 4) as usize];
+    let host = node.clone();
+    sim.prelude(node, move || {
+        let (host, mut random) = (host.clone(), crate::support::Random(seed));
+        fervor_protocol::mutants::on_pause(Box::new(move || {
+            if random.one_in(rarely) {
+                host.relax(0);
+            }
+        }));
+    });
+}
+
+/// Only with the feature `mutants` does the server's code have places where others may come between.
+#[cfg(not(feature = "mutants"))]
+fn expose(_: &Sim, _: &Node, _: u64) {}
+
 /// Runs a seed in the simulator, in jobs of at most `clocks` clocks.
 ///
 /// # Errors
@@ -383,6 +402,7 @@ pub fn simulate(plan: Arc<Plan>) -> Result<Outcome, Failure> {
             None => sim.node(&name),
         };
         hosts.push(host.clone());
+        expose(&sim, &host, plan.seed ^ (number as u64) << 40);
         let node = stage.mortal(host, Party::Server(number));
         let (host, stage) = (node.inner().clone(), stage.clone());
         nodes.push((Party::Server(number), node.clone()));
