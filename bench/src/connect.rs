@@ -12,7 +12,6 @@ pub struct ReadOptions {
 }
 
 /// The options of a client of a job of `clients` clients.
-pub fn client_options(clients: u16, _reads: ReadOptions) -> ClientOptions {
-    // This version of the client always reads copies.
-    ClientOptions { clients, ..ClientOptions::default() }
+pub fn client_options(clients: u16, reads: ReadOptions) -> ClientOptions {
+    ClientOptions { clients, copies: reads.copies, ..ClientOptions::default() }
 }
