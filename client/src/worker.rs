@@ -29,7 +29,7 @@ mod copies;
 mod ranges;
 
 /// Slabs that may wait for a shard before the worker that handed them over does.
-const MOST_WAITING: u64 = 128;
+const MOST_WAITING: u64 = 32;
 /// Clock differentials kept in an array: `-RECENT..=RECENT`; others in a map.
 const RECENT: i64 = 64;
 /// Looks at an image that is being rewritten before it is seen to that its server still lives.

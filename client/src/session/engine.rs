@@ -37,7 +37,7 @@ use crate::{
 };
 
 /// Slabs that wait for a shard over a wire beyond which they are sent though no clock ends.
-const MANY_WAITING: u64 = 32;
+const MANY_WAITING: u64 = 16;
 /// Sections that are named in one message.
 const MOST_SECTIONS: usize = 64;
 
