@@ -1,138 +1,128 @@
 //! What of the value-bounded tables is visible to whom: the other half of [`fervor_protocol::value`].
 //!
-//! After each turn that applied batches, the rows that they changed in such tables are pushed to all who hold them.
+//! After each turn that applied batches, the images that they changed in such tables are pushed to all who hold them.
 //! A WRITE's completion does not say that the peer's processor sees it; that of a READ posted behind it does (transport
-//! rule 3). So for each peer there is at most one READ on its way, the *proof*:
+//! rule 3). So for each client there is at most one READ on its way, the *proof*:
 //!
 //! ```text
-//!   batch at LSN 7 ─▶ pushes to the peer ─▶ READ of a word of the peer, for LSN 7 ─▶ completed: proved = 7
+//!   batch at LSN 7 ─▶ pushes to the client ─▶ READ of a word of the client, for LSN 7 ─▶ completed: proved = 7
 //! ```
 //!
 //! | field | meaning |
 //! |---|---|
-//! | `pushed` | something was pushed, or queued for that, since the last proof was posted |
+//! | `pushed` | something was pushed, or is owed, since the last proof was posted |
 //! | `proof` | a READ is on its way, behind all pushes up to this LSN |
-//! | `proved` | all pushes up to this LSN are visible at the peer |
-//! | `batches` | the peer's own batches that it has not been told of: number and LSN |
-//! | `tell` | number of its last batch that is visible to all, if it has to be told |
+//! | `proved` | all pushes up to this LSN are visible at the client |
+//! | `batches` | the client's own batches that it has not been told of: number and LSN |
 //!
-//! The *visible LSN* of the shard is the least over the peers of `proved`, or of the shard's LSN where nothing is on its
-//! way. It never falls: a peer that subscribes later fills its slot with what is in the row by then. A batch at or below
-//! it is visible to all, and its client is told so by an immediate. A peer that holds nothing is never waited
-//! for; one that dies, until its connection has ended.
+//! The *visible LSN* of the shard is the least over the clients of `proved`, or of the LSN up to which all is pushed where nothing is
+//! on its way. It never falls: a client that subscribes later fills its copy with what is in the image by then. A batch at or below
+//! it is visible to all, and its client is told so by an immediate. A client that holds no copy (it reads in place, or has
+//! none) is never waited for; one that dies, until its connection has ended.
 //!
 //! **Why a READ of a worker does no harm.** A `get` that READs returns what was in the row at some moment of that call,
 //! and keeps no copy of it: rows of such tables enter caches by pushes alone.
 
 use std::collections::VecDeque;
 
-use fervor_verbs::transport::{ConnectionId, PostError, Sge, Transport};
+/// Batches that are remembered one by one. While there are more, the newest ones are told of together.
+const MOST_BATCHES: usize = 1024;
 
-use crate::{poller::Poller, staging::Entry};
-
-/// Of one peer; see the module.
+/// Of one client; see the module.
 #[derive(Debug, Default)]
-pub struct Visible {
+pub struct Visibility {
     pushed: bool,
-    proof: Option<Proof>,
+    proof: Option<u64>,
     proved: u64,
     batches: VecDeque<(u64, u64)>,
-    tell: Option<u64>,
 }
 
-/// A READ on its way.
-#[derive(Debug)]
-struct Proof {
-    lsn: u64,
-    /// The last WRITE from staging before it.
-    serial: u64,
-    /// Where it puts the word.
-    entry: Entry,
-}
-
-impl Visible {
-    /// A row of a value-bounded table was pushed, or queued for that.
+impl Visibility {
+    /// An image of a value-bounded table was pushed, or is owed.
     pub fn pushed(&mut self) {
         self.pushed = true;
     }
 
-    /// Batch `number` of this peer was applied at `lsn`.
+    /// Batch `number` of this client was applied at `lsn`.
     pub fn applied(&mut self, number: u64, lsn: u64) {
+        if self.batches.len() == MOST_BATCHES {
+            self.batches.pop_back();
+        }
         self.batches.push_back((number, lsn));
     }
 
-    /// Number of the batch to tell the peer of.
-    pub fn tell(&self) -> Option<u64> {
-        self.tell
+    /// Whether a proof is to be posted, once all that is owed has been.
+    pub fn is_due(&self) -> bool {
+        self.pushed && self.proof.is_none()
     }
 
-    /// It is told.
-    pub fn told(&mut self) {
-        self.tell = None;
+    /// A proof is on its way, behind all pushes up to `lsn`.
+    pub fn proof_posted(&mut self, lsn: u64) {
+        self.pushed = false;
+        self.proof = Some(lsn);
     }
 
-    /// All up to this LSN is visible at the peer of a shard that stands at `lsn`.
-    fn proved(&self, lsn: u64) -> u64 {
+    /// The proof is here (`ok`), or its connection has ended.
+    pub fn proof_done(&mut self, ok: bool) {
+        if let Some(lsn) = self.proof.take() {
+            if ok {
+                self.proved = lsn;
+            } else {
+                self.pushed = true;
+            }
+        }
+    }
+
+    /// All up to this LSN is visible at the client, of a shard that has pushed all up to `lsn`.
+    pub fn proved(&self, lsn: u64) -> u64 {
         if self.pushed || self.proof.is_some() { self.proved } else { lsn }
     }
 
-    /// All up to this LSN is visible at every peer.
-    fn rise(&mut self, visible: u64) {
+    /// All up to this LSN is visible at every client. The number of the last batch of this client to which that is news.
+    pub fn rise(&mut self, visible: u64) -> Option<u64> {
+        let mut last = None;
         while let Some(&(number, lsn)) = self.batches.front()
             && lsn <= visible
         {
             self.batches.pop_front();
-            self.tell = Some(number);
+            last = Some(number);
         }
+        last
     }
 }
 
-impl<T: Transport> Poller<T> {
-    /// Pushes what batches changed in value-bounded tables.
-    pub(crate) fn push_changes(&mut self) {
-        for table in 0..self.shard.tables.len() {
-            if self.shard.tables[table].value_bounded() {
-                self.push_dirty(table);
-            }
-        }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_is_visible_when_a_proof_behind_its_pushes_is_here() {
+        let mut client = Visibility::default();
+        client.applied(1, 5);
+        client.applied(2, 7);
+        client.pushed();
+        assert!(client.is_due() && client.proved(5) == 0);
+        client.proof_posted(5);
+        client.pushed();
+        assert!(!client.is_due() && client.proved(7) == 0);
+        client.proof_done(true);
+        assert_eq!((client.is_due(), client.proved(7)), (true, 5));
+        assert_eq!((client.rise(5), client.rise(5)), (Some(1), None));
+        client.proof_posted(7);
+        client.proof_done(false);
+        assert!(client.is_due(), "what did not come proves nothing");
     }
 
-    /// Posts the proofs that are due, and leaves word for the clients whose batches have become visible to all.
-    pub(crate) fn follow_visible(&mut self) {
-        let lsn = self.shard.lsn();
-        for peer in self.peers.values_mut().filter(|peer| !peer.condemned) {
-            let all_posted = peer.queue.is_empty();
-            let due = peer.visible.pushed && peer.visible.proof.is_none() && all_posted;
-            if !due || !peer.has_room() {
-                continue;
-            }
-            let Some(entry) = self.staging.reserve(8) else { break };
-            let into = Sge { region: self.staging.region(), offset: entry.offset(), length: 8 };
-            match peer.prove(into) {
-                Ok(()) => {
-                    peer.visible.pushed = false;
-                    peer.visible.proof = Some(Proof { lsn, serial: peer.serial(), entry });
-                }
-                // The connection is broken; its end is about to be polled.
-                Err(PostError::Full | PostError::Disconnected) => self.staging.release(entry),
-            }
+    #[test]
+    fn what_is_remembered_of_batches_is_bounded_and_the_last_is_told_of() {
+        let mut client = Visibility::default();
+        for number in 1..=3000 {
+            client.applied(number, number);
         }
-        let listening = || self.peers.values().filter(|peer| !peer.condemned && !peer.left);
-        let visible = listening().map(|peer| peer.visible.proved(lsn)).min().unwrap_or(lsn);
-        self.peers.values_mut().for_each(|peer| peer.visible.rise(visible));
-    }
-
-    /// The proof of a peer is here (`ok`), or its connection has ended.
-    pub(crate) fn proved(&mut self, connection: ConnectionId, ok: bool) {
-        let Some(peer) = self.peers.get_mut(&connection) else { return };
-        if let Some(Proof { lsn, serial, entry }) = peer.visible.proof.take() {
-            self.staging.release(entry);
-            if ok {
-                peer.visible.proved = lsn;
-                peer.completed(serial, |entry| self.staging.release(entry));
-            } else {
-                peer.visible.pushed = true;
-            }
-        }
+        assert_eq!(client.batches.len(), MOST_BATCHES);
+        assert_eq!(
+            (client.rise(10), client.rise(2999), client.rise(3000)),
+            (Some(10), Some(1023), Some(3000))
+        );
     }
 }
