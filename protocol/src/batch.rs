@@ -23,6 +23,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
     element::{Element, ElementType},
+    limits::MAX_LISTED,
     wire::{Fault, Kind, MessageHeader},
 };
 
@@ -256,6 +257,14 @@ struct Checked {
     first: usize,
 }
 
+/// Where a section's body is: entries of its lists, first byte and number of bytes of its values.
+#[derive(Debug, Clone, Copy)]
+struct Body {
+    list: usize,
+    values_at: usize,
+    values: usize,
+}
+
 /// A section of a checked batch: what is to be added to which rows, but for the values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Section<'a> {
@@ -336,30 +345,75 @@ impl Batch {
             let (section, _) = SectionHeader::read_from_prefix(message.get(at..).unwrap_or_default())
                 .map_err(|_| Fault::Short { field: "section header", length: message.len() })?;
             at += SECTION;
-            if header.kind == Kind::Reference as u8 {
+            let here = if header.kind == Kind::Reference as u8 {
                 let slabs = slabs
                     .ok_or_else(|| Fault::State("a reference, but the client has named no memory".into()))?;
-                self.section(record, section, slabs, &shape)?;
+                self.section(record, section, slabs, &shape).map(|_| at)
             } else {
-                if section.rows_at != at as u64 {
-                    return Err(field(record, "rows_at", section.rows_at, at as u64, "is where it begins"));
-                }
-                let (values_at, length) = self.section(record, section, message, &shape)?;
-                check_values(record, &section, &message[values_at..values_at + length], &shape)?;
-                at = (values_at + length).next_multiple_of(8);
-            }
+                self.inline(record, section, message, at, &shape)
+            };
+            let table = section.table;
+            at = here.map_err(|fault| Fault::Table { table, fault: Box::new(fault) })?;
         }
         if at < message.len() { Err(Fault::Trailing { bytes: message.len() - at }) } else { Ok(()) }
     }
 
-    /// Checks a section and copies its lists. Returns where its values are, and how many bytes.
+    /// Checks a section whose body begins at byte `at` of the message, its values too. Returns where it ends.
+    fn inline(
+        &mut self,
+        record: u32,
+        header: SectionHeader,
+        message: &[u8],
+        at: usize,
+        shape: &impl Fn(u32) -> Option<Shape>,
+    ) -> Result<usize, Fault> {
+        if header.rows_at != at as u64 {
+            return Err(field(record, "rows_at", header.rows_at, at as u64, "is where it begins"));
+        }
+        let body = self.section(record, header, message, shape)?;
+        let begin = (at + body.list * 4).next_multiple_of(8);
+        if body.values_at != begin {
+            return Err(field(record, "values_at", header.values_at, begin as u64, "is where they begin"));
+        }
+        let end = begin + body.values;
+        let shape = shape(header.table).expect("it has been looked up");
+        if !shape.non_finite && !finite(shape.element, &message[begin..end]) {
+            let size = shape.element.size();
+            let good =
+                message[begin..end].chunks_exact(size).take_while(|value| finite(shape.element, value));
+            let row = self.row_of(good.count(), shape.width as usize);
+            return Err(Fault::NotFinite { row: row.into() });
+        }
+        Ok(end.next_multiple_of(8))
+    }
+
+    /// The row of the `index`-th value of the last section.
+    fn row_of(&self, index: usize, width: usize) -> u32 {
+        let Checked { header, first } = self.sections.last().expect("there is one");
+        let (lists, rows) = (&self.lists[*first..], header.count as usize);
+        let mut end = 0;
+        match header.kind {
+            ROWS => lists[index / width],
+            CELLS => {
+                let counts = lists[rows..2 * rows].iter().map(|count| *count as usize);
+                let before = counts.take_while(|count| {
+                    end += count;
+                    end <= index
+                });
+                lists[before.count()]
+            }
+            _ => lists[0],
+        }
+    }
+
+    /// Checks a section and copies its lists.
     fn section<S: Source + ?Sized>(
         &mut self,
         record: u32,
         header: SectionHeader,
         source: &S,
         shape: &impl Fn(u32) -> Option<Shape>,
-    ) -> Result<(usize, usize), Fault> {
+    ) -> Result<Body, Fault> {
         let SectionHeader { table, kind, count, total, rows_at, values_at } = header;
         let bad = |name, value, limit, what| Err(field(record, name, value, limit, what));
         let Some(shape) = shape(table) else {
@@ -389,6 +443,9 @@ impl Batch {
             );
         }
         let first = self.lists.len();
+        if first as u64 + list > MAX_LISTED {
+            return bad("count", many, MAX_LISTED, "indices, counts and columns may be in a batch");
+        }
         self.lists.resize(first + list as usize, 0);
         source.read(rows_at, self.lists[first..].as_mut_bytes());
         let rows = if kind == PART { 1 } else { count as usize };
@@ -418,7 +475,7 @@ impl Batch {
             _ => {}
         }
         self.sections.push(Checked { header, first });
-        Ok((values_at as usize, values as usize))
+        Ok(Body { list: list as usize, values_at: values_at as usize, values: values as usize })
     }
 
     /// Its sections.
@@ -442,21 +499,6 @@ impl Batch {
 
 fn field(record: u32, field: &'static str, value: u64, limit: u64, what: &'static str) -> Fault {
     Fault::Field { record, field, value, limit, what }
-}
-
-/// Checks that the values of a section of a message are numbers, if its table wants that.
-fn check_values(
-    record: u32,
-    section: &SectionHeader,
-    values: &[u8],
-    shape: &impl Fn(u32) -> Option<Shape>,
-) -> Result<(), Fault> {
-    let shape = shape(section.table).expect("it has been looked up");
-    if shape.non_finite || finite(shape.element, values) {
-        return Ok(());
-    }
-    let table = section.table.into();
-    Err(field(record, "value", table, 0, "NaN or infinity in an update of this table"))
 }
 
 /// Whether all of `values`, elements of this type, are finite.

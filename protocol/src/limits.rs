@@ -35,6 +35,9 @@ pub const MESSAGE_BYTES: usize = 64 << 10;
 pub const LEAST_MESSAGE: usize = 512;
 /// Bytes of a receive buffer of a client: the greatest message from a server.
 pub const REPLY_BYTES: usize = 512;
+/// Most indices, counts and columns in one batch, which a shard copies while it checks them. (A message has room for fewer; a
+/// reference could name any number.)
+pub const MAX_LISTED: u64 = 1 << 24;
 /// Receive buffers that a client grants each shard, for replies and immediates.
 pub const CLIENT_RECEIVES: usize = 16;
 /// Fewest that it may grant: one for everything, and one for the last word.

@@ -115,6 +115,20 @@ pub enum Fault {
         /// What the limit is of.
         what: &'static str,
     },
+    /// Something of a table.
+    #[error("table {table}: {fault}")]
+    Table {
+        /// The shard's number of it.
+        table: u32,
+        /// What.
+        fault: Box<Fault>,
+    },
+    /// A value.
+    #[error("NaN or infinity in an update of row {row} of the shard")]
+    NotFinite {
+        /// The row's index in the shard.
+        row: u64,
+    },
     /// Its kind.
     #[error("kind = {0} is not a message")]
     Kind(u8),

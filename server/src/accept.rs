@@ -41,6 +41,8 @@ pub struct Control<T: Transport> {
     doors: Vec<Door<T>>,
     id: u64,
     clients: usize,
+    /// Number of the message before each client's first.
+    origin: u64,
     stop: Arc<AtomicBool>,
 }
 
@@ -49,7 +51,7 @@ const TURN: Duration = Duration::from_millis(50);
 
 impl<T: Transport> Control<T> {
     pub fn new(config: &Config, doors: Vec<Door<T>>, stop: Arc<AtomicBool>) -> Self {
-        Self { doors, id: config.id, clients: config.clients, stop }
+        Self { doors, id: config.id, clients: config.clients, origin: config.origin.number, stop }
     }
 
     pub fn run(self, listener: &mut T::Listener) {
@@ -79,6 +81,7 @@ impl<T: Transport> Control<T> {
         welcome.key = door.region.key;
         welcome.credits = door.share.credits as u32;
         welcome.message_bytes = MESSAGE_BYTES as u32;
+        welcome.origin = self.origin;
         match request.accept(&door.attach, welcome.as_bytes()) {
             Ok(connection) => {
                 if role == Role::Main {

@@ -1,23 +1,25 @@
 //! How much memory a server takes, term by term.
 //!
-//! All of it is allocated and registered before the first request. What grows with the tables (subscriptions
-//! and dirty marks, on the heap) is bounded by the rows that fit.
+//! What NICs and peers reach is allocated and registered before the first request. What grows with tables and clients, on the heap, is
+//! counted, and refused beyond its term.
 
 use std::fmt;
 
 use fervor_protocol::limits::MESSAGE_BYTES;
 
-use crate::Config;
+use crate::{Config, core::region_header};
 
 /// Bytes of each kind of memory, over all shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
-    /// Rows, exported for remote READ.
+    /// Rows, exported for remote READ, with what clients on this host look at beside them.
     pub rows: usize,
     /// Receive buffers.
     pub receive: usize,
     /// Memory that pushes are sent from.
     pub staging: usize,
+    /// At most, of what is remembered of tables and clients.
+    pub bookkeeping: usize,
     shards: usize,
     buffers: usize,
 }
@@ -28,9 +30,10 @@ impl Budget {
         let shards = config.cores.len();
         let buffers = config.clients * config.credits;
         Self {
-            rows: config.memory,
+            rows: config.memory + shards * region_header(config.clients),
             receive: shards * buffers * MESSAGE_BYTES,
             staging: shards * config.staging,
+            bookkeeping: config.bookkeeping,
             shards,
             buffers,
         }
@@ -38,18 +41,18 @@ impl Budget {
 
     /// The sum.
     pub fn total(&self) -> usize {
-        self.rows + self.receive + self.staging
-    }
-
-    pub(crate) fn rows_per_shard(&self, config: &Config) -> usize {
-        config.memory / config.cores.len() / 4096 * 4096
+        self.rows + self.receive + self.staging + self.bookkeeping
     }
 }
 
 impl fmt::Display for Budget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
-        writeln!(f, "memory, registered before the first request ({} shards):", self.shards)?;
+        writeln!(
+            f,
+            "memory ({} shards), registered before the first request but for the bookkeeping:",
+            self.shards
+        )?;
         writeln!(f, "  rows             {:>10.1} MiB", mib(self.rows))?;
         writeln!(
             f,
@@ -60,6 +63,7 @@ impl fmt::Display for Budget {
             MESSAGE_BYTES >> 10
         )?;
         writeln!(f, "  push staging     {:>10.1} MiB", mib(self.staging))?;
+        writeln!(f, "  bookkeeping      {:>10.1} MiB  (at most)", mib(self.bookkeeping))?;
         write!(f, "  total            {:>10.1} MiB", mib(self.total()))
     }
 }

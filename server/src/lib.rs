@@ -1,25 +1,26 @@
-//! Fervor's server: each shard is owned by one polling thread, which applies batches and pushes rows.
+//! Fervor's server: each shard is owned by one polling thread, which applies batches and pushes images.
 //!
 //! ```text
 //!  control thread                 one poller per shard
-//!  ┌───────────────────┐  mail    ┌──────────────────────────────────────────────────┐
-//!  │ accept, handshake │ ───────▶ │ poll → message → apply → acknowledge → round     │
-//!  └───────────────────┘          │ Shard: rows (Exclusive), LSN, vector clock       │
-//!                                 │ Peer: one client's connection, window and queue  │
-//!                                 └──────────────────────────────────────────────────┘
+//!  ┌───────────────────┐  mail    ┌───────────────────────────────────────────────────────────────┐
+//!  │ accept, handshake │ ───────▶ │ poll ─▶ ShardCore ─▶ Outbound ─▶ post                           │
+//!  └───────────────────┘          │         images, clocks  what waits,  connections, staging      │
+//!                                 │                         in order                               │
+//!                                 └───────────────────────────────────────────────────────────────┘
 //! ```
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`accept`] | the control thread: handshakes, and mail to the pollers |
-//! | [`poller`] | the loop of a polling thread, and how it idles |
-//! | [`shard`] | rows, tables, LSN, vector clock: applying a message |
-//! | [`peer`] | what a poller knows of one client |
-//! | [`push`] | rounds: who gets which row, from which stable memory |
+//! | [`core`] | a shard: images, tables, LSN, vector clock, who holds what; pure |
+//! | [`outbound`] | what waits for a client, and what goes first; pure |
+//! | [`peer`] | a client's connection, and what is on its way to it |
+//! | [`posting`] | all clients' connections and the staging memory: pushes |
 //! | [`staging`] | the memory that pushes are sent from |
-//! | [`budget`] | how much memory all of it takes, term by term |
+//! | [`poller`] | the loop of a polling thread, and how it idles |
+//! | [`accept`] | the control thread: handshakes, and mail to the pollers |
+//! | [`config`], [`budget`] | what a server is made for; how much memory that takes, term by term |
 //!
-//! **Invariants.** Only a shard's own thread writes its rows. A batch is checked as a whole before any of it is
+//! **Invariants.** Only a shard's own thread writes its images. A batch is checked as a whole before any of it is
 //! applied. Nothing here blocks, locks or makes a system call between two messages; the control thread and the
 //! pollers share one mail queue and three atomics each. A peer's fault ends that peer's connection and nothing else.
 
@@ -34,98 +35,24 @@ use std::{
     },
 };
 
-use fervor_protocol::limits::{ACK_RING, MAX_CREDITS, MAX_ROW_BYTES, MESSAGE_BYTES};
 use fervor_verbs::{
     Address, Error, Exclusive,
-    transport::{Attach, Endpoint, EndpointConfig, Export, Listener, RemoteRegion, Thread, Transport},
+    transport::{Attach, Endpoint, Export, Listener, Thread, Transport},
 };
 
 mod accept;
 pub mod budget;
-mod continuous;
+pub mod config;
+pub mod core;
+mod outbound;
 mod peer;
 mod poller;
-mod push;
-mod shard;
+mod posting;
 mod staging;
-mod visible;
 
 pub use budget::Budget;
-
-/// What a server is made for.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// Where it listens.
-    pub listen: Address,
-    /// Per shard the processor that its polling thread is pinned to, if any.
-    pub cores: Vec<Option<usize>>,
-    /// Bytes of rows, over all shards.
-    pub memory: usize,
-    /// Most clients at a time.
-    pub clients: usize,
-    /// Most workers of a client: each has a connection of its own to each shard, for its READs.
-    pub workers: usize,
-    /// Messages that a client may have on their way to one shard: each has a receive buffer.
-    pub credits: usize,
-    /// Bytes per shard that pushes are sent from.
-    pub staging: usize,
-    /// Tells this server from others of a job.
-    pub id: u64,
-}
-
-impl Config {
-    /// One shard, not pinned, with defaults for the rest.
-    pub fn new(listen: Address) -> Self {
-        Self {
-            listen,
-            cores: vec![None],
-            memory: 256 << 20,
-            clients: 16,
-            workers: 8,
-            credits: 8,
-            staging: 4 << 20,
-            id: 0,
-        }
-    }
-
-    fn check(&self) -> Result<(), ServerError> {
-        let bad = |text: String| Err(ServerError::Config(text));
-        if self.cores.is_empty() || self.cores.len() > usize::from(u16::MAX) {
-            return bad(format!("{} shards: give at least one core", self.cores.len()));
-        }
-        if self.clients == 0 || self.clients > usize::from(u16::MAX) {
-            return bad(format!("clients = {}: 1 to {} are possible", self.clients, u16::MAX));
-        }
-        if self.credits == 0 || self.credits > MAX_CREDITS.min(ACK_RING) {
-            return bad(format!("credits = {}: 1 to {MAX_CREDITS} are possible", self.credits));
-        }
-        if self.staging < 2 * MAX_ROW_BYTES {
-            return bad(format!(
-                "staging = {} bytes: at least {} are needed",
-                self.staging,
-                2 * MAX_ROW_BYTES
-            ));
-        }
-        if self.memory < self.cores.len() * 4096 {
-            return bad(format!("memory = {} bytes: at least a page per shard is needed", self.memory));
-        }
-        Ok(())
-    }
-
-    /// Configuration of each shard's endpoint.
-    fn endpoint(&self, shard: usize) -> EndpointConfig {
-        EndpointConfig {
-            receive_buffers: self.clients * self.credits,
-            receive_size: MESSAGE_BYTES,
-            send_depth: 128,
-            read_depth: 16,
-            // Of each client the main one, its workers', and the one by which it asks for the shards before; and
-            // some that have ended and wait to be polled.
-            connections: self.clients * (2 + self.workers) + 8,
-            completion_vector: shard,
-        }
-    }
-}
+pub use config::Config;
+pub use core::Origin;
 
 /// Why a server does not start.
 #[derive(Debug, thiserror::Error)]
@@ -189,12 +116,12 @@ impl<T: Transport> Server<T> {
         let mut doors: Vec<accept::Door<T>> = Vec::new();
         let mut pollers = Vec::new();
         for shard in 0..config.cores.len() {
-            let rows = Exclusive::new(&format!("fervor-rows-{shard}"), budget.rows_per_shard(config))?;
+            let rows = Exclusive::new(&format!("fervor-rows-{shard}"), config.region_bytes())?;
             let export = transport.export(&rows)?;
             let endpoint = transport.endpoint(&config.endpoint(shard))?;
             let staging = staging::Staging::new(transport, config.staging)?;
             let share = Arc::new(Share {
-                clock: AtomicU64::new(0),
+                clock: AtomicU64::new(config.origin.clock),
                 stop: AtomicBool::new(false),
                 clients: AtomicUsize::new(0),
                 credits: config.credits,
@@ -212,8 +139,8 @@ impl<T: Transport> Server<T> {
                 transport.clone(),
                 endpoint,
                 mail,
-                shard::Shard::new(rows),
-                staging,
+                core::ShardCore::new(rows, config.origin, config.limits()),
+                posting::Posting::new(staging, config.quota()),
                 share,
                 Box::new(export),
             ));
@@ -260,16 +187,5 @@ impl<T: Transport> Server<T> {
 impl<T: Transport> Drop for Server<T> {
     fn drop(&mut self) {
         self.shut_down();
-    }
-}
-
-/// A region of a client, bounds-checked: where the shard may write.
-#[derive(Debug, Clone, Copy)]
-struct Target(RemoteRegion);
-
-impl Target {
-    /// Whether `offset..offset + length` lies in it, on a boundary of 64 bytes.
-    fn fits(&self, offset: u64, length: usize) -> bool {
-        offset.is_multiple_of(64) && offset.checked_add(length as u64).is_some_and(|end| end <= self.0.length)
     }
 }

@@ -43,6 +43,16 @@ struct Arguments {
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256M")]
     memory: usize,
 
+    /// Most memory for what is remembered of tables and clients, over all shards: who holds which rows, and what has
+    /// changed [default: half of --memory]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    bookkeeping: Option<usize>,
+
+    /// Memory that pushes are sent from, in each shard; a part of it, divided by one more than --clients, bounds what is on
+    /// its way to one client, and the width of a row [default: enough for rows of 1 MiB, up to 64M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    staging: Option<usize>,
+
     /// Most clients at a time
     #[arg(long, value_name = "N", default_value_t = 16)]
     clients: usize,
@@ -83,7 +93,7 @@ fn check_memory(budget: &Budget) -> anyhow::Result<()> {
     let available = kib.context("/proc/meminfo has no MemAvailable")? << 10;
     if budget.total() > available {
         bail!(
-            "{budget}\nthe machine has {} MiB available: ask for less --memory, fewer --clients or fewer --credits",
+            "{budget}\nthe machine has {} MiB available: ask for less --memory or --staging, fewer --clients or fewer --credits",
             available >> 20
         );
     }
@@ -104,6 +114,9 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     config.clients = arguments.clients;
     config.workers = arguments.workers;
     config.credits = arguments.credits;
+    config.bookkeeping =
+        arguments.bookkeeping.unwrap_or_else(|| Config::default_bookkeeping(arguments.memory));
+    config.staging = arguments.staging.unwrap_or_else(|| Config::default_staging(arguments.clients));
     // Servers of one job are told apart by this; two that start in the same nanosecond differ by process.
     let time = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64;
     config.id = time ^ u64::from(std::process::id()).rotate_left(40);

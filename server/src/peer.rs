@@ -1,71 +1,78 @@
-//! What a poller knows of one client.
+//! One client's connection: what was posted to it and has not completed.
+//!
+//! | field | written | until |
+//! |---|---|---|
+//! | `inflight` | at each post that reads staging memory | a completion says that it, or a later post, is done |
+//! | `pinned` | with it: bytes of those entries | at most the quota, so that a client that takes nothing leaves enough for the others |
+//! | `serial` | number of the last such post | |
+//! | `unsignalled` | there is such a post that nothing will complete | [`Peer::ask_for_completion`] |
 
 use std::collections::VecDeque;
 
 use fervor_protocol::{
-    ack::{BatchNumbers, Receives, ack_offset, ack_word},
-    limits::ACK_RING,
+    ack::{Immediate, ack_offset, ack_word, round_index, round_word},
+    batch::Source,
+    limits::{CONTROL_BYTES, CONTROL_PUSHED, CONTROL_ROUNDS},
     mutants::{Mutant, mutant},
     wire::Hello,
 };
-use fervor_verbs::transport::{Connection, Payload, PostError, RemoteRegion, Sge};
+use fervor_verbs::transport::{Connection, Payload, PostError, RemoteRegion, Sge, View};
 
-use crate::{Target, shard::TableId, staging::Entry, visible::Visible};
+use crate::{
+    outbound::{Outbound, RESERVE},
+    staging::Entry,
+};
 
-/// Requests kept free in the send queue for acknowledgements and the end of a round.
-const RESERVE: usize = 8;
-
-/// Work id of the SEND of a fault; other ids are serials of [`Peer::serial`].
+/// Work id of the SEND of a fault; other ids are serials of [`Peer`].
 pub const FAULT_ID: u64 = u64::MAX;
 /// Work id of the READ that proves pushes visible.
 pub const PROOF_ID: u64 = u64::MAX - 1;
+/// One WRITE in so many is signalled, so that its completion releases the entries of those before.
+const SIGNAL_EVERY: u64 = 8;
 
-/// Bytes of a client's control block for one shard: the acknowledgement ring, then the pushed bytes.
-pub const CONTROL_BYTES: usize = (ACK_RING + 8) * 8;
+/// The memory that a client has named, seen from here.
+#[derive(Debug)]
+pub struct Slabs<V>(pub V);
 
-/// A row to push to one slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wanted {
-    pub table: TableId,
-    pub row: u64,
-    pub slot: u64,
-    /// Pushed whether it is subscribed or not.
-    pub once: bool,
+impl<V: View> Source for Slabs<V> {
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read(&self, at: u64, into: &mut [u8]) {
+        self.0.copy(at as usize, into);
+    }
 }
 
-/// One client. `C` is its main connection.
-pub struct Peer<C> {
-    /// Its entry in the vector clock; never used again.
-    pub client: u64,
+/// Bytes of staging memory that a post reads.
+#[derive(Debug, Clone, Copy)]
+pub struct Staged {
+    pub entry: Entry,
+    /// First byte within the entry.
+    pub from: usize,
+    pub bytes: usize,
+}
+
+/// See the module.
+pub struct Peer<C: Connection> {
+    /// Its number, for people.
+    pub number: u64,
     pub connection: C,
-    pub target: Target,
+    pub outbound: Outbound,
+    pub slabs: Option<Slabs<C::View>>,
+    region: RemoteRegion,
+    /// Byte offset of its control block in its region.
     control: u64,
-    pub receives: Receives,
-    pub numbers: BatchNumbers,
-    /// Sequence of the last message processed.
-    pub sequence: u64,
-    /// Messages that it may have on their way.
-    credits: u64,
-    /// Acknowledgements that have not been posted.
-    acks: VecDeque<(u64, u64)>,
-    /// Replies that wait for a receive buffer of the client.
-    pub replies: VecDeque<Vec<u8>>,
-    /// Rows that could not be pushed at once. The round is closed when it is empty.
-    pub queue: VecDeque<Wanted>,
-    /// A round is to be closed at this clock.
-    pub round: Option<u64>,
-    /// Slots given up by messages up to this sequence are to be announced free.
-    pub closed: Option<u64>,
-    /// Entries that posted WRITEs read, oldest first, with the serial of the WRITE.
-    inflight: VecDeque<(u64, Entry)>,
-    /// Number of the last WRITE from staging.
+    inflight: VecDeque<(u64, Entry, usize)>,
+    pinned: usize,
     serial: u64,
-    /// Whether WRITEs from staging were posted since the last signalled request.
     unsignalled: bool,
-    /// What of value-bounded tables is visible to it: see [`crate::visible`].
-    pub visible: Visible,
+    /// The proof on its way: the last post before it, and where it puts the word.
+    proof: Option<(u64, Entry)>,
     /// Bytes pushed since the start.
-    pub pushed: u64,
+    pushed: u64,
+    /// It is in the list of those that have something to post.
+    pub listed: bool,
     /// It sent something bad, has been told, and is not listened to.
     pub condemned: bool,
     /// It said that it leaves: its end is no fault.
@@ -75,162 +82,169 @@ pub struct Peer<C> {
 impl<C: Connection> Peer<C> {
     /// # Errors
     /// What is wrong with the handshake, and the connection.
-    pub fn new(client: u64, connection: C, hello: &Hello, credits: usize) -> Result<Self, (String, C)> {
-        let target = Target(RemoteRegion { address: hello.address, length: hello.length, key: hello.key });
-        if !target.fits(hello.control, CONTROL_BYTES) {
+    pub fn new(connection: C, hello: &Hello, credits: usize) -> Result<Self, (String, C)> {
+        let region = RemoteRegion { address: hello.address, length: hello.length, key: hello.key };
+        let end = hello.control.checked_add(CONTROL_BYTES as u64);
+        if !hello.control.is_multiple_of(64) || end.is_none_or(|end| end > hello.length) {
             return Err((format!("control = {} is outside the client's region", hello.control), connection));
         }
         Ok(Self {
-            client,
+            number: 0,
             connection,
-            target,
+            outbound: Outbound::new(hello.receives as usize, credits),
+            slabs: None,
+            region,
             control: hello.control,
-            receives: Receives::new(hello.receives as usize),
-            numbers: BatchNumbers::default(),
-            sequence: 0,
-            credits: credits as u64,
-            acks: VecDeque::new(),
-            replies: VecDeque::new(),
-            queue: VecDeque::new(),
-            round: None,
-            closed: None,
             inflight: VecDeque::new(),
+            pinned: 0,
             serial: 0,
             unsignalled: false,
-            visible: Visible::default(),
+            proof: None,
             pushed: 0,
+            listed: false,
             condemned: false,
             left: false,
         })
     }
 
-    /// Whether message `sequence`, the next one, is within the client's credits.
+    /// Bytes of its region.
+    pub fn region_bytes(&self) -> u64 {
+        self.region.length
+    }
+
+    /// Whether a push of `bytes` bytes can be posted now, before anything else that waits, within the quota.
+    pub fn takes(&self, bytes: usize, quota: usize) -> bool {
+        self.connection.room() > RESERVE && self.outbound.slots() == 0 && self.affords(bytes, quota)
+    }
+
+    /// Whether `bytes` more bytes of staging are within the quota.
+    pub fn affords(&self, bytes: usize, quota: usize) -> bool {
+        self.pinned == 0 || self.pinned + bytes <= quota
+    }
+
+    /// Posts a WRITE of staged bytes to `at` of the client's region. There is room. [`Peer::completed`] gives the entry back.
     ///
     /// # Errors
-    /// It is not: more than the credits would be unacknowledged. (Those whose acknowledgement is posted are not counted.)
-    pub fn check_credits(&self, sequence: u64) -> Result<(), String> {
-        let out = self.acks.len() as u64 + 1;
-        if out > self.credits {
-            return Err(format!(
-                "sequence = {sequence} is the {out}th message that is not acknowledged: credits = {}",
-                self.credits
-            ));
-        }
-        Ok(())
-    }
-
-    /// Acknowledges message `sequence` at `lsn`.
-    pub fn acknowledge(&mut self, sequence: u64, lsn: u64) {
-        self.acks.push_back((sequence, ack_word(sequence, lsn)));
-    }
-
-    /// Whether a push can be posted now.
-    pub fn has_room(&self) -> bool {
-        self.connection.room() > RESERVE
-    }
-
-    /// Posts a WRITE of `payload` to `offset` of the client's region, from `entry` of the staging memory.
-    /// There is room. The entry's use is released by [`Peer::completed`].
-    pub fn push(
-        &mut self,
-        payload: Payload<'_, C::Region>,
-        slot: u64,
-        bytes: usize,
-        entry: Entry,
-    ) -> Result<(), PostError> {
-        self.serial += 1;
-        // Every eighth is signalled, so that its completion releases the entries of those before.
-        let signal = self.serial.is_multiple_of(8).then_some(self.serial);
-        self.connection.write(payload, self.target.0.at(slot), None, signal)?;
+    /// The connection is broken.
+    pub fn push(&mut self, region: &C::Region, staged: Staged, at: u64) -> Result<(), PostError> {
+        let serial = self.serial + 1;
+        let signal = serial.is_multiple_of(SIGNAL_EVERY).then_some(serial);
+        let piece = Sge { region, offset: staged.entry.offset() + staged.from, length: staged.bytes };
+        self.connection.write(Payload::Gather(&[piece]), self.region.at(at), None, signal)?;
         self.unsignalled = signal.is_none();
-        self.inflight.push_back((self.serial, entry));
-        self.pushed += bytes as u64;
+        self.pushed += staged.bytes as u64;
+        self.pin(staged);
         Ok(())
     }
 
-    /// Posts the SEND of a reply, from `entry` of the staging memory, with work id `id` or its serial.
-    pub fn reply(
-        &mut self,
-        payload: Payload<'_, C::Region>,
-        id: Option<u64>,
-        entry: Entry,
-    ) -> Result<(), PostError> {
+    /// Posts the SEND of a staged answer; the last word completes as [`FAULT_ID`].
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub fn send(&mut self, region: &C::Region, staged: Staged) -> Result<(), PostError> {
+        let id = if self.outbound.is_last_word() { FAULT_ID } else { self.serial + 1 };
+        let piece = Sge { region, offset: staged.entry.offset(), length: staged.bytes };
+        self.connection.send(Payload::Gather(&[piece]), None, Some(id))?;
+        self.unsignalled = false;
+        self.pin(staged);
+        Ok(())
+    }
+
+    fn pin(&mut self, staged: Staged) {
         self.serial += 1;
-        self.connection.send(payload, None, Some(id.unwrap_or(self.serial)))?;
+        self.pinned += staged.bytes;
+        self.inflight.push_back((self.serial, staged.entry, staged.bytes));
+    }
+
+    /// Posts a READ of a word of the client's into `entry`, behind all pushes so far.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub fn prove(&mut self, region: &C::Region, entry: Entry) -> Result<(), PostError> {
+        let remote = self.region.at(self.control);
+        if mutant(Mutant::VisibleOnWrite) {
+            self.connection.write(Payload::Inline(&[]), remote, None, Some(PROOF_ID))?;
+        } else {
+            let into = Sge { region, offset: entry.offset(), length: 8 };
+            self.connection.read(&[into], remote, Some(PROOF_ID))?;
+        }
         self.unsignalled = false;
-        self.inflight.push_back((self.serial, entry));
+        self.proof = Some((self.serial, entry));
         Ok(())
     }
 
-    /// Posts a READ of a word of the client's into `into`, behind all pushes so far. There is room.
-    pub fn prove(&mut self, into: Sge<'_, C::Region>) -> Result<(), PostError> {
-        self.unsignalled = false;
-        if mutant(Mutant::VisibleOnWrite) {
-            let remote = self.target.0.at(self.control);
-            return self.connection.write(Payload::Inline(&[]), remote, None, Some(PROOF_ID));
+    /// The proof has completed (`ok`), or will not: gives what it and all before it read to `release`.
+    pub fn proof_done(&mut self, ok: bool, mut release: impl FnMut(Entry)) {
+        if let Some((serial, entry)) = self.proof.take() {
+            release(entry);
+            if ok {
+                self.completed(serial, release);
+            }
         }
-        self.connection.read(&[into], self.target.0.at(self.control), Some(PROOF_ID))
-    }
-
-    /// Number of the last WRITE from staging.
-    pub fn serial(&self) -> u64 {
-        self.serial
     }
 
     /// A signalled request is done: gives the entries that it and earlier ones read to `release`.
     pub fn completed(&mut self, serial: u64, mut release: impl FnMut(Entry)) {
-        while self.inflight.front().is_some_and(|(first, _)| *first <= serial) {
-            self.inflight.pop_front().into_iter().for_each(|(_, entry)| release(entry));
+        while let Some(&(first, entry, bytes)) = self.inflight.front()
+            && first <= serial
+        {
+            self.inflight.pop_front();
+            self.pinned -= bytes;
+            release(entry);
         }
     }
 
-    /// Posts what needs neither staging nor a receive buffer: the acknowledgements.
-    pub fn post_acks(&mut self) -> Result<bool, PostError> {
-        let mut any = false;
-        while self.connection.room() > 0 {
-            let Some((sequence, word)) = self.acks.pop_front() else { break };
-            let remote = self.target.0.at(self.control + ack_offset(sequence) as u64);
-            self.connection.write(Payload::Inline(&word.to_le_bytes()), remote, None, None)?;
-            any = true;
+    /// Posts the acknowledgement of message `sequence`.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub fn acknowledge(&mut self, sequence: u64, lsn: u64) -> Result<(), PostError> {
+        let word = ack_word(sequence, lsn).to_le_bytes();
+        let remote = self.region.at(self.control + ack_offset(sequence) as u64);
+        self.connection.write(Payload::Inline(&word), remote, None, None)
+    }
+
+    /// Posts a WRITE with immediate, behind all pushes so far, that also tells how many bytes they were.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub fn tell(&mut self, immediate: Immediate) -> Result<(), PostError> {
+        let pushed = self.pushed.to_le_bytes();
+        self.write_word(CONTROL_PUSHED, &pushed, Some(immediate))
+    }
+
+    /// Closes the round of `clock`, of which all has been posted: the LSN, the bytes, and the immediate with the last word.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub fn close_round(&mut self, clock: u64, lsn: u64) -> Result<(), PostError> {
+        if mutant(Mutant::RoundByPlainWrite) {
+            self.write_word(CONTROL_PUSHED + 8, &clock.to_le_bytes(), None)?;
         }
-        Ok(any)
+        let pushed = self.pushed.to_le_bytes();
+        self.write_word(CONTROL_PUSHED, &pushed, None)?;
+        let word = round_word(clock, lsn).to_le_bytes();
+        self.write_word(CONTROL_ROUNDS + 8 * round_index(clock), &word, Some(Immediate::Round(clock)))
     }
 
-    /// Posts a WRITE with immediate, without data, behind all pushes so far. There is room and a receive buffer.
-    pub fn announce(&mut self, immediate: u32) -> Result<(), PostError> {
-        let pushed = self.target.0.at(self.control + (ACK_RING * 8) as u64);
-        self.unsignalled = false;
-        self.connection.write(
-            Payload::Inline(&self.pushed.to_le_bytes()),
-            pushed,
-            Some(immediate),
-            Some(self.serial),
-        )
-    }
-
-    /// A mutant: tells a clock by a WRITE without an immediate.
-    pub fn write_clock(&mut self, clock: u64) -> Result<(), PostError> {
-        let word = self.target.0.at(self.control + ((ACK_RING + 1) * 8) as u64);
-        self.connection.write(Payload::Inline(&clock.to_le_bytes()), word, None, None)
-    }
-
-    /// Sees to it that the entries of all posted pushes will be released: asks for a completion if none is under way.
-    pub fn ask_for_completion(&mut self) -> Result<(), PostError> {
-        if self.unsignalled && self.connection.room() > 0 {
-            self.unsignalled = false;
-            let remote = self.target.0.at(self.control);
-            return self.connection.write(Payload::Inline(&[]), remote, None, Some(self.serial));
-        }
+    fn write_word(&mut self, at: usize, word: &[u8], immediate: Option<Immediate>) -> Result<(), PostError> {
+        let remote = self.region.at(self.control + at as u64);
+        let signal = immediate.map(|_| self.serial);
+        self.connection.write(Payload::Inline(word), remote, immediate.map(Immediate::encode), signal)?;
+        self.unsignalled &= immediate.is_none();
         Ok(())
     }
 
-    /// Whether there is anything left to post.
-    pub fn busy(&self) -> bool {
-        !self.acks.is_empty()
-            || !self.replies.is_empty()
-            || !self.queue.is_empty()
-            || self.round.is_some()
-            || self.closed.is_some()
-            || self.visible.tell().is_some()
+    /// Sees to it that the entries of all posts will be released: asks for a completion if none is under way.
+    ///
+    /// # Errors
+    /// The connection is broken.
+    pub fn ask_for_completion(&mut self) -> Result<(), PostError> {
+        if self.unsignalled && self.connection.room() > 0 {
+            let remote = self.region.at(self.control);
+            self.connection.write(Payload::Inline(&[]), remote, None, Some(self.serial))?;
+            self.unsignalled = false;
+        }
+        Ok(())
     }
 }

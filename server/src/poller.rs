@@ -1,9 +1,17 @@
 //! A polling thread: the one owner of a shard, its completion queue and its clients' connections.
 //!
-//! One turn takes mail, polls, applies what has come, closes a round if the shard clock rose, and posts what waits.
-//! A turn with nothing to do makes no system call. After some idle turns (spinning, then yielding the
+//! One turn takes mail, polls, hands what has come to the [core](crate::core), pushes what changed if the shard clock rose, and
+//! posts what waits. It costs what there is to do: nothing is looked at but completions, the images that changed and the clients that have
+//! something. A turn with nothing to do makes no system call. After some idle turns (spinning, then yielding the
 //! processor) the thread sleeps until the endpoint has something: on two cores, two pollers and two workers must
-//! not starve each other. One-sided READs do not wake it.
+//! not starve each other. One-sided READs do not wake it, nor does a client that reads in place.
+//!
+//! | module | knows | does not know |
+//! |---|---|---|
+//! | [`core`](crate::core) | images, clients, clocks | connections, time |
+//! | [`outbound`](crate::outbound) | what waits for a client, in which order | images |
+//! | [`posting`](crate::posting) | connections, staging memory | messages |
+//! | this | messages, completions, who comes and goes | |
 
 use std::{
     collections::BTreeMap,
@@ -12,25 +20,22 @@ use std::{
 };
 
 use fervor_protocol::{
-    ack::Admit,
-    batch::Batch,
-    limits::{REPLY_BYTES, ROW_HEADER},
+    clock::Departure,
+    limits::REPLY_BYTES,
     mutants::{Mutant, mutant},
-    wire::{
-        self, Fault, Hello, Kind, MessageHeader, PUSH_ONCE, SUBSCRIBE, SlotRecord, TableReply, UNSUBSCRIBE,
-    },
+    wire::{self, Fault, Hello, Kind, MemoryHeader, MessageHeader},
 };
 use fervor_verbs::transport::{
-    Completion, Connection, ConnectionId, Endpoint, Export, ReceiveBuffer, Transport, WorkError,
+    Completion, Connection, ConnectionId, Endpoint, Export, ReceiveBuffer, RemoteRegion, Transport, WorkError,
 };
-use zerocopy::IntoBytes;
 
 use crate::{
     Share,
     accept::Mail,
-    peer::{FAULT_ID, PROOF_ID, Peer, Wanted},
-    shard::{Shard, Subscriber},
-    staging::Staging,
+    core::{ClientId, Due, Effects, Next, Run, ShardCore, SlotEffect, TableId},
+    outbound::MAX_ASKED,
+    peer::{FAULT_ID, PROOF_ID, Peer, Slabs},
+    posting::Posting,
 };
 
 /// Longest sleep. Nothing is due at any time but the continuous pushes that wait for their budget: messages, ends of
@@ -38,27 +43,27 @@ use crate::{
 const SLEEP: Duration = Duration::from_secs(3600);
 /// How long a stopping poller still takes what comes, and then waits for its clients to take their last message.
 const FAREWELL: Duration = Duration::from_millis(500);
+/// Bytes of images that get their checks in a turn, of a table that is being sealed: some 30 µs.
+const SEALED_A_TURN: usize = 256 << 10;
+/// Images of a table that are pushed continuously before the poller looks again what has come.
+const RANKED_A_TURN: usize = 16;
 
 /// See the module.
 pub struct Poller<T: Transport> {
-    pub(crate) transport: T,
+    transport: T,
     endpoint: T::Endpoint,
     mail: Receiver<Mail<T::Connection>>,
-    pub(crate) shard: Shard,
-    pub(crate) staging: Staging<T::Region>,
+    core: ShardCore,
+    posting: Posting<T>,
     share: Arc<Share>,
-    pub(crate) peers: BTreeMap<ConnectionId, Peer<T::Connection>>,
-    /// Connection of each client that is in the vector clock or was.
-    pub(crate) clients: BTreeMap<u64, ConnectionId>,
+    /// Whose connection it is.
+    clients: BTreeMap<ConnectionId, ClientId>,
     readers: BTreeMap<ConnectionId, T::Connection>,
-    next_client: u64,
     completions: Vec<Completion>,
     /// Completions of connections whose mail has not come yet.
     early: Vec<Completion>,
-    /// The shard clock rose to this in the present turn.
-    rose: Option<u64>,
-    /// When a budget allows the next continuous push, if rows wait for that.
-    pub(crate) next_push: Option<Duration>,
+    /// When a budget allows the next continuous push, if images wait for that.
+    next_push: Option<Duration>,
     /// Registration of the shard's rows: lives as long as the connections through which they are read.
     _export: Box<dyn Export>,
 }
@@ -68,8 +73,8 @@ impl<T: Transport> Poller<T> {
         transport: T,
         endpoint: T::Endpoint,
         mail: Receiver<Mail<T::Connection>>,
-        shard: Shard,
-        staging: Staging<T::Region>,
+        core: ShardCore,
+        posting: Posting<T>,
         share: Arc<Share>,
         export: Box<dyn Export>,
     ) -> Self {
@@ -77,16 +82,13 @@ impl<T: Transport> Poller<T> {
             transport,
             endpoint,
             mail,
-            shard,
-            staging,
+            core,
+            posting,
             share,
-            peers: BTreeMap::new(),
             clients: BTreeMap::new(),
             readers: BTreeMap::new(),
-            next_client: 1,
             completions: Vec::new(),
             early: Vec::new(),
-            rose: None,
             next_push: None,
             _export: export,
         }
@@ -113,15 +115,16 @@ impl<T: Transport> Poller<T> {
         // Busy clients could go on for ever.
         let end = self.transport.now() + FAREWELL;
         while self.turn() > 0 && self.transport.now() < end {}
-        let ids: Vec<_> = self.peers.keys().copied().collect();
-        for id in ids {
+        for id in self.posting.ids() {
             self.condemn(id, "the server stops");
         }
-        self.pump_all();
         let end = self.transport.now() + FAREWELL;
         let mut turn = 0;
-        while !self.peers.is_empty() && self.transport.now() < end {
+        loop {
             self.turn();
+            if self.posting.is_empty() || self.transport.now() >= end {
+                break;
+            }
             self.transport.relax(turn);
             turn += 1;
         }
@@ -129,32 +132,21 @@ impl<T: Transport> Poller<T> {
 
     /// Does what there is to do; returns how much that was.
     fn turn(&mut self) -> usize {
-        let mut work = self.take_mail();
-        let mut completions = std::mem::take(&mut self.completions);
-        completions.append(&mut self.early);
-        let waiting = completions.len();
-        self.endpoint.poll(&mut completions);
-        work += completions.len() - waiting;
-        for completion in completions.drain(..) {
-            self.complete(completion);
-        }
-        self.completions = completions;
-        if work > 0 && self.shard.value_bounded() {
+        let mut work = self.take_mail() + self.take_completions();
+        if work > 0 {
+            self.posting.post_acknowledgements();
             self.push_changes();
         }
-        if let Some(clock) = self.rose.take() {
-            self.share.clock.store(clock, Ordering::Release);
-            self.round(clock);
-        } else if work > 0 || self.peers.values().any(Peer::busy) {
-            work += self.pump_all();
-        }
-        if work > 0 && self.shard.value_bounded() {
-            self.follow_visible();
-            work += self.pump_all();
+        work += usize::from(self.core.seal_some(SEALED_A_TURN));
+        self.take_answers();
+        work += self.posting.pump(&mut self.core);
+        if work > 0 && self.core.is_value_bounded() {
+            self.tell_visible();
+            work += self.posting.pump(&mut self.core);
         }
         let pushed = self.push_continuously();
         if pushed > 0 {
-            work += pushed + self.pump_all();
+            work += pushed + self.posting.pump(&mut self.core);
         }
         work
     }
@@ -172,32 +164,45 @@ impl<T: Transport> Poller<T> {
     }
 
     fn join(&mut self, connection: T::Connection, hello: &Hello) {
-        let (id, client) = (connection.id(), self.next_client);
-        self.next_client += 1;
-        let mut peer = match Peer::new(client, connection, hello, self.share.credits) {
+        let connection_id = connection.id();
+        let peer = match Peer::new(connection, hello, self.share.credits) {
             Ok(peer) => peer,
             Err((text, mut connection)) => {
-                eprintln!("fervor-server: client {client} refused: {text}");
+                eprintln!("fervor-server: a client is refused: {text}");
                 self.share.clients.fetch_sub(1, Ordering::Release);
                 // It did not even say where to answer. Kept until its end has been polled.
                 connection.disconnect();
-                self.readers.insert(id, connection);
+                self.readers.insert(connection_id, connection);
                 return;
             }
         };
-        // The clock may have risen since the handshake told it.
-        peer.round = Some(self.shard.clock.shard());
-        self.peers.insert(id, peer);
-        match self.shard.clock.join(client, hello.clients.into()) {
-            Ok(()) => drop(self.clients.insert(client, id)),
-            Err(expected) => {
-                let text = format!(
-                    "the running job has {expected} clients, and this one says {}: give all the same number",
-                    hello.clients
-                );
-                self.condemn(id, &text);
+        let region = peer.region_bytes();
+        let id = self.posting.add(peer);
+        self.clients.insert(connection_id, id);
+        match self.core.join(id, hello.clients.into(), region) {
+            Ok(number) => {
+                let (clock, lsn) = (self.core.clock(), self.core.round_lsn());
+                let peer = self.posting.peer(id).expect("it was added");
+                peer.number = number;
+                // The clock may have risen since the handshake told it.
+                peer.outbound.close_round(clock, lsn);
+                self.posting.list(id);
             }
+            Err(fault) => self.condemn(id, &fault.to_string()),
         }
+    }
+
+    fn take_completions(&mut self) -> usize {
+        let mut completions = std::mem::take(&mut self.completions);
+        completions.append(&mut self.early);
+        let waiting = completions.len();
+        self.endpoint.poll(&mut completions);
+        let polled = completions.len() - waiting;
+        for completion in completions.drain(..) {
+            self.complete(completion);
+        }
+        self.completions = completions;
+        polled
     }
 
     fn complete(&mut self, completion: Completion) {
@@ -207,220 +212,205 @@ impl<T: Transport> Poller<T> {
             | Completion::WriteImmediate { connection, .. }
             | Completion::Disconnected { connection, .. } => *connection,
         };
-        if !self.peers.contains_key(&connection) && !self.readers.contains_key(&connection) {
-            return self.early.push(completion);
-        }
+        let Some(&id) = self.clients.get(&connection) else {
+            return self.complete_reader(connection, completion);
+        };
         match completion {
-            Completion::Received { buffer, .. } => self.received(connection, buffer),
-            Completion::Work { id, result, .. } => self.worked(connection, id, result.is_ok()),
+            Completion::Received { buffer, .. } => self.received(id, buffer),
+            Completion::Work { id: work, result, .. } => self.worked(id, work, result.is_ok()),
             // Clients write nothing here: no memory of a server is remotely writable.
-            Completion::WriteImmediate { .. } => self.condemn(connection, "a client sends no immediates"),
-            Completion::Disconnected { cause, .. } => self.gone(connection, cause),
+            Completion::WriteImmediate { .. } => self.condemn(id, "a client sends no immediates"),
+            Completion::Disconnected { cause, .. } => self.gone(connection, id, cause),
         }
     }
 
-    fn worked(&mut self, connection: ConnectionId, id: u64, ok: bool) {
-        let Some(peer) = self.peers.get_mut(&connection) else { return };
-        if id == PROOF_ID {
-            return self.proved(connection, ok);
+    /// A completion of a connection that is no client's: a reader's, or one whose mail has not come yet.
+    fn complete_reader(&mut self, connection: ConnectionId, completion: Completion) {
+        let Some(reader) = self.readers.get_mut(&connection) else { return self.early.push(completion) };
+        match completion {
+            // It carries READs only.
+            Completion::Received { buffer, .. } => {
+                self.endpoint.release(buffer);
+                reader.disconnect();
+            }
+            Completion::WriteImmediate { .. } => reader.disconnect(),
+            Completion::Disconnected { .. } => drop(self.readers.remove(&connection)),
+            Completion::Work { .. } => {}
         }
-        peer.completed(id, |entry| self.staging.release(entry));
-        if id == FAULT_ID {
+    }
+
+    fn worked(&mut self, id: ClientId, work: u64, ok: bool) {
+        if work == PROOF_ID {
+            self.core.proof_done(id, ok);
+            return self.posting.proof_done(id, ok);
+        }
+        self.posting.completed(id, work);
+        if work == FAULT_ID
+            && let Some(peer) = self.posting.peer(id)
+        {
             peer.connection.disconnect();
         }
     }
 
-    fn gone(&mut self, connection: ConnectionId, cause: WorkError) {
-        self.readers.remove(&connection);
-        self.proved(connection, false);
-        let Some(mut peer) = self.peers.remove(&connection) else { return };
-        peer.completed(FAULT_ID, |entry| self.staging.release(entry));
-        self.clients.remove(&peer.client);
+    fn gone(&mut self, connection: ConnectionId, id: ClientId, cause: WorkError) {
+        self.clients.remove(&connection);
+        let Some(peer) = self.posting.remove(id) else { return };
         if !peer.left {
             self.share.clients.fetch_sub(1, Ordering::Release);
         }
         if !peer.left && !peer.condemned {
-            eprintln!("fervor-server: client {} is gone ({cause}); the others go on without it", peer.client);
+            eprintln!("fervor-server: client {} is gone ({cause}); the others go on without it", peer.number);
         }
-        if !mutant(Mutant::DeadStays) {
-            self.rose = self.shard.clock.leave(peer.client).or(self.rose);
-        }
+        self.core.forget(id);
     }
 
-    fn received(&mut self, connection: ConnectionId, buffer: ReceiveBuffer) {
+    fn received(&mut self, id: ClientId, buffer: ReceiveBuffer) {
         let message = self.endpoint.message(&buffer);
-        let outcome = match self.peers.get_mut(&connection) {
-            Some(peer) if !peer.condemned => {
-                handle(&mut self.shard, peer, message, &mut self.rose, &self.share)
-            }
-            Some(_) => Ok(()),
-            None => Err(Fault::State("a reader's connection carries READs only".into())),
+        let outcome = match self.posting.peer(id) {
+            Some(peer) if !peer.condemned => handle(&mut self.core, id, peer, message),
+            _ => Ok(false),
         };
         // The credit goes back only now that the message has been applied.
         self.endpoint.release(buffer);
         match outcome {
-            Ok(()) => {}
-            Err(fault) if self.peers.contains_key(&connection) => {
-                self.condemn(connection, &fault.to_string())
-            }
-            Err(_) => {
-                if let Some(reader) = self.readers.get_mut(&connection) {
-                    reader.disconnect();
+            Ok(left) => {
+                if left {
+                    // It sends nothing more: its receive buffers are free for another client from now on.
+                    self.share.clients.fetch_sub(1, Ordering::Release);
                 }
+                self.posting.list(id);
             }
+            Err(fault) => self.condemn(id, &fault.to_string()),
         }
     }
 
     /// Tells a client what it did wrong, listens to it no more, and ends the connection when it has been told.
-    fn condemn(&mut self, connection: ConnectionId, text: &str) {
-        let Some(peer) = self.peers.get_mut(&connection) else { return };
-        if peer.condemned {
+    fn condemn(&mut self, id: ClientId, text: &str) {
+        let Some(peer) = self.posting.peer(id).filter(|peer| !peer.condemned) else { return };
+        eprintln!("fervor-server: client {}: {text}", peer.number);
+        peer.condemned = true;
+        let mut last_word = wire::reply(Kind::Fault, 0, text.as_bytes());
+        last_word.truncate(REPLY_BYTES);
+        peer.outbound.condemn(last_word);
+        self.posting.list(id);
+        self.core.leave(id, Departure::Died);
+    }
+
+    /// Pushes what changed: in value-bounded tables, and if the shard clock rose in all that are pushed in rounds.
+    fn push_changes(&mut self) {
+        let rose = self.core.take_risen();
+        if rose.is_none() && !self.core.is_value_bounded() {
             return;
         }
-        eprintln!("fervor-server: client {}: {text}", peer.client);
-        let client = peer.client;
-        peer.condemned = true;
-        peer.queue.clear();
-        peer.replies.clear();
-        (peer.round, peer.closed) = (None, None);
-        let mut reply = wire::reply(Kind::Fault, 0, text.as_bytes());
-        reply.truncate(REPLY_BYTES);
-        peer.replies.push_back(reply);
-        self.clients.remove(&client);
-        self.rose = self.shard.clock.leave(client).or(self.rose);
+        let due = if rose.is_some() { Due::Round } else { Due::Batches };
+        let mut table = 0;
+        while let Some(run) = self.core.take_run(due, &mut table, self.posting.run_bytes()) {
+            self.posting.push_run(&mut self.core, &run);
+        }
+        if let Some(clock) = rose {
+            self.share.clock.store(clock, Ordering::Release);
+            self.posting.close_rounds(clock, self.core.round_lsn());
+        }
+    }
+
+    /// Answers that the core has, to those who are still listened to.
+    fn take_answers(&mut self) {
+        while let Some((id, answer)) = self.core.take_answer() {
+            if let Some(peer) = self.posting.peer(id).filter(|peer| !peer.condemned) {
+                peer.outbound.answer(answer);
+                self.posting.list(id);
+            }
+        }
+    }
+
+    /// Leaves word for the clients whose batches have become visible to all.
+    fn tell_visible(&mut self) {
+        let posting = &mut self.posting;
+        self.core.follow_visible(|id, number| {
+            if let Some(peer) = posting.peer(id).filter(|peer| !peer.condemned && !peer.left) {
+                peer.outbound.tell_visible(number);
+                posting.list(id);
+            }
+        });
+    }
+
+    /// Pushes what the budgets allow and the clients can take, and notes until when a budget makes images wait. How many images.
+    fn push_continuously(&mut self) -> usize {
+        self.next_push = None;
+        if !self.core.ranks_images() {
+            return 0;
+        }
+        let now = self.transport.now();
+        (0..self.core.tables()).map(|table| self.push_ranked(table, now)).sum()
+    }
+
+    /// The same, of one table.
+    fn push_ranked(&mut self, table: TableId, now: Duration) -> usize {
+        for pushed in 0..RANKED_A_TURN {
+            let image = match self.core.next_ranked(table, now) {
+                Next::Image(image) => image,
+                Next::At(free) => {
+                    self.next_push = Some(self.next_push.map_or(free, |other| other.min(free)));
+                    return pushed;
+                }
+                Next::Nothing => return pushed,
+            };
+            let run = Run { table, images: image..image + 1 };
+            let can = self.posting.can_push(&self.core, &run);
+            if !can && !mutant(Mutant::RankingForgotten) {
+                return pushed;
+            }
+            let bytes = if can { self.posting.bytes_pushed(&self.core, &run) } else { 0 };
+            self.core.take_ranked(table, image, now, bytes);
+            if can {
+                self.posting.push_run(&mut self.core, &run);
+            }
+        }
+        RANKED_A_TURN
+    }
+
+    /// How long the poller may sleep until a budget allows the next push, as [`Poller::push_continuously`] saw it; it may
+    /// be no time by now. (What clients could not take they can when a completion says so, which wakes the poller.)
+    fn until_next_push(&self) -> Option<Duration> {
+        self.next_push.map(|at| at.saturating_sub(self.transport.now()))
     }
 }
 
-/// Does what a message says.
+/// Has a message done, and leaves word of what follows from it. Whether it was the client's last one.
 fn handle<C: Connection>(
-    shard: &mut Shard,
+    core: &mut ShardCore,
+    id: ClientId,
     peer: &mut Peer<C>,
     message: &[u8],
-    rose: &mut Option<u64>,
-    share: &Share,
-) -> Result<(), Fault> {
+) -> Result<bool, Fault> {
     let header = MessageHeader::parse(message)?;
-    if header.sequence != peer.sequence + 1 {
+    peer.outbound.admit(&header)?;
+    if header.kind == Kind::Memory as u8 && peer.slabs.is_none() {
+        let MemoryHeader { address, length, key, .. } = wire::body(message, "memory")?;
+        peer.slabs = peer.connection.view(RemoteRegion { address, length, key }).map(Slabs);
+    }
+    let Effects { lsn, slots, closed, left } = core.handle(id, message, peer.slabs.as_ref())?;
+    for effect in slots {
+        match effect {
+            SlotEffect::Push(slot) => peer.outbound.push_slot(slot),
+            SlotEffect::Stop(slot) => peer.outbound.stop_slot(&slot),
+            SlotEffect::StopTable(table) => peer.outbound.stop_table(table),
+        }
+    }
+    let most = core.subscriptions(id) + MAX_ASKED;
+    if peer.outbound.slots() > most {
+        let waiting = peer.outbound.slots();
         return Err(Fault::State(format!(
-            "sequence = {}, but {} is next",
-            header.sequence,
-            peer.sequence + 1
+            "{waiting} slots wait to be pushed: at most {most} may, {MAX_ASKED} of them not subscribed"
         )));
     }
-    peer.check_credits(header.sequence).map_err(Fault::State)?;
-    peer.receives.update(header.returned).map_err(Fault::State)?;
-    let mut lsn = None;
-    if peer.left {
-        return Err(Fault::State(format!("kind = {}, but the client has left", header.kind)));
+    if closed {
+        peer.outbound.close(header.sequence);
     }
-    match header.kind()? {
-        Kind::Batch => lsn = Some(batch(shard, peer, &header, message, rose)?),
-        Kind::Slots => {
-            for record in wire::slot_records(&header, message)? {
-                slot(shard, peer, &record, header.sequence)?;
-            }
-        }
-        Kind::CreateTable => {
-            let (schema, number, shards) = wire::decode_table(message)?;
-            let reply = match shard.create(schema, number, shards) {
-                Ok((table, offset)) => {
-                    let body = TableReply { offset: offset as u64, table, reserved: 0 };
-                    wire::reply(Kind::Table, header.sequence, body.as_bytes())
-                }
-                Err(text) => wire::reply(Kind::Refused, header.sequence, text.as_bytes()),
-            };
-            peer.replies.push_back(reply[..reply.len().min(REPLY_BYTES)].to_vec());
-        }
-        Kind::Credit => {}
-        Kind::Leave => {
-            peer.left = true;
-            // It sends nothing more: its receive buffers are free for another client from now on.
-            share.clients.fetch_sub(1, Ordering::Release);
-            *rose = shard.clock.leave(peer.client).or(*rose);
-        }
-        kind @ (Kind::Table | Kind::Refused | Kind::Fault) => return Err(Fault::Kind(kind as u8)),
+    if left {
+        peer.left = true;
+        peer.outbound.stop();
     }
-    peer.sequence = header.sequence;
-    peer.acknowledge(header.sequence, lsn.unwrap_or(shard.lsn()));
-    Ok(())
-}
-
-/// Applies a batch, once. Returns the LSN at which it was applied.
-fn batch<C: Connection>(
-    shard: &mut Shard,
-    peer: &mut Peer<C>,
-    header: &MessageHeader,
-    message: &[u8],
-    rose: &mut Option<u64>,
-) -> Result<u64, Fault> {
-    let batch = Batch::parse(header, message)?;
-    match peer.numbers.admit(batch.number) {
-        Admit::Duplicate { lsn } => {
-            if mutant(Mutant::ReplayApplied) {
-                shard.apply(&batch);
-            }
-            return Ok(lsn);
-        }
-        Admit::Gap { expected } => {
-            return Err(Fault::State(format!("batch number = {}, but {expected} is next", batch.number)));
-        }
-        Admit::Apply => {}
-    }
-    if mutant(Mutant::BatchByHalves)
-        && let Err(Fault::Field { record, .. }) = shard.check(&batch)
-    {
-        shard.apply(&batch.first(record));
-    }
-    shard.check(&batch)?;
-    let before = shard.lsn();
-    shard.apply(&batch);
-    peer.numbers.applied(batch.number, shard.lsn());
-    if shard.value_bounded() {
-        peer.visible.applied(batch.number, shard.lsn());
-    }
-    if let Some(clock) = batch.clock {
-        *rose = shard.clock.tick(peer.client, clock).or(*rose);
-    }
-    Ok(if mutant(Mutant::AcknowledgedBeforeApplied) { before } else { shard.lsn() })
-}
-
-/// Does what a client wishes for one of its slots.
-fn slot<C: Connection>(
-    shard: &mut Shard,
-    peer: &mut Peer<C>,
-    record: &SlotRecord,
-    sequence: u64,
-) -> Result<(), Fault> {
-    let bad = |text: String| Err(Fault::State(text));
-    let SlotRecord { row, slot, table, wish } = *record;
-    let Some(found) = shard.tables.get_mut(table as usize) else {
-        return bad(format!("slot record: table = {table}, which there is not"));
-    };
-    if row >= found.rows {
-        return bad(format!("slot record: row = {row}, but {} rows are in this shard", found.rows));
-    }
-    if !peer.target.fits(slot, ROW_HEADER + found.row_bytes) {
-        return bad(format!("slot record: slot = {slot} is outside the client's region"));
-    }
-    match wish {
-        SUBSCRIBE if found.eager() => {
-            let all = &mut found.subscribers[row as usize];
-            if all.iter().any(|s| s.client == peer.client) {
-                return bad(format!("slot record: row = {row} is subscribed already"));
-            }
-            all.push(Subscriber { client: peer.client, slot, queued: true });
-            if mutant(Mutant::DirtyForgotten) {
-                found.forget(row);
-            }
-            peer.queue.push_back(Wanted { table, row, slot, once: false });
-        }
-        UNSUBSCRIBE if found.eager() => {
-            found.subscribers[row as usize].retain(|s| s.client != peer.client || s.slot != slot);
-            peer.closed = Some(sequence);
-        }
-        PUSH_ONCE if mutant(Mutant::AskIgnored) => {}
-        PUSH_ONCE => peer.queue.push_back(Wanted { table, row, slot, once: true }),
-        _ => return bad(format!("slot record: wish = {wish} of a table that is not pushed")),
-    }
-    Ok(())
+    peer.outbound.acknowledge(header.sequence, lsn);
+    Ok(left)
 }

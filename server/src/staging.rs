@@ -3,14 +3,15 @@
 //! A push must read stable memory (invariant 5): the row itself may be changed by the next batch while the NIC
 //! still gathers. So a row is copied here once, for all its subscribers, and stays until the last of
 //! their WRITEs has completed. Entries are freed in any order: a subscriber whose WRITEs do not complete (it is
-//! dying, which takes up to two seconds) holds up its own entries only.
+//! dying, which takes up to two seconds) holds up its own entries only, and no more of them than its quota.
+//!
+//! Entries are taken as near to the beginning as can be: so a few that stay do not leave free memory in pieces.
 //!
 //! | field | written | read | until |
 //! |---|---|---|---|
 //! | bytes of an entry | by the poller, between `reserve` and the first post | by the NIC | `uses` is 0 |
 //! | `uses` | by the poller: one per posted WRITE, and one while it is being filled | | |
 
-use fervor_protocol::mutants::{Mutant, mutant};
 use fervor_verbs::{
     Error, Memory,
     transport::{Access, Transport},
@@ -38,8 +39,8 @@ pub struct Staging<R> {
     uses: Vec<u32>,
     /// Per first chunk of an entry: its chunks. Zero: the chunk is free, or inside an entry.
     chunks: Vec<u32>,
-    /// Where the search for free chunks goes on.
-    next: usize,
+    /// Before this chunk all are taken.
+    first: usize,
     /// Free chunks.
     free: usize,
 }
@@ -52,7 +53,7 @@ impl<R> Staging<R> {
     }
 
     fn with_region(region: R, count: usize) -> Self {
-        Self { region, uses: vec![0; count], chunks: vec![0; count], next: 0, free: count }
+        Self { region, uses: vec![0; count], chunks: vec![0; count], first: 0, free: count }
     }
 
     /// The registered memory.
@@ -66,25 +67,21 @@ impl<R> Staging<R> {
         if need > self.free {
             return None;
         }
-        if mutant(Mutant::PushFromLiveMemory) {
-            self.next = 0;
-        }
-        let start = self.find(self.next, self.uses.len(), need).or_else(|| self.find(0, self.next, need))?;
+        let start = self.find(need)?;
         self.chunks[start] = need as u32;
         self.uses[start] = 1;
         self.free -= need;
-        self.next = (start + need) % self.uses.len();
+        if start == self.first {
+            self.first += need;
+        }
         Some(Entry(start as u32))
     }
 
-    /// First of `need` free chunks in a row that begin in `from..to`. Both ends are starts of entries or free.
-    fn find(&self, from: usize, to: usize, need: usize) -> Option<usize> {
-        let (mut start, mut at) = (from, from);
-        while start < to && start + need <= self.uses.len() {
-            if at - start == need {
-                return Some(start);
-            }
-            match self.chunks[at] as usize {
+    /// First of `need` free chunks in a row.
+    fn find(&self, need: usize) -> Option<usize> {
+        let (mut start, mut at) = (self.first, self.first);
+        while at - start < need {
+            match *self.chunks.get(at)? as usize {
                 0 => at += 1,
                 taken => {
                     at += taken;
@@ -92,7 +89,7 @@ impl<R> Staging<R> {
                 }
             }
         }
-        None
+        Some(start)
     }
 
     /// One more WRITE reads the entry.
@@ -106,6 +103,7 @@ impl<R> Staging<R> {
         self.uses[first] = self.uses[first].checked_sub(1).expect("a release for each use");
         if self.uses[first] == 0 {
             self.free += std::mem::take(&mut self.chunks[first]) as usize;
+            self.first = self.first.min(first);
         }
     }
 }
@@ -142,7 +140,7 @@ mod tests {
             staging.release(entry);
         }
         assert_eq!(staging.free, 16);
-        staging.next = 0;
+        assert_eq!(staging.first, 0);
         assert!(staging.reserve(16 * CHUNK).is_some());
     }
 

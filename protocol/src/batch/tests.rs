@@ -64,6 +64,37 @@ fn a_bad_field_is_named_with_its_value() {
 }
 
 #[test]
+fn a_value_that_is_no_number_is_found_in_its_row() {
+    let bad = |fill: &dyn Fn(&mut BatchWriter<'_>)| match read(&message(|writer| fill(writer))).unwrap_err() {
+        Fault::Table { table: 3, fault } => *fault,
+        other => panic!("{other}"),
+    };
+    let mut values = [1.0f32; 24];
+    values[16] = f32::INFINITY;
+    let rows = bad(&|writer| writer.rows(3, &[9, 1, 2], 32).copy_from_slice(values.as_bytes()));
+    assert_eq!(rows, Fault::NotFinite { row: 2 });
+    for (at, row) in [(0, 5), (1, 6), (2, 6)] {
+        let mut values = [1.0f32; 3];
+        values[at] = f32::NAN;
+        let cells = bad(&|writer| writer.cells(3, &[5, 4, 6], &[1, 0, 2], &[7, 0, 3], &values));
+        assert_eq!(cells, Fault::NotFinite { row });
+    }
+    let part = bad(&|writer| writer.part(3, 4, 6, 2, [8.0f32, f32::NAN].as_bytes()));
+    assert_eq!(part, Fault::NotFinite { row: 4 });
+}
+
+#[test]
+fn a_section_that_ends_before_it_begins_is_refused() {
+    // Its values would be those of the headers, and what follows would be the section itself, again and again.
+    let mut message = rows(3, &[1], 1.0);
+    let values_at = HEADERS + std::mem::offset_of!(SectionHeader, values_at);
+    message[values_at..values_at + 8].copy_from_slice(&8u64.to_le_bytes());
+    message[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
+    let error = read(&message).unwrap_err().to_string();
+    assert!(error.contains("values_at = 8"), "{error}");
+}
+
+#[test]
 fn a_message_that_is_cut_or_goes_on_is_refused() {
     let whole = rows(3, &[1, 2], 1.0);
     for length in 0..whole.len() {

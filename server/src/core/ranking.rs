@@ -1,79 +1,69 @@
-//! Continuous pushing: changed rows go to those who hold them between rounds, the most changed first, within a budget.
+//! Which images of a table to push next, when it is pushed between rounds: the most changed first, within a budget.
 //!
-//! A table may ask for it under ESSP, where it takes work from the rounds and makes copies fresher than the model asks,
+//! A table may ask for that under ESSP, where it takes work from the rounds and makes copies fresher than the model asks,
 //! and under Async, where it is the only pushing. Bösen (Wei et al., SoCC 2015) sends the most changed rows first
 //! when bandwidth is to spare; this is the same for pushes.
 //!
-//! **What is pushed.** A row that has changed since it was last pushed is *ranked* by the sum of the greatest elements of
+//! **What is pushed.** An image that has changed since it was last pushed is *ranked* by the sum of the greatest elements of
 //! its updates since, which bounds how far any element of a copy is off. Ranks are powers of two; among equals the
-//! row that has waited longer goes first. Every [`TURN`]th push is of the next rank in turn, whichever it is, so that
-//! rows that change much cannot keep the others from ever being pushed.
+//! image that has waited longer goes first. Every [`TURN`]th push is of the next rank in turn, whichever it is, so that
+//! images that change much cannot keep the others from ever being pushed.
 //!
-//! **When.** After what else a turn has to do, a few rows each turn, as long as the budget lasts and all who hold the
-//! row can take it at once: nothing is queued for these pushes, so a round never waits for more than its own rows. What could
+//! **When.** After what else a turn has to do, a few images each turn, as long as the budget lasts and all who hold the
+//! image can take it at once: nothing is owed for these pushes, so a round never waits for more than its own images. What could
 //! not be pushed stays ranked.
 //!
-//! **Why it is right.** It is the push of a round at another time. A ranked row is a dirty row: a round pushes all that are
-//! ranked when the clock rises, and closes behind them (under ESSP; there is no round of an Async table, so its
-//! copies are good for the clock that they carry and no other). A row that a continuous push has made clean was posted
-//! to all its subscribers on the connections on which the round is closed later.
+//! **Why it is right.** It is the push of a round at another time. A ranked image is a dirty one, so a round pushes it
+//! when the clock rises, and closes behind it. (There is no round of an Async table: what its copies contain is known from
+//! their LSNs.) An image that a continuous push has made clean was posted
+//! to all who hold it, on the connections on which the round is closed later.
 //!
-//! **Cost.** An update costs one more look at its values and, when the rank of its row changes, a few links. Nothing
+//! **Cost.** An update costs one more look at its values and, when the rank of its image changes, a few links. Nothing
 //! is allocated.
 
 use std::time::Duration;
-
-use fervor_protocol::{
-    limits::ROW_HEADER,
-    mutants::{Mutant, mutant},
-};
-use fervor_verbs::transport::Transport;
-
-use crate::{poller::Poller, shard::TableId};
 
 /// So many ranks there are: one for each exponent of an `f32`.
 const RANKS: usize = 256;
 /// Every so many pushes one is not of the highest rank.
 const TURN: u32 = 8;
-/// Rows of a table that are pushed before the poller looks again what has come.
-const ROWS_A_TURN: usize = 16;
 /// What has not been spent is kept for so long.
 const SAVED: Duration = Duration::from_millis(1);
-/// No row.
+/// No image.
 const NONE: u32 = u32::MAX;
-/// The change of a row that is not ranked.
+/// The change of an image that is not ranked.
 const CLEAN: f32 = -1.0;
 
-/// A list of rows of one rank.
+/// A list of images of one rank.
 #[derive(Debug, Clone, Copy)]
 struct List {
     first: u32,
     last: u32,
 }
 
-/// The changed rows of a table, by how much they have changed.
+/// The changed images of a table, by how much they have changed.
 #[derive(Debug)]
-pub struct Ranking {
-    /// Per row, how much it has changed; [`CLEAN`] if it is not ranked.
+struct Ranking {
+    /// Per image, how much it has changed; [`CLEAN`] if it is not ranked.
     changes: Vec<f32>,
-    /// Per row, its neighbours in the list of its rank.
+    /// Per image, its neighbours in the list of its rank.
     links: Vec<List>,
     ranks: [List; RANKS],
-    /// The ranks that have rows.
+    /// The ranks that have images.
     used: [u64; RANKS / 64],
-    /// Rows taken so far, and the rank whose turn came last.
+    /// Images taken so far, and the rank whose turn came last.
     taken: u32,
     turn: usize,
 }
 
 impl Ranking {
-    /// Of `rows` rows, fewer than 2^32 - 1.
-    fn new(rows: u64) -> Self {
-        assert!(rows < u64::from(NONE), "{rows} rows cannot be linked");
+    /// Of `images` images, fewer than 2^32 - 1.
+    fn new(images: u64) -> Self {
+        assert!(images < u64::from(NONE), "{images} images cannot be linked");
         let none = List { first: NONE, last: NONE };
         Self {
-            changes: vec![CLEAN; rows as usize],
-            links: vec![none; rows as usize],
+            changes: vec![CLEAN; images as usize],
+            links: vec![none; images as usize],
             ranks: [none; RANKS],
             used: [0; RANKS / 64],
             taken: 0,
@@ -81,53 +71,42 @@ impl Ranking {
         }
     }
 
-    /// `row` has changed by `by`, which is not negative.
-    pub fn changed(&mut self, row: u64, by: f32) {
-        let row = row as u32;
-        let before = self.changes[row as usize];
+    /// `image` has changed by `by`, which is not negative.
+    fn changed(&mut self, image: u64, by: f32) {
+        let image = image as u32;
+        let before = self.changes[image as usize];
         let ranked = before != CLEAN;
         let change = if ranked { before + by } else { by };
         if !ranked || rank(before) != rank(change) {
             if ranked {
-                self.unlink(row);
+                self.unlink(image);
             }
-            self.link(row, rank(change));
+            self.link(image, rank(change));
         }
-        self.changes[row as usize] = change;
+        self.changes[image as usize] = change;
     }
 
-    /// `row` is no longer ranked.
-    pub fn remove(&mut self, row: u64) {
-        if self.changes[row as usize] != CLEAN {
-            self.unlink(row as u32);
-            self.changes[row as usize] = CLEAN;
+    /// `image` is no longer ranked.
+    fn remove(&mut self, image: u64) {
+        if self.changes[image as usize] != CLEAN {
+            self.unlink(image as u32);
+            self.changes[image as usize] = CLEAN;
         }
     }
 
-    /// The row to push next.
+    /// The image to push next.
     fn next(&self) -> Option<u64> {
         let rank = if self.has_turn() { self.rank_in_turn() } else { self.highest(RANKS) }?;
         Some(self.ranks[rank].first.into())
     }
 
-    /// Takes the row that [`Ranking::next`] gave.
-    fn take(&mut self, row: u64) {
+    /// Takes the image that [`Ranking::next`] gave.
+    fn take(&mut self, image: u64) {
         if self.has_turn() {
-            self.turn = rank(self.changes[row as usize]);
+            self.turn = rank(self.changes[image as usize]);
         }
         self.taken = self.taken.wrapping_add(1);
-        self.remove(row);
-    }
-
-    /// Takes all, the most changed first.
-    pub fn drain(&mut self) -> Vec<u64> {
-        let mut all = Vec::new();
-        while let Some(rank) = self.highest(RANKS) {
-            let row = self.ranks[rank].first.into();
-            self.remove(row);
-            all.push(row);
-        }
-        all
+        self.remove(image);
     }
 
     fn has_turn(&self) -> bool {
@@ -139,7 +118,7 @@ impl Ranking {
         self.highest(self.turn).or_else(|| self.highest(RANKS))
     }
 
-    /// The highest rank below `below` that has rows.
+    /// The highest rank below `below` that has images.
     fn highest(&self, below: usize) -> Option<usize> {
         (0..RANKS / 64).rev().find_map(|word| {
             let bits = match below.saturating_sub(word * 64) {
@@ -151,22 +130,22 @@ impl Ranking {
         })
     }
 
-    fn link(&mut self, row: u32, rank: usize) {
+    fn link(&mut self, image: u32, rank: usize) {
         let last = self.ranks[rank].last;
-        self.links[row as usize] = List { first: last, last: NONE };
+        self.links[image as usize] = List { first: last, last: NONE };
         match last {
             NONE => {
-                self.ranks[rank].first = row;
+                self.ranks[rank].first = image;
                 self.used[rank / 64] |= 1 << (rank % 64);
             }
-            last => self.links[last as usize].last = row,
+            last => self.links[last as usize].last = image,
         }
-        self.ranks[rank].last = row;
+        self.ranks[rank].last = image;
     }
 
-    fn unlink(&mut self, row: u32) {
-        let rank = rank(self.changes[row as usize]);
-        let List { first: before, last: after } = self.links[row as usize];
+    fn unlink(&mut self, image: u32) {
+        let rank = rank(self.changes[image as usize]);
+        let List { first: before, last: after } = self.links[image as usize];
         match before {
             NONE => self.ranks[rank].first = after,
             before => self.links[before as usize].last = after,
@@ -201,67 +180,58 @@ impl Budget {
     }
 }
 
+/// What a table may push now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// This image.
+    Image(u64),
+    /// Nothing before this moment, by its budget.
+    At(Duration),
+    /// Nothing has changed.
+    Nothing,
+}
+
 /// What is pushed of one table between rounds. See the module.
 #[derive(Debug)]
 pub struct Continuous {
-    pub ranking: Ranking,
+    ranking: Ranking,
     budget: Budget,
 }
 
 impl Continuous {
-    /// Of a table of `rows` rows, at `rate` bytes per second.
-    pub fn new(rows: u64, rate: u64) -> Self {
-        Self { ranking: Ranking::new(rows), budget: Budget { rate, free: Duration::ZERO } }
+    /// Of a table of `images` images, at `rate` bytes per second.
+    pub fn new(images: u64, rate: u64) -> Self {
+        Self { ranking: Ranking::new(images), budget: Budget { rate, free: Duration::ZERO } }
     }
-}
 
-impl<T: Transport> Poller<T> {
-    /// Pushes what the budgets allow and the clients can take, and notes until when a budget makes rows wait. How many rows.
-    pub(crate) fn push_continuously(&mut self) -> usize {
-        let mut pushed = 0;
-        self.next_push = None;
-        for table in 0..self.shard.tables.len() {
-            for _ in 0..ROWS_A_TURN {
-                let Some(continuous) = &self.shard.tables[table].continuous else { break };
-                let Some(row) = continuous.ranking.next() else { break };
-                let now = self.transport.now();
-                if now < continuous.budget.free {
-                    let free = continuous.budget.free;
-                    self.next_push = Some(self.next_push.map_or(free, |other| other.min(free)));
-                    break;
-                }
-                let can = self.can_push(table as TableId, row);
-                if !can && !mutant(Mutant::RankingForgotten) {
-                    break;
-                }
-                let found = &mut self.shard.tables[table];
-                let bytes = found.subscribers[row as usize].len() * (ROW_HEADER + found.row_bytes);
-                let continuous = found.continuous.as_mut().expect("it was there");
-                continuous.ranking.take(row);
-                if can {
-                    continuous.budget.spend(now, bytes);
-                    self.push_row(table as TableId, row);
-                    pushed += 1;
-                }
-            }
+    /// Bytes that it takes.
+    pub fn bytes(images: u64) -> usize {
+        size_of::<Self>() + images as usize * (size_of::<f32>() + size_of::<List>())
+    }
+
+    /// `image` has changed by `by`, which is not negative.
+    pub fn changed(&mut self, image: u64, by: f32) {
+        self.ranking.changed(image, by);
+    }
+
+    /// `image` is clean.
+    pub fn remove(&mut self, image: u64) {
+        self.ranking.remove(image);
+    }
+
+    /// What may be pushed now.
+    pub fn next(&self, now: Duration) -> Next {
+        match self.ranking.next() {
+            Some(_) if now < self.budget.free => Next::At(self.budget.free),
+            Some(image) => Next::Image(image),
+            None => Next::Nothing,
         }
-        pushed
     }
 
-    /// Whether all who hold a row can take it at once.
-    fn can_push(&self, table: TableId, row: u64) -> bool {
-        self.shard.tables[table as usize].subscribers[row as usize].iter().all(|subscriber| {
-            let connection = self.clients.get(&subscriber.client);
-            // Of one who is gone nothing is asked.
-            let peer = connection.and_then(|connection| self.peers.get(connection));
-            !subscriber.queued && peer.is_none_or(|peer| peer.queue.is_empty() && peer.has_room())
-        })
-    }
-
-    /// How long the poller may sleep until a budget allows the next push, as [`Poller::push_continuously`] saw it; it may
-    /// be no time by now. (What clients could not take they can when a completion says so, which wakes the poller.)
-    pub(crate) fn until_next_push(&self) -> Option<Duration> {
-        self.next_push.map(|at| at.saturating_sub(self.transport.now()))
+    /// `bytes` bytes are pushed of the image that [`Continuous::next`] gave.
+    pub fn take(&mut self, image: u64, now: Duration, bytes: usize) {
+        self.ranking.take(image);
+        self.budget.spend(now, bytes);
     }
 }
 
@@ -291,8 +261,8 @@ mod tests {
         assert_eq!(ranking.next(), None);
         ranking.changed(5, 1.0);
         ranking.changed(2, 1.25);
-        assert_eq!(ranking.drain(), [5, 2]);
-        assert!(ranking.drain().is_empty());
+        assert_eq!(take(&mut ranking, 9), [5, 2]);
+        assert_eq!(take(&mut ranking, 9), []);
     }
 
     #[test]
@@ -355,7 +325,7 @@ mod tests {
                     }
                 }
             }
-            let mut all = ranking.drain();
+            let mut all = take(&mut ranking, 9);
             let mut expected: Vec<u64> = model.iter().map(|entry| entry.0).collect();
             all.sort_unstable();
             expected.sort_unstable();

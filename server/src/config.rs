@@ -1,0 +1,155 @@
+//! What a server is made for.
+
+use fervor_protocol::limits::{ACK_RING, MAX_CREDITS, MAX_ROW_BYTES, MESSAGE_BYTES, ROW_HEADER};
+use fervor_verbs::{Address, transport::EndpointConfig};
+
+use crate::{
+    ServerError,
+    core::{Limits, Origin, region_header},
+};
+
+/// Memory is given out by pages.
+const PAGE: usize = 4096;
+/// Least staging memory that a client may use: a push of this many bytes can be on its way to each.
+const LEAST_QUOTA: usize = PAGE;
+/// Staging memory that rows of any width get by default, as long as it is no more than this.
+const MOST_DEFAULT_STAGING: usize = 64 << 20;
+
+/// What a server is made for.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where it listens.
+    pub listen: Address,
+    /// Per shard the processor that its polling thread is pinned to, if any.
+    pub cores: Vec<Option<usize>>,
+    /// Bytes of rows, over all shards.
+    pub memory: usize,
+    /// Most bytes of what is remembered of tables and clients, over all shards: who holds which rows, and what has changed.
+    pub bookkeeping: usize,
+    /// Most clients at a time.
+    pub clients: usize,
+    /// Most workers of a client: each has a connection of its own to each shard, for its READs.
+    pub workers: usize,
+    /// Messages that a client may have on their way to one shard: each has a receive buffer.
+    pub credits: usize,
+    /// Bytes per shard that pushes are sent from. What is on its way to one client uses a part of it at most
+    /// ([`Config::quota`]), and no row may be wider than that.
+    pub staging: usize,
+    /// Tells this server from others of a job.
+    pub id: u64,
+    /// Where its shards begin to count.
+    pub origin: Origin,
+}
+
+impl Config {
+    /// One shard, not pinned, with defaults for the rest.
+    pub fn new(listen: Address) -> Self {
+        let (memory, clients) = (256 << 20, 16);
+        Self {
+            listen,
+            cores: vec![None],
+            memory,
+            bookkeeping: Self::default_bookkeeping(memory),
+            clients,
+            workers: 8,
+            credits: 8,
+            staging: Self::default_staging(clients),
+            id: 0,
+            origin: Origin::default(),
+        }
+    }
+
+    /// Half as many bytes as there are of rows: a set of images takes 1/250 to 1/640 of their memory, and each client that
+    /// mirrors a table has one; a subscription takes 96 bytes.
+    pub fn default_bookkeeping(memory: usize) -> usize {
+        memory / 2
+    }
+
+    /// As much as so many clients need for rows of any width, up to 64 MiB.
+    pub fn default_staging(clients: usize) -> usize {
+        let widest = (MAX_ROW_BYTES + ROW_HEADER).next_multiple_of(PAGE);
+        ((clients + 1) * widest).min(MOST_DEFAULT_STAGING).max((clients + 1) * LEAST_QUOTA)
+    }
+
+    /// Bytes of staging that what is on its way to one client may use: if all clients but one take nothing, it still has
+    /// that much.
+    pub fn quota(&self) -> usize {
+        self.staging / (self.clients + 1)
+    }
+
+    /// Bounds of each shard.
+    pub(crate) fn limits(&self) -> Limits {
+        let shards = self.cores.len();
+        Limits { seats: self.clients, bookkeeping: self.bookkeeping / shards, image: self.quota() }
+    }
+
+    /// Bytes of a shard's rows.
+    pub(crate) fn rows_per_shard(&self) -> usize {
+        self.memory / self.cores.len() / PAGE * PAGE
+    }
+
+    /// Bytes of a shard's exported region.
+    pub(crate) fn region_bytes(&self) -> usize {
+        region_header(self.clients) + self.rows_per_shard()
+    }
+
+    pub(crate) fn check(&self) -> Result<(), ServerError> {
+        let bad = |text: String| Err(ServerError::Config(text));
+        if self.cores.is_empty() || self.cores.len() > usize::from(u16::MAX) {
+            return bad(format!("{} shards: give at least one core", self.cores.len()));
+        }
+        if self.clients == 0 || self.clients > usize::from(u16::MAX) {
+            return bad(format!("clients = {}: 1 to {} are possible", self.clients, u16::MAX));
+        }
+        if self.credits == 0 || self.credits > MAX_CREDITS.min(ACK_RING) {
+            return bad(format!("credits = {}: 1 to {MAX_CREDITS} are possible", self.credits));
+        }
+        if self.quota() < LEAST_QUOTA {
+            return bad(format!(
+                "staging = {} bytes: at least {} are needed for {} clients",
+                self.staging,
+                (self.clients + 1) * LEAST_QUOTA,
+                self.clients
+            ));
+        }
+        if self.memory < self.cores.len() * PAGE {
+            return bad(format!("memory = {} bytes: at least a page per shard is needed", self.memory));
+        }
+        Ok(())
+    }
+
+    /// Configuration of each shard's endpoint.
+    pub(crate) fn endpoint(&self, shard: usize) -> EndpointConfig {
+        EndpointConfig {
+            receive_buffers: self.clients * self.credits,
+            receive_size: MESSAGE_BYTES,
+            send_depth: 128,
+            read_depth: 16,
+            // Of each client the main one, its workers', and the one by which it asks for the shards before; and
+            // some that have ended and wait to be polled.
+            connections: self.clients * (2 + self.workers) + 8,
+            completion_vector: shard,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(clients: usize, staging: usize) -> Config {
+        let config = Config::new("shm:///tmp/x".parse().expect("an address"));
+        Config { clients, staging, ..config }
+    }
+
+    #[test]
+    fn rows_of_any_width_are_possible_by_default_and_many_clients_too() {
+        for clients in [1, 16, 60] {
+            let config = config(clients, Config::default_staging(clients));
+            assert!(config.quota() >= MAX_ROW_BYTES + ROW_HEADER && config.check().is_ok(), "{clients}");
+        }
+        assert!(config(20_000, Config::default_staging(20_000)).check().is_ok());
+        let error = config(20, 4096).check().unwrap_err().to_string();
+        assert!(error.contains("staging = 4096") && error.contains("86016"), "{error}");
+    }
+}

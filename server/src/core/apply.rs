@@ -1,0 +1,314 @@
+//! Adding a batch's values to rows: one pass over each section, with the element type and the kind decided before the first row.
+//!
+//! Values come from two places, of which only one is ours:
+//!
+//! - *in the message*: the receive buffer is the shard's until it is given back, and all values were checked before any is added.
+//! - *in the client's memory*: the client can change it at any time. So a piece is copied to memory of the shard's own, checked
+//!   there, and added from there. What is not finite is left out; the client is told and put out. It spoils what it may
+//!   write anyway, and nothing else: what decides (table, rows, columns, lengths) was copied before it was checked.
+//!
+//! **One image, one rewrite.** Adjacent entries of a section that lie in one image are one rewrite of it. A rewrite is done under
+//! the image's sequence lock, with the next version of the batch's LSN, and makes the check anew if the table is sealed. It is made
+//! within the lock rather than once a turn: a READ that falls between the two would find a check that does not fit, and try again, for as long
+//! as a turn lasts.
+//!
+//! A stored row may overflow (adding two finite values): that is the sum, and is not refused.
+
+use fervor_protocol::{
+    Element, ElementType,
+    batch::{Section, Source, Target},
+    limits::ROW_HEADER,
+    mutants::{Mutant, mutant, pause},
+    row::{Layout, Seal, Version},
+};
+use fervor_verbs::Exclusive;
+use zerocopy::{FromBytes, IntoBytes, KnownLayout};
+
+use super::{
+    bitmap::Bitmap,
+    region::Region,
+    table::{Holders, Sealing, Table},
+};
+
+/// Bytes of a piece that is copied from a client's memory at a time, unless a row is longer.
+const PIECE: usize = 16 << 10;
+
+/// Memory of the shard's own that values are copied to. Words, so that every element is aligned.
+#[derive(Debug, Default)]
+pub struct Scratch(Vec<u64>);
+
+impl Scratch {
+    fn elements<E: Element + KnownLayout>(&mut self, count: usize) -> &mut [E] {
+        let words = (count * size_of::<E>()).div_ceil(8);
+        if self.0.len() < words {
+            self.0.resize(words, 0);
+        }
+        let bytes = &mut self.0.as_mut_bytes()[..count * size_of::<E>()];
+        <[E]>::mut_from_bytes(bytes).expect("words are aligned for every element")
+    }
+}
+
+/// Where the values of a section are.
+#[derive(Debug)]
+pub enum Values<'a, S: ?Sized> {
+    /// In the message, checked.
+    Message(&'a [u8]),
+    /// In the client's memory.
+    Slabs(&'a S),
+}
+
+impl<S: Source + ?Sized> Values<'_, S> {
+    fn read(&self, at: u64, into: &mut [u8]) {
+        match self {
+            Self::Message(message) => message.read(at, into),
+            Self::Slabs(slabs) => slabs.read(at, into),
+        }
+    }
+}
+
+/// A value of a reference is not finite: of this row, by its index in the shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotFinite(pub u32);
+
+/// Adds a section's values to the rows of `table`, at `lsn`.
+///
+/// # Errors
+/// The first row of which a value is not finite. All but such are added.
+pub fn section<S: Source + ?Sized>(
+    region: &mut Region,
+    table: &mut Table,
+    section: &Section<'_>,
+    values: &Values<'_, S>,
+    lsn: u64,
+    scratch: &mut Scratch,
+) -> Result<(), NotFinite> {
+    match table.schema.element {
+        ElementType::F32 => typed::<f32, S>(region, table, section, values, lsn, scratch),
+        ElementType::F64 => typed::<f64, S>(region, table, section, values, lsn, scratch),
+        ElementType::I32 => typed::<i32, S>(region, table, section, values, lsn, scratch),
+        ElementType::I64 => typed::<i64, S>(region, table, section, values, lsn, scratch),
+    }
+}
+
+fn typed<E: Element + KnownLayout, S: Source + ?Sized>(
+    region: &mut Region,
+    table: &mut Table,
+    section: &Section<'_>,
+    values: &Values<'_, S>,
+    lsn: u64,
+    scratch: &mut Scratch,
+) -> Result<(), NotFinite> {
+    let at = section.values_at;
+    let check = !table.schema.non_finite;
+    let mut pieces = Pieces { values, scratch, check, bad: None };
+    let mut writer = Writer::new(region, table, lsn);
+    match section.target {
+        Target::Rows(rows) => {
+            let width = writer.width;
+            pieces.each::<E>(
+                at,
+                rows.len(),
+                width,
+                |first| rows[first],
+                |first, values| {
+                    writer.add_rows(&rows[first..first + values.len() / width], values);
+                },
+            );
+        }
+        Target::Cells { rows, counts, columns } => {
+            let mut start = 0;
+            for (row, count) in rows.iter().zip(counts) {
+                let columns = &columns[start..start + *count as usize];
+                let at = at + (start * size_of::<E>()) as u64;
+                pieces.each::<E>(
+                    at,
+                    columns.len(),
+                    1,
+                    |_| *row,
+                    |first, values| {
+                        writer.add_cells(*row, &columns[first..first + values.len()], values);
+                    },
+                );
+                start += columns.len();
+            }
+        }
+        Target::Part { row, start, count } => {
+            pieces.each::<E>(
+                at,
+                count as usize,
+                1,
+                |_| row,
+                |first, values| {
+                    writer.add_part(row, start as usize + first, values);
+                },
+            );
+        }
+    }
+    pieces.bad.map_or(Ok(()), |row| Err(NotFinite(row)))
+}
+
+/// Gives out the values of sections, in pieces that may be added.
+struct Pieces<'a, S: ?Sized> {
+    values: &'a Values<'a, S>,
+    scratch: &'a mut Scratch,
+    /// Whether values must be finite.
+    check: bool,
+    /// The first row with a value that is not.
+    bad: Option<u32>,
+}
+
+impl<S: Source + ?Sized> Pieces<'_, S> {
+    /// Calls `add` with pieces of `count` units of `width` elements that begin at byte `at`: number of the first unit, and the
+    /// values. A piece of the client's memory that is not finite comes unit by unit, without those that are not.
+    fn each<E: Element + KnownLayout>(
+        &mut self,
+        at: u64,
+        count: usize,
+        width: usize,
+        row: impl Fn(usize) -> u32,
+        mut add: impl FnMut(usize, &[E]),
+    ) {
+        let unit = width * size_of::<E>();
+        if let Values::Message(message) = self.values
+            && let Ok(values) = <[E]>::ref_from_bytes(&message[at as usize..at as usize + count * unit])
+        {
+            return add(0, values);
+        }
+        let check = self.check && matches!(self.values, Values::Slabs(_));
+        let most = (PIECE / unit).max(1);
+        for first in (0..count).step_by(most) {
+            let piece = self.scratch.elements::<E>(most.min(count - first) * width);
+            self.values.read(at + (first * unit) as u64, piece.as_mut_bytes());
+            if !check || E::all_finite(piece) {
+                add(first, piece);
+                continue;
+            }
+            for (index, values) in piece.chunks_exact(width).enumerate() {
+                if E::all_finite(values) {
+                    add(first + index, values);
+                } else {
+                    self.bad = self.bad.or(Some(row(first + index)));
+                }
+            }
+        }
+    }
+}
+
+/// Changes images of one table, all at one LSN.
+struct Writer<'a> {
+    memory: &'a mut Exclusive,
+    offset: usize,
+    layout: Layout,
+    /// Elements of a row.
+    width: usize,
+    lsn: u64,
+    /// Makes the checks, if the table is sealed.
+    seal: Option<Seal>,
+    written: &'a mut Bitmap,
+    holders: Option<&'a mut Holders>,
+}
+
+impl<'a> Writer<'a> {
+    fn new(region: &'a mut Region, table: &'a mut Table, lsn: u64) -> Self {
+        Self {
+            memory: region.memory(),
+            offset: table.offset,
+            layout: table.layout,
+            width: table.schema.width as usize,
+            lsn,
+            seal: (table.sealing != Sealing::No).then_some(table.seal),
+            written: &mut table.written,
+            holders: table.holders.as_mut(),
+        }
+    }
+
+    /// Adds `values`, a row's for each of `rows`.
+    fn add_rows<E: Element + KnownLayout>(&mut self, rows: &[u32], values: &[E]) {
+        let (layout, width) = (self.layout, self.width);
+        if layout.rows_per_image() == 1 {
+            for (row, values) in rows.iter().zip(values.chunks_exact(width)) {
+                self.rewrite(u64::from(*row), values, |data| E::add_all(data, values));
+            }
+            return;
+        }
+        let mut start = 0;
+        while let Some(row) = rows.get(start) {
+            let image = layout.image(u64::from(*row));
+            let same = rows[start..].iter().take_while(|row| layout.image(u64::from(**row)) == image).count();
+            let values = &values[start * width..(start + same) * width];
+            self.rewrite(image, values, |data| {
+                for (row, values) in rows[start..start + same].iter().zip(values.chunks_exact(width)) {
+                    let at = layout.within(u64::from(*row)) / size_of::<E>();
+                    E::add_all(&mut data[at..at + width], values);
+                }
+            });
+            start += same;
+        }
+    }
+
+    /// Adds `values` to the elements of `row` in `columns`.
+    fn add_cells<E: Element + KnownLayout>(&mut self, row: u32, columns: &[u32], values: &[E]) {
+        let row = u64::from(row);
+        let start = self.layout.within(row) / size_of::<E>();
+        self.rewrite(self.layout.image(row), values, |data: &mut [E]| {
+            let data = &mut data[start..];
+            for (column, value) in columns.iter().zip(values) {
+                data[*column as usize] = data[*column as usize].plus(*value);
+            }
+        });
+    }
+
+    /// Adds `values` to the elements of `row` from column `column` on.
+    fn add_part<E: Element + KnownLayout>(&mut self, row: u32, column: usize, values: &[E]) {
+        let row = u64::from(row);
+        let start = self.layout.within(row) / size_of::<E>() + column;
+        self.rewrite(self.layout.image(row), values, |data| {
+            E::add_all(&mut data[start..start + values.len()], values);
+        });
+    }
+
+    /// Changes the data of an image by `change`, which adds `values` to it.
+    #[inline]
+    fn rewrite<E: Element + KnownLayout>(&mut self, image: u64, values: &[E], change: impl FnOnce(&mut [E])) {
+        if values.is_empty() {
+            return;
+        }
+        let lock = self.offset + self.layout.offset(image);
+        let old = self.memory.bytes()[lock..lock + 8].try_into().expect("8 bytes");
+        let old = Version::from_bits(u64::from_le_bytes(old));
+        let version = old.next(self.lsn);
+        let seal = self.seal;
+        let rewrite = |bytes: &mut [u8]| {
+            let (check, data) = bytes.split_at_mut(ROW_HEADER - 8);
+            change(<[E]>::mut_from_bytes(data).expect("images are aligned"));
+            pause();
+            if let Some(seal) = seal {
+                check.copy_from_slice(&seal.check(version, data).to_le_bytes());
+            }
+        };
+        let range = lock + 8..lock + ROW_HEADER + self.layout.image_bytes();
+        if mutant(Mutant::LockNotTaken) {
+            rewrite(&mut self.memory.bytes_mut()[range]);
+            self.memory.publish(lock, version.bits());
+        } else {
+            self.memory.rewrite(lock, range, version.bits(), rewrite);
+        }
+        if old == Version::default() {
+            self.written.insert(image);
+        }
+        if let Some(holders) = &mut self.holders {
+            holders.dirty.insert(image);
+            if let Some(continuous) = &mut holders.continuous {
+                continuous.changed(image, greatest(values));
+            }
+        }
+    }
+}
+
+/// The greatest of the values, without their signs: how far an element of a copy may be off.
+fn greatest<E: Element>(values: &[E]) -> f32 {
+    values.iter().fold(0.0, |greatest, value| {
+        let value = value.to_f64().abs() as f32;
+        if value.is_nan() { f32::INFINITY } else { value.max(greatest) }
+    })
+}

@@ -1,0 +1,1 @@
+//! Small states of the core, all of them.
