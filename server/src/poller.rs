@@ -242,7 +242,9 @@ impl<T: Transport> Poller<T> {
     fn worked(&mut self, id: ClientId, work: u64, ok: bool) {
         if work == PROOF_ID {
             self.core.proof_done(id, ok);
-            return self.posting.proof_done(id, ok);
+            self.posting.proof_done(id, ok);
+            // More may have been pushed behind it: that is to be proved next.
+            return self.posting.list(id);
         }
         self.posting.completed(id, work);
         if work == FAULT_ID
