@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -145,6 +145,8 @@ pub struct Plan {
     pub witness: OnceLock<Box<dyn Fn(Party) -> bool + Send + Sync>>,
     /// Per table, row and lane, the most that another client has seen of it.
     pub seen: Vec<Vec<Vec<AtomicI64>>>,
+    /// Clients that have joined, the rogue among them.
+    pub joined: AtomicUsize,
     /// Per client (the rogue is the last): it has been killed, or has lost a server; it has closed, and all that it added
     /// is applied.
     pub dead: Vec<AtomicBool>,
@@ -267,6 +269,7 @@ impl Plan {
             origin: Origin::default(),
             trouble: Trouble::default(),
             witness: OnceLock::new(),
+            joined: AtomicUsize::new(0),
             dead: flags(),
             closed: flags(),
             journal: Journal::default(),
@@ -301,6 +304,12 @@ impl Plan {
         } else {
             (self.clients + usize::from(self.rogue.is_some())) as u16
         }
+    }
+
+    /// Whether the job has started: before, the others would wait for another one in the place of one that dies.
+    pub fn started(&self) -> bool {
+        let all = self.clients + usize::from(self.rogue.is_some());
+        self.expected() == 1 || self.joined.load(Ordering::SeqCst) >= all
     }
 
     /// Long rows take long only where the network is slow.

@@ -4,6 +4,8 @@
 //! It has columns of its own like any other, so that the honest ones see whether a batch was applied twice or in part. It
 //! lets the clock run as far as it likes, so nobody waits for it.
 
+use std::sync::atomic::Ordering;
+
 use fervor_client::{ElementType, Schema};
 use fervor_protocol::{
     batch::BatchWriter,
@@ -121,6 +123,7 @@ pub fn run<T: Transport>(transport: &T, servers: &[Address], plan: &Plan, farewe
         .flat_map(|address| (0..plan.shards as u16).map(move |shard| (address, shard)))
         .map(|(address, shard)| Link::connect(transport, address, shard, plan.expected()))
         .collect();
+    plan.joined.fetch_add(1, Ordering::SeqCst);
     for (number, link) in links.iter_mut().enumerate() {
         (0..plan.tables.len()).for_each(|table| link.create(plan, table, number));
         let (number, clock) = (link.number(0), link.raw.welcome.clock + AHEAD);
@@ -150,6 +153,11 @@ pub fn run<T: Transport>(transport: &T, servers: &[Address], plan: &Plan, farewe
             let told = link.send(&again).expect("a batch may come twice");
             assert_eq!(told, lsn, "TWICE: batch {} was applied at another LSN before", number - back);
         }
+    }
+    let mut turn = 0;
+    while !plan.started() {
+        transport.relax(turn);
+        turn += 1;
     }
     for link in &mut links {
         let number = link.number(link.batches.len());

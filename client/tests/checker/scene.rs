@@ -141,6 +141,7 @@ fn client<T: Transport>(
         ..ClientOptions::default()
     };
     let client = Client::connect_on(transport, servers, options)?;
+    plan.joined.fetch_add(1, Ordering::SeqCst);
     joined();
     let tables = open(&client, plan)?;
     let lanes = plan.lanes.iter().enumerate().filter(|(_, lane)| lane.client == number);
@@ -331,7 +332,8 @@ impl Stage {
 
     fn kill(&self, node: &Node, victim: &Node, Victim { client, after }: Victim) {
         // It may have died before, by itself.
-        let here = || self.joined[client].load(Ordering::SeqCst) || self.gone[client].load(Ordering::SeqCst);
+        let joined = || self.joined[client].load(Ordering::SeqCst) && self.plan.started();
+        let here = || joined() || self.gone[client].load(Ordering::SeqCst);
         self.sleep_until(node, here);
         self.sim.sleep(node, after);
         if self.gone[client].load(Ordering::SeqCst) {
@@ -376,6 +378,7 @@ pub fn simulated(seed: u64, clocks: u64) -> Result<Outcome, Failure> {
 /// # Errors
 /// What went wrong.
 pub fn simulate(plan: Arc<Plan>) -> Result<Outcome, Failure> {
+    if std::env::var_os("SHOW").is_some() { println!("{:?} {:?} together {} origin {:?} tables {:?} servers {} shards {} credits {} trouble {:?}", plan.kind, plan.places, plan.together, plan.origin, plan.tables, plan.servers, plan.shards, plan.credits, plan.trouble); }
     let sim = Sim::with(plan.seed, Settings { limit: LIMIT, network: plan.network(), ..Settings::default() });
     let parties = plan.clients + usize::from(plan.rogue.is_some());
     let flags = || (0..parties).map(|_| AtomicBool::new(false)).collect();
