@@ -7,14 +7,18 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`check`] | the guarantee of the consistency models, at scale |
+//! | [`connect`] | how all of these connect to servers |
 //! | [`data`] | ratings: read, recognised, generated |
 //! | [`job`] | processes and threads of a training job |
 //! | [`lda`] | topics of documents, with the parameter server and without |
 //! | [`mf`] | matrix factorisation, with the parameter server and without |
+//! | [`scaling`] | a job with 1, 2, 4 … workers, beside plain threads |
 //! | [`demo`] | the digits under all models, with curves and pictures |
 //! | [`paper`] | the paper's experiments on simulated clusters, as one page |
 //! | [`devices`] | the RDMA devices of this machine |
-//! | [`latency`] | what a hit, a miss and an update take, one by one |
+//! | [`latency`] | what each operation takes, one by one |
+//! | [`compare`] | latencies of several runs side by side |
+//! | [`limits`], [`perftest`] | what the machine and its network allow |
 //! | [`model`] | consistency models on the command line |
 //! | [`server`] | starting and stopping a server of our own |
 //! | [`machine`], [`report`], [`figures`] | where it was measured; tables and files; curves and bars |
@@ -22,6 +26,8 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod compare;
+pub mod connect;
 pub mod data;
 pub mod demo;
 pub mod devices;
@@ -29,9 +35,12 @@ pub mod figures;
 pub mod job;
 pub mod latency;
 pub mod lda;
+pub mod limits;
 pub mod machine;
 pub mod mf;
 pub mod model;
 pub mod paper;
+pub mod perftest;
 pub mod report;
+pub mod scaling;
 pub mod server;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use fervor_bench::{check, demo, devices, latency, lda, mf, paper, report, server};
+use fervor_bench::{check, compare, demo, devices, latency, lda, limits, mf, paper, report, scaling, server};
 
 /// Applications and measurements of the Fervor parameter server.
 #[derive(Debug, Parser)]
@@ -22,8 +22,14 @@ enum Command {
     Mf(Box<mf::MfOptions>),
     /// Topics of documents: latent Dirichlet allocation by collapsed Gibbs sampling
     Lda(Box<lda::LdaOptions>),
-    /// How long a cache hit, a cache miss, and an update take
-    Latency(latency::LatencyOptions),
+    /// A job with 1, 2, 4 … workers, beside as many plain threads
+    Scaling(Box<scaling::ScalingOptions>),
+    /// What this machine allows: loads, copies, messages between cores, wakes, and perftest where there is a device
+    Limits(limits::LimitsOptions),
+    /// How long single operations take: hits, misses, updates, clocks, barriers
+    Latency(Box<latency::LatencyOptions>),
+    /// Compare the latencies of several runs
+    Compare(compare::CompareOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
     Demo(demo::DemoOptions),
     /// The paper's experiments on 64 simulated nodes: figures, and one page that says what came of each claim
@@ -59,7 +65,10 @@ fn run(command: Command) -> Result<()> {
         Command::Lda(options) => run_lda(&options),
         Command::Demo(options) => demo::run(&options).map(drop),
         Command::Paper(options) => paper::run(&options).map(drop),
+        Command::Scaling(options) => scaling::run(&options),
+        Command::Limits(options) => limits::run(&options),
         Command::Latency(options) => latency::run(&options),
+        Command::Compare(options) => compare::run(&options),
         Command::Devices => devices::run().map(|text| print!("{text}")),
         Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),
         Command::WithParent { parent, command } => match server::with_parent(parent, &command)? {},

@@ -2,10 +2,16 @@
 
 mod common;
 
-use std::{fs, io::Read as _};
+use std::{
+    fs,
+    io::Read as _,
+    process::Stdio,
+    thread,
+    time::{Duration, Instant},
+};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use common::{Folder, fail, succeed};
+use common::{Folder, Server, bench, fail, succeed};
 use hdrhistogram::{
     Histogram,
     serialization::{
@@ -16,26 +22,40 @@ use hdrhistogram::{
 
 #[test]
 fn each_operation_gives_one_set_of_figures() {
-    for (op, count) in [("hit", 3200), ("miss", 1000), ("visible", 200)] {
+    let ops = [
+        ("hit", 3200, true),
+        ("in-place", 3200, true),
+        ("miss", 1000, true),
+        ("many", 200, true),
+        ("inc", 3200, true),
+        ("clock", 1000, false),
+        ("visible", 200, true),
+        ("barrier", 200, true),
+    ];
+    for (op, count, limited) in ops {
         let folder = Folder::new();
         let arguments = [
             "latency".into(),
             format!("--op={op}"),
             "--size=64".into(),
-            format!("--count={count}"),
+            format!("--iterations={count}"),
             format!("--json={}", folder.file("figures.json")),
             format!("--hlog={}", folder.file("figures.hlog")),
         ];
         let out = succeed(&arguments);
-        assert!(out.contains("p99.9") && out.contains(op), "{out}");
+        assert!(out.contains("t_typical[usec]") && out.contains("99.9% percentile[usec]"), "{out}");
         let figures = folder.json("figures.json");
         assert_eq!(
             (&figures["op"], &figures["size"], &figures["count"]),
             (&op.into(), &64.into(), &count.into())
         );
         let at = |name: &str| figures[name].as_u64().unwrap_or_else(|| panic!("{name}: {figures}"));
-        let ladder = ["p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns"].map(at);
+        let ladder = ["min_ns", "p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns"].map(at);
         assert!(ladder.is_sorted() && ladder[0] > 0, "{ladder:?}");
+        // Between cores there is a limit only where there are two.
+        let one_core = std::thread::available_parallelism().is_ok_and(|cores| cores.get() == 1);
+        let between = matches!(op, "visible" | "barrier");
+        assert_eq!(figures["limit"]["ns"].is_number(), limited && !(between && one_core), "{figures}");
 
         let mut text = String::new();
         fs::File::open(folder.file("figures.hlog")).unwrap().read_to_string(&mut text).unwrap();
@@ -44,6 +64,70 @@ fn each_operation_gives_one_set_of_figures() {
         assert_eq!(histogram.value_at_quantile(0.5), at("p50_ns"));
         assert_eq!(histogram.len() * at("group"), count);
     }
+}
+
+#[test]
+fn a_sweep_is_figures_values_and_a_picture_that_can_be_compared() {
+    let folder = Folder::new();
+    let file = |name: &str| folder.file(name);
+    let run = |name: &str, more: &[String]| {
+        let hlog = format!("--hlog={}", file(&format!("{name}.hlog")));
+        let arguments: Vec<String> =
+            ["latency", "--op=inc,miss", "--size=2..16", "--count=200", "--no-limits"].map(Into::into).into();
+        succeed(&[&arguments[..], &[hlog], more].concat())
+    };
+    run("before", &[]);
+    let more = [
+        format!("--csv={}", file("after.csv")),
+        format!("--svg={}", file("after.svg")),
+        format!("--svg-with={}", file("before.hlog")),
+    ];
+    assert!(!run("after", &more).contains("what the limit is"));
+
+    let csv = fs::read_to_string(file("after.csv")).unwrap();
+    let firsts: Vec<Vec<&str>> = csv.lines().map(|line| line.split(',').take(3).collect()).collect();
+    assert_eq!(firsts[0], ["op", "bytes", "iterations"]);
+    assert_eq!(firsts[1..4], [["inc", "4", "208"], ["inc", "8", "208"], ["inc", "16", "208"]]);
+    assert_eq!(firsts.len(), 7);
+    let svg = fs::read_to_string(file("after.svg")).unwrap();
+    assert!(svg.contains("before: miss-16") && svg.contains("inc-4"), "{svg}");
+
+    let compared = file("compared.svg");
+    let out = succeed(&["compare", &file("before.hlog"), &file("after.hlog"), &format!("--svg={compared}")]);
+    assert!(out.contains("before") && out.contains("after") && out.matches("miss-8").count() == 5, "{out}");
+    assert!(fs::read_to_string(compared).unwrap().contains("after: inc-4"));
+    let said = fail(&["compare", &file("before.hlog"), &file("after.hlog"), "--max-ratio=0.0001"]);
+    assert!(said.contains("more than 0.0001 times"), "{said}");
+}
+
+#[test]
+fn an_open_loop_begins_when_it_is_due() {
+    let folder = Folder::new();
+    let json = format!("--json={}", folder.file("figures.json"));
+    let out = succeed(&["latency", "--op=hit", "--size=64", "--rate=2000", "--duration=0.25", &json]);
+    assert!(out.contains("2000 operations were due in a second"), "{out}");
+    let figures = folder.json("figures.json");
+    assert_eq!(
+        (&figures["group"], &figures["count"], &figures["rate"]),
+        (&1.into(), &500.into(), &2000.0.into())
+    );
+}
+
+/// The reader finds everything in its cache, and so does not notice by itself that the server is gone.
+#[test]
+fn a_reader_that_waits_notices_that_its_server_is_gone() {
+    let folder = Folder::new();
+    let server = Server::start(&format!("shm://{}", folder.file("s.sock")), &[]);
+    let mut command =
+        bench(&["latency", "--op=visible", "--size=64", "--duration=60", "--server", &server.url]);
+    let client = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    thread::sleep(Duration::from_millis(700));
+    drop(server);
+    let killed = Instant::now();
+    let output = client.wait_with_output().expect("it ends");
+    assert!(killed.elapsed() < Duration::from_secs(5), "it took {:?}", killed.elapsed());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("s.sock"), "{said}");
 }
 
 /// The one interval of a log: its tag and its histogram.
@@ -77,9 +161,19 @@ fn several_operations_and_sizes_are_an_array() {
 #[test]
 fn what_cannot_be_measured_is_refused() {
     for (arguments, message) in [
-        (&["latency", "--size=63"][..], "a multiple of 8"),
-        (&["latency", "--op=hit", "--beside-perftest", "--server=shm:///x"], "--op miss and --op visible"),
-        (&["latency", "--op=miss", "--beside-perftest"], "--server"),
+        (&["latency", "--size=63"][..], "a multiple of 4"),
+        (&["latency", "--size=1..2"], "none of its sizes is a multiple of 4"),
+        (&["latency", "--rate=0"], "--rate 0: it is above 0"),
+        (&["latency", "--duration=1", "--iterations=100"], "cannot be used with"),
+        (&["compare", "/nonexistent/a.hlog", "/nonexistent/b.hlog"], "cannot read /nonexistent/a.hlog"),
+        (
+            &["latency", "--op=hit", "--beside-perftest", "--server=shm:///x"],
+            "--op miss, --op visible and --op barrier",
+        ),
+        (
+            &["latency", "--op=miss", "--beside-perftest"],
+            "Start one with `fervor-server --listen rdma://ADDRESS:7471`",
+        ),
         (&["latency", "--op=miss", "--max-ratio=2"], "--beside-perftest"),
         (&["check", "--width=3"], "4 workers need as many elements"),
         (&["check", "--server=shm:///nonexistent/s.sock"], "/nonexistent/s.sock"),

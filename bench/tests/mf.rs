@@ -213,3 +213,24 @@ fn a_client_or_server_that_dies_ends_the_job_with_an_error() {
         assert!(children.iter().all(|pid| !runs(*pid)), "a process is left over");
     }
 }
+
+#[test]
+fn a_run_without_a_server_says_how_many_threads_trained() {
+    for (threads, words) in [("--workers=3", "6 plain threads"), ("--workers=1", "2 plain threads")] {
+        let out = succeed(&[&TINY[..], &["--no-server", "--epochs=1", threads]].concat());
+        assert_eq!(out.matches(words).count(), 2, "in the head and in the table: {out}");
+    }
+    assert_eq!(run(&["--no-server", "--epochs=1", "--clients=3"])["threads"], 3);
+}
+
+#[test]
+fn a_checked_job_whose_workers_stop_at_different_times_keeps_its_promise() {
+    // Long enough that the workers are in different passes when the target is reached; and clocks go on without those that have left.
+    for kind in
+        [&["--model=essp"][..], &["--model=ssp", "--staleness=1"], &["--model=bsp"], &["--model=async"]]
+    {
+        let job = ["--check", "--workers=2", "--shards=2", "--epochs=400", "--target-fraction=0.5"];
+        let results = run(&[kind, &job].concat());
+        assert!(results["seconds_to_target"].is_number(), "{kind:?}");
+    }
+}

@@ -5,30 +5,36 @@ use std::{
     str::FromStr,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use fervor_protocol::{
     Element, Model, Schema,
-    limits::{CLIENT_RECEIVES, MAX_CREDITS, MAX_SHARDS, REPLY_BYTES},
+    limits::{CLIENT_RECEIVES, CONTROL_BYTES, MAX_CREDITS, REPLY_BYTES},
     route::Router,
-    wire::{self, Hello, Kind, Refusal, TableReply, Welcome},
+    wire::{Hello, Hold, Kind, MemoryHeader, OpenTable, ReleaseHeader, TableReply},
 };
 use fervor_verbs::{
-    Address, Error as TransportError, Memory,
-    transport::{Access, Connection, Endpoint, EndpointConfig, Region, Transport, any::Host},
+    Address, Exclusive, Memory,
+    transport::{Access, Endpoint, EndpointConfig, Export, Region, RemoteRegion, Transport, any::Host},
 };
 use zerocopy::IntoBytes;
 
 use crate::{
     cache::Cache,
-    core::{Clocks, Core, For, lock},
-    engine::{CONTROL_BYTES, Engine, Link},
+    connect::{connect_one, find_shards},
     error::Error,
     options::ClientOptions,
-    table::{AnyTable, Place, Table, TableCore},
+    session::{
+        channel::Answer,
+        core::{Clocks, Core, For, lock},
+        engine::Engine,
+        link::{InPlace, Link},
+    },
+    slab::{PIECE_BYTES, Pool},
+    space::Space,
+    table::{AnyTable, Holding, Part, Table, TableCore},
     worker::Worker,
 };
 
@@ -61,8 +67,10 @@ pub struct TableOptions {
 /// A connection to all servers of a job, shared by the workers of this process.
 pub struct Client<T: Transport = Host> {
     core: Arc<Core<T>>,
-    /// Bytes of the region that are given out.
-    used: Mutex<usize>,
+    /// The part of the region that mirrors and slots lie in.
+    space: Mutex<Space>,
+    /// The memory of slabs is exported as long as there are connections.
+    _slabs: Option<T::Export>,
 }
 
 impl<T: Transport> fmt::Debug for Client<T> {
@@ -113,6 +121,7 @@ impl<T: Transport> Client<T> {
         let controls = (shards.len() * CONTROL_BYTES).next_multiple_of(4096);
         let memory = Memory::new("fervor-cache", controls + options.cache_bytes)?;
         let region = transport.register(&memory, Access::RemoteWrite)?;
+        let slabs = if options.copies { None } else { Some(slab_memory(transport, options.slab_bytes)?) };
         let (mut connections, mut links) = (Vec::new(), Vec::new());
         for (number, (address, shard)) in shards.into_iter().enumerate() {
             let mut hello = Hello::main(shard);
@@ -133,6 +142,7 @@ impl<T: Transport> Client<T> {
             links.push(Link::new(address, shard, welcome, number * CONTROL_BYTES));
         }
         static NEXT: AtomicU64 = AtomicU64::new(1);
+        let space = Space::new(controls, controls + options.cache_bytes);
         let core = Core {
             transport: transport.clone(),
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -141,7 +151,9 @@ impl<T: Transport> Client<T> {
             engine: Mutex::new(Engine::new(transport, endpoint, memory, connections, &links)?),
             signal: transport.signal(),
             wanted: AtomicUsize::new(0),
+            handed_over: AtomicBool::new(false),
             clocks: Mutex::new(Clocks::default()),
+            pool: slabs.as_ref().map(|slabs| slabs.pool.clone()),
             tables: RwLock::new(Vec::new()),
             bytes_read: AtomicU64::new(0),
             links,
@@ -149,7 +161,30 @@ impl<T: Transport> Client<T> {
             options,
         };
         core.join()?;
-        Ok(Self { core: Arc::new(core), used: Mutex::new(controls) })
+        let export = slabs.map(|slabs| (slabs.region, slabs.export));
+        let client = Self { core: Arc::new(core), space: Mutex::new(space), _slabs: None };
+        let Some((region, export)) = export else { return Ok(client) };
+        client.see(region)?;
+        Ok(Self { _slabs: Some(export), ..client })
+    }
+
+    /// Finds out which shards' memory is seen from here, and names that of the slabs to them.
+    fn see(&self, slabs: RemoteRegion) -> Result<(), Error> {
+        for (shard, link) in self.core.links.iter().enumerate() {
+            let view = self.core.with_engine(For::Memory, |engine| Some(engine.view(shard, link)))?;
+            let Some(view) = view else { continue };
+            let RemoteRegion { address, length, key } = slabs;
+            let body = MemoryHeader { address, length, key, reserved: 0 };
+            let refused = |reason: String| Error::Refused { address: link.address.to_string(), reason };
+            if let Answer::Named(reply) =
+                self.request(shard, Kind::Memory, body.as_bytes())?.map_err(refused)?
+                && let Some(place) = InPlace::new(view, reply.announcements)
+            {
+                // Nothing has been sent or read yet: from here on everything is in place.
+                link.place.set(place).expect("it is set once");
+            }
+        }
+        Ok(())
     }
 
     /// Makes the table `name` with `rows` rows of `width` elements, or joins it if it is there with the same
@@ -194,51 +229,118 @@ impl<T: Transport> Client<T> {
         if let Some(table) = find(&self.core.tables.read().unwrap_or_else(PoisonError::into_inner), &schema) {
             return Ok(table);
         }
-        let cache = self.cache(&schema, options.cache_bytes).map_err(refused)?;
-        let mut places = Vec::new();
-        for shard in 0..self.core.links.len() {
-            let body = wire::encode_table(&schema, shard as u32, self.core.links.len() as u32);
-            let reply = self.request(shard, Kind::CreateTable, &body)?.map_err(refused)?;
-            places.push(Place { id: reply.table, base: self.core.remote(shard).at(reply.offset) });
-        }
+        let holdings = self.hold(&schema, options.cache_bytes).map_err(refused)?;
+        let parts = match self.open(&schema, &holdings)? {
+            Ok(parts) => parts,
+            Err(reason) => {
+                self.give_back(&schema, &holdings);
+                return Err(refused(reason));
+            }
+        };
         let mut tables = self.core.tables.write().unwrap_or_else(PoisonError::into_inner);
         // Another thread may have been faster.
         if let Some(table) = find(&tables, &schema) {
             return Ok(table);
         }
-        let table = Arc::new(TableCore::new(schema, self.core.id, tables.len(), places, cache));
+        let memory = self.core.region.memory();
+        let parts = parts.into_iter().zip(holdings).zip(&self.core.links);
+        let parts = parts
+            .map(|((reply, held), link)| Part {
+                id: reply.table,
+                offset: reply.offset as usize,
+                base: link.region().at(reply.offset),
+                holding: held.make(&schema, memory),
+            })
+            .collect();
+        let table = TableCore::new(schema, self.core.id, tables.len(), parts, memory.clone());
+        let table = Arc::new(table);
         tables.push(table.clone());
         Ok(Table(table))
     }
 
-    /// Takes slots for a table out of the budget.
-    fn cache(&self, schema: &Schema, bytes: Option<usize>) -> Result<Cache, String> {
-        let stride = schema.stride();
-        let mut used = lock(&self.used);
-        let memory = self.core.region.memory();
-        let left = memory.len() - *used;
-        let all = usize::try_from(schema.rows).unwrap_or(usize::MAX).max(FEWEST_SLOTS);
-        // Under Async slots serve hot rows only.
-        let wanted = if schema.cached() { all } else { FEWEST_SLOTS };
-        let share = (self.core.options.cache_bytes as f64 * self.core.options.cache_share) as usize;
-        let budget = bytes.unwrap_or(share).min(left);
-        let slots = wanted.min(budget / stride);
-        if slots < FEWEST_SLOTS {
-            return Err(format!(
-                "{budget} bytes of cache are left for it, and its rows take {stride} bytes each, of which at least \
-                 {FEWEST_SLOTS} must fit: raise ClientOptions::cache_bytes ({})",
-                self.core.options.cache_bytes
-            ));
+    /// Opens a table at every shard, or at none; the inner error is the refusal of one.
+    fn open(&self, schema: &Schema, holdings: &[Held]) -> Result<Result<Vec<TableReply>, String>, Error> {
+        let mut opened: Vec<TableReply> = Vec::new();
+        for (shard, held) in holdings.iter().enumerate() {
+            let (shards, hold) = (holdings.len() as u32, held.hold());
+            let request = OpenTable { schema: schema.clone(), shard: shard as u32, shards, hold };
+            let reason = match self.request(shard, Kind::CreateTable, &request.encode())? {
+                Ok(Answer::Table(reply)) => {
+                    opened.push(reply);
+                    continue;
+                }
+                Ok(Answer::Named(_)) => "the server answered something else".to_owned(),
+                Err(reason) => reason,
+            };
+            for (shard, reply) in opened.iter().enumerate() {
+                let body = ReleaseHeader { table: reply.table, reserved: 0 };
+                // Its answer comes behind all that was pushed: the space may be used again.
+                let _ = self.request(shard, Kind::Release, body.as_bytes())?;
+            }
+            return Ok(Err(reason));
         }
-        let base = *used;
-        *used += slots * stride;
-        Ok(Cache::new(memory.clone(), base, stride, slots, schema.rows))
+        Ok(Ok(opened))
+    }
+
+    /// How the rows of a table will be held, shard by shard, with space in the region.
+    fn hold(&self, schema: &Schema, bytes: Option<usize>) -> Result<Vec<Held>, String> {
+        let (layout, links) = (schema.layout(), &self.core.links);
+        let stride = layout.stride();
+        let mut space = lock(&self.space);
+        let share = (self.core.options.cache_bytes as f64 * self.core.options.cache_share) as usize;
+        let mut budget = bytes.unwrap_or(share).min(space.free());
+        let mut holdings: Vec<Held> = Vec::new();
+        for (shard, link) in links.iter().enumerate() {
+            if link.place.get().is_some() {
+                holdings.push(Held::InPlace);
+                continue;
+            }
+            let images = layout.images(self.core.router.rows_in(shard, schema.rows)).max(1);
+            // The shards to come get as much.
+            let here = budget / (links.len() - shard);
+            // Under Async slots serve hot rows only.
+            let wanted = if schema.cached() { images } else { FEWEST_SLOTS as u64 };
+            let slots = Cache::fit(
+                (here / stride).max(FEWEST_SLOTS).min(wanted.max(FEWEST_SLOTS as u64) as usize),
+                images,
+            );
+            let taken = slots
+                .checked_mul(stride)
+                .filter(|taken| *taken <= budget)
+                .and_then(|taken| space.take(taken));
+            let Some(base) = taken else {
+                drop(space);
+                self.give_back(schema, &holdings);
+                return Err(format!(
+                    "{budget} bytes of cache are left for it, and its rows take {stride} bytes each, of which at least \
+                     {FEWEST_SLOTS} must fit for each shard: raise ClientOptions::cache_bytes ({})",
+                    self.core.options.cache_bytes
+                ));
+            };
+            budget -= slots * stride;
+            let all = slots as u64 >= images;
+            holdings.push(if all && schema.eager() {
+                Held::Mirror { base, images }
+            } else {
+                Held::Slots { base, slots, images }
+            });
+        }
+        Ok(holdings)
+    }
+
+    fn give_back(&self, schema: &Schema, holdings: &[Held]) {
+        let mut space = lock(&self.space);
+        for held in holdings {
+            if let Some((base, images)) = held.space() {
+                space.give_back(base, images * schema.layout().stride());
+            }
+        }
     }
 
     /// Sends a request and waits for the answer; the inner error is the server's refusal.
-    fn request(&self, shard: usize, kind: Kind, body: &[u8]) -> Result<Result<TableReply, String>, Error> {
+    fn request(&self, shard: usize, kind: Kind, body: &[u8]) -> Result<Result<Answer, String>, Error> {
         let sequence = self.core.with_engine(For::Memory, |engine| engine.request(shard, kind, body))?;
-        self.core.with_engine(For::Event, |engine| engine.reply(shard, sequence))
+        self.core.with_engine(For::Event, |engine| engine.answer(shard, sequence))
     }
 
     /// A new worker, at the client's clock. Make all workers of this process before the first of them ends a clock: one
@@ -280,56 +382,53 @@ fn find<E: Element>(tables: &[Arc<dyn AnyTable>], schema: &Schema) -> Option<Tab
     Some(Table(table.clone().as_any().downcast().expect("the schema says the element type")))
 }
 
-/// The shards of the servers, in the order that all clients of the job see.
-fn find_shards<T: Transport>(
-    transport: &T,
-    addresses: &[Address],
-    options: &ClientOptions,
-) -> Result<Vec<(Address, u16)>, Error> {
-    let config = EndpointConfig {
-        receive_buffers: 1,
-        receive_size: 64,
-        send_depth: 16,
-        read_depth: 1,
-        connections: addresses.len(),
-        completion_vector: 0,
-    };
-    let endpoint = transport.endpoint(&config)?;
-    let mut servers: Vec<(u64, &Address, u16)> = Vec::new();
-    for address in addresses {
-        let hello = Hello::reader(0);
-        let (mut connection, welcome) =
-            connect_one(transport, &endpoint.attach(), address, hello.as_bytes(), options.connect_timeout)?;
-        connection.disconnect();
-        if let Some((_, other, _)) = servers.iter().find(|(server, ..)| *server == welcome.server) {
-            return Err(Error::Servers(format!("{other} and {address} are one server: name each once")));
-        }
-        servers.push((welcome.server, address, welcome.shards));
-    }
-    servers.sort_unstable_by_key(|(server, ..)| *server);
-    let shards: Vec<_> = servers
-        .into_iter()
-        .flat_map(|(_, address, shards)| (0..shards).map(move |shard| (address.clone(), shard)))
-        .collect();
-    if shards.is_empty() || shards.len() > MAX_SHARDS {
-        return Err(Error::Servers(format!("{} shards: 1 to {MAX_SHARDS} are possible", shards.len())));
-    }
-    Ok(shards)
+/// How the rows of a table in one shard will be held.
+#[derive(Debug, Clone, Copy)]
+enum Held {
+    InPlace,
+    Mirror { base: usize, images: u64 },
+    Slots { base: usize, slots: usize, images: u64 },
 }
 
-/// Connects, with a handshake.
-pub fn connect_one<T: Transport>(
-    transport: &T,
-    attach: &T::Attach,
-    address: &Address,
-    hello: &[u8],
-    timeout: Duration,
-) -> Result<(T::Connection, Welcome), Error> {
-    let refused = |reason: String| Error::Refused { address: address.to_string(), reason };
-    let (connection, answer) =
-        transport.connect(attach, address, hello, timeout).map_err(|error| match error {
-            TransportError::Refused { private_data, .. } => refused(Refusal::parse(&private_data).0),
-            error => error.into(),
-        })?;
-    Ok((connection, Welcome::parse(&answer).map_err(refused)?))
+impl Held {
+    fn hold(&self) -> Hold {
+        match *self {
+            Self::InPlace => Hold::InPlace,
+            Self::Mirror { base, .. } => Hold::Mirror(base as u64),
+            Self::Slots { .. } => Hold::Slots,
+        }
+    }
+
+    /// First byte, and number of images that there is room for.
+    fn space(&self) -> Option<(usize, usize)> {
+        match *self {
+            Self::InPlace => None,
+            Self::Mirror { base, images } => Some((base, images as usize)),
+            Self::Slots { base, slots, .. } => Some((base, slots)),
+        }
+    }
+
+    fn make(self, schema: &Schema, memory: &Memory) -> Holding {
+        match self {
+            Self::InPlace => Holding::InPlace,
+            Self::Mirror { base, .. } => Holding::Mirror(base),
+            Self::Slots { base, slots, images } => {
+                Holding::Slots(Cache::new(memory.clone(), base, schema.layout().stride(), slots, images))
+            }
+        }
+    }
+}
+
+/// Memory of slabs that servers on this host may see.
+struct SlabMemory<X> {
+    pool: Arc<Pool>,
+    region: RemoteRegion,
+    export: X,
+}
+
+fn slab_memory<T: Transport>(transport: &T, bytes: usize) -> Result<SlabMemory<T::Export>, Error> {
+    let bytes = (bytes / PIECE_BYTES).max(1) * PIECE_BYTES;
+    let memory = Exclusive::new("fervor-slabs", bytes)?;
+    let export = transport.export(&memory)?;
+    Ok(SlabMemory { region: export.remote(), export, pool: Pool::new(memory.split(PIECE_BYTES)) })
 }

@@ -21,29 +21,30 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`client`] | connecting, tables, the end |
-//! | [`worker`] | `get`, `inc`, `clock`, and what happens at a miss |
-//! | [`table`] | a table: where its rows are, and which updates copies may lack |
+//! | [`worker`] | `get`, `inc`, `clock`; rows in place, copies, ranges |
+//! | [`own`], [`slab`] | a worker's own updates, which copies may lack, in the form in which they are sent |
+//! | [`table`] | a table: where its rows are, and how they are held |
 //! | [`cache`] | slots, which workers read without locks and the server writes |
-//! | [`oplog`] | a worker's updates of its present clock |
-//! | [`engine`] | the endpoint for messages: batches, acknowledgements, immediates |
-//! | [`core`] | what the threads share, and how they wait |
+//! | [`session`] | what the threads share: connections, the engine that drives them, clocks, waiting |
 //! | [`reader`] | a worker's READs |
 //!
-//! **Invariants.** A `get` that hits makes no system call and takes no lock unless the copy lacks own updates. A `get` that
-//! misses is one READ, posted and polled by the calling thread. There is no thread of the client's own: whoever waits
-//! drives the engine.
+//! **Invariants.** A `get` that reads in place or hits makes no system call, takes no lock, and writes no word that
+//! another worker reads or writes. A `get` that misses is one READ, posted and polled by the calling thread. An `inc` touches the worker's own memory
+//! alone. There is no thread of the client's own: whoever waits drives the engine.
 
 #![forbid(unsafe_code)]
 
 mod cache;
 mod client;
-mod core;
-mod engine;
+mod connect;
 mod error;
 mod hash;
-mod oplog;
 mod options;
+mod own;
 mod reader;
+mod session;
+mod slab;
+mod space;
 mod table;
 mod worker;
 

@@ -12,6 +12,11 @@ pub struct ClientOptions {
     pub cache_bytes: usize,
     /// Greatest part of `cache_bytes` that one table takes when no other is said; it takes no more than its rows.
     pub cache_share: f64,
+    /// Insist on copies, as over a network, though a server's rows could be read in place.
+    pub copies: bool,
+    /// Bytes of memory for updates on their way to servers on this host. Only what is used is touched; what does not fit
+    /// is sent by copy.
+    pub slab_bytes: usize,
     /// Most READs that one [`get_many`](crate::Worker::get_many) has in flight to one shard.
     pub reads_in_flight: usize,
     /// Whether a `get` that returns older data than the table's model allows is an error ([`Error::Stale`]), and not
@@ -30,6 +35,8 @@ impl Default for ClientOptions {
             clients: 1,
             cache_bytes: 64 << 20,
             cache_share: 0.5,
+            copies: false,
+            slab_bytes: 512 << 20,
             reads_in_flight: 16,
             check: false,
             connect_timeout: Duration::from_secs(10),

@@ -1,7 +1,9 @@
 //! A worker's own way to the rows: one connection per shard, for READs that it posts and polls itself.
 //!
 //! No other thread is involved, at the client or at the server (invariant 1). The buffer of a READ is a place
-//! of the scratch memory; a place is free again when its READ has completed.
+//! of the scratch memory; a place is free again when its READ has completed and has been taken.
+
+use std::time::Duration;
 
 use fervor_protocol::{limits::ROW_HEADER, row::Header, wire::Hello};
 use fervor_verbs::{
@@ -11,10 +13,9 @@ use fervor_verbs::{
         RemoteAddress, Sge, Transport,
     },
 };
-use std::time::Duration;
 use zerocopy::IntoBytes;
 
-use crate::{core::Core, error::Error};
+use crate::{connect::connect_one, error::Error, session::core::Core};
 
 const NAP: Duration = Duration::from_millis(1);
 
@@ -32,6 +33,9 @@ pub struct Reader<T: Transport> {
 
 impl<T: Transport> Reader<T> {
     /// Connects to every shard.
+    ///
+    /// # Errors
+    /// A server is lost, or has no place for one more.
     pub fn connect(core: &Core<T>) -> Result<Self, Error> {
         let places = core.options.reads_in_flight.max(1);
         let config = EndpointConfig {
@@ -55,7 +59,7 @@ impl<T: Transport> Reader<T> {
         for link in &core.links {
             let hello = Hello::reader(link.shard);
             let attach = reader.endpoint.attach();
-            let (connection, _) = crate::client::connect_one(
+            let (connection, _) = connect_one(
                 &core.transport,
                 &attach,
                 &link.address,
@@ -73,9 +77,17 @@ impl<T: Transport> Reader<T> {
         self.places
     }
 
-    /// Sees to it that rows of `row_bytes` bytes fit the places.
-    pub fn fit(&mut self, transport: &T, row_bytes: usize) -> Result<(), Error> {
-        let bytes = (ROW_HEADER + row_bytes).next_multiple_of(64);
+    /// Whether images with `bytes` bytes of data fit the places.
+    pub fn fits(&self, bytes: usize) -> bool {
+        ROW_HEADER + bytes <= self.place_bytes
+    }
+
+    /// Sees to it that images with `bytes` bytes of data fit the places, of which none is in use.
+    ///
+    /// # Errors
+    /// No such memory.
+    pub fn fit(&mut self, transport: &T, bytes: usize) -> Result<(), Error> {
+        let bytes = (ROW_HEADER + bytes).next_multiple_of(64);
         if bytes > self.place_bytes {
             self.scratch = scratch(transport, self.places, bytes)?;
             self.place_bytes = bytes;
@@ -83,26 +95,40 @@ impl<T: Transport> Reader<T> {
         Ok(())
     }
 
-    /// Posts the READ of a row into `place`.
+    /// Posts the READ of an image with `bytes` bytes of data into `place`.
+    ///
+    /// # Errors
+    /// The connection is broken.
     pub fn post(
         &mut self,
         shard: usize,
         place: usize,
         remote: RemoteAddress,
-        row_bytes: usize,
+        bytes: usize,
     ) -> Result<(), PostError> {
         let piece =
-            Sge { region: &self.scratch, offset: place * self.place_bytes, length: ROW_HEADER + row_bytes };
+            Sge { region: &self.scratch, offset: place * self.place_bytes, length: ROW_HEADER + bytes };
         self.connections[shard].read(&[piece], remote, Some(place as u64))
     }
 
     /// Rings for what was posted to `shard`.
+    ///
+    /// # Errors
+    /// The connection is broken.
     pub fn ring(&mut self, shard: usize) -> Result<(), PostError> {
         self.connections[shard].ring()
     }
 
-    /// Waits until `count` READs have completed, however long that takes.
-    pub fn wait(&mut self, core: &Core<T>, mut count: usize) -> Result<(), Error> {
+    /// Waits until `count` READs have completed, however long that takes. `each` is told the place of each.
+    ///
+    /// # Errors
+    /// A server is lost.
+    pub fn wait(
+        &mut self,
+        core: &Core<T>,
+        mut count: usize,
+        mut each: impl FnMut(usize),
+    ) -> Result<(), Error> {
         let mut turn = 0;
         while count > 0 {
             if self.endpoint.poll(&mut self.completions) == 0 {
@@ -116,7 +142,10 @@ impl<T: Transport> Reader<T> {
             }
             for completion in self.completions.drain(..) {
                 match completion {
-                    Completion::Work { result: Ok(()), .. } => count -= 1,
+                    Completion::Work { id, result: Ok(()), .. } => {
+                        count = count.saturating_sub(1);
+                        each(id as usize);
+                    }
                     // The cause follows.
                     Completion::Work { result: Err(_), .. } => {}
                     Completion::Disconnected { connection, cause } => {
@@ -132,7 +161,7 @@ impl<T: Transport> Reader<T> {
         Ok(())
     }
 
-    /// The row that was READ into `place`: the header, and the data into `data`.
+    /// The image that was READ into `place`: the header, and the data into `data`.
     pub fn take(&self, place: usize, data: &mut [u8]) -> Header {
         let mut header = Header::default();
         let offset = place * self.place_bytes;

@@ -1,53 +1,58 @@
-//! A table as a client sees it: where its rows are, its cache, and the updates that copies may lack.
+//! A table as a client sees it: where its rows are, and how they are held.
 //!
-//! **Per row, who writes and who reads.**
-//!
-//! | field | written | read |
+//! | the shard's rows are | when | `get` |
 //! |---|---|---|
-//! | slot image | by the server, or by the worker that installs a READ | by workers, proved by checksum and state word |
-//! | `own_lsn` | under the shard's pending lock, growing | by workers, without the lock |
-//! | `lacking` | under the shard's pending lock | by workers, without the lock |
-//! | pending entries | under the shard's pending lock | under it |
+//! | read in place | the server is on this host | copies the row out of the shard's memory, under the sequence lock of its image |
+//! | mirrored | the server pushes them, and the cache has room for all of them | copies it out of the mirror, and verifies it |
+//! | in slots | otherwise, if the model keeps copies | likewise, if there is a slot; else it READs |
 //!
-//! A worker that finds `lacking` clear skips the lock. Its own updates were merged by itself, earlier, so it cannot
-//! miss them; and an entry is dropped by first raising `own_lsn`, then clearing `lacking`, so whoever sees it
-//! clear also sees the `own_lsn` that a copy without that entry fails.
+//! Nothing here is written but the mirror and the slots, which the server writes, or a worker that installs what it has
+//! READ ([`cache`](crate::cache)). A worker's own updates are its own ([`own`](crate::own)).
 
-use std::{
-    any::Any,
-    fmt,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-    },
-};
+use std::{any::Any, fmt, sync::Arc};
 
 use fervor_protocol::{
     Element, Schema,
     batch::BatchWriter,
+    limits::ROW_HEADER,
     mutants::{Mutant, mutant, pause},
-    pending::{Delta, Origin, Pending, Unknown},
     route::Router,
-    row::{Header, Seal},
+    row::{Header, Layout, Seal},
 };
-use fervor_verbs::transport::RemoteAddress;
+use fervor_verbs::{Memory, transport::RemoteAddress};
 use zerocopy::IntoBytes;
 
-use crate::cache::{Cache, Slot, State};
+use crate::{
+    cache::{Cache, Slot, State},
+    own::AnyUpdates,
+    session::combine::{Cursor, Merge},
+    slab::AnySlab,
+};
 
-/// Entries of a row beyond which acknowledged ones are dropped though a slot may lack them: a copy that the model allows to
-/// be `s` clocks old lacks about `s` own updates, and would have to be READ again without them. At least and at most so many.
-const MANY_ENTRIES: (usize, usize) = (4, 64);
-/// Times that a torn slot is copied again before the row is READ instead.
+/// Times that a torn copy is copied again before the row is READ instead.
 const TORN_COPIES: usize = 8;
 
-/// Where a table lies in one shard.
-#[derive(Debug, Clone, Copy)]
-pub struct Place {
+/// How the rows of a table that lie in a shard are held.
+#[derive(Debug)]
+pub enum Holding {
+    /// Not at all: they are read where they are.
+    InPlace,
+    /// All of them: the first image's byte in the client's region.
+    Mirror(usize),
+    /// Some of them.
+    Slots(Cache),
+}
+
+/// Where a table lies in one shard, and how its rows are held here.
+#[derive(Debug)]
+pub struct Part {
     /// The shard's number of the table.
     pub id: u32,
-    /// The first row there.
+    /// Byte offset of the first image in the shard's region.
+    pub offset: usize,
+    /// The first image, for READs.
     pub base: RemoteAddress,
+    pub holding: Holding,
 }
 
 /// A table, opened by a client. Cheap to clone.
@@ -82,123 +87,43 @@ impl<E: Element> fmt::Debug for Table<E> {
     }
 }
 
-/// What a worker's look into the cache came to.
+/// A copy of a row that was found here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Found {
-    /// The row is in the buffer; every update stamped below this clock is in it.
-    Hit(u64),
-    /// It has to be READ.
-    Miss,
+pub struct Found {
+    /// Every update stamped below this clock is in it.
+    pub clock: u64,
+    /// LSN of its image.
+    pub lsn: u64,
+    /// This client's batches up to this LSN are in it.
+    pub as_of: u64,
 }
 
-/// Why a copy cannot be completed to what `get` returns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Incomplete {
-    /// It lacks an update that is no longer held here: it is too old.
-    Stale,
-    /// Wait for the acknowledgement of that batch, and try with the same copy.
-    Unknown(u64),
+/// What a worker knows of a shard before it looks at a copy.
+#[derive(Debug, Clone, Copy)]
+pub struct Known {
+    /// The clock of the last round that was polled.
+    pub clock: u64,
+    /// The clock of the last one of which the LSN is known.
+    pub sealed: u64,
+    /// LSN at which that one was closed, or a later one.
+    pub round_lsn: u64,
 }
 
 /// See the module.
 pub struct TableCore<E> {
     schema: Schema,
+    layout: Layout,
     client: u64,
     number: usize,
-    places: Vec<Place>,
+    parts: Vec<Part>,
     seal: Seal,
-    pub cache: Cache,
-    /// See [`MANY_ENTRIES`].
-    many_entries: usize,
-    own_lsn: Vec<AtomicU64>,
-    lacking: Vec<AtomicBool>,
-    /// Workers with a READ in hand that wait for an acknowledgement to decide what it contains.
-    undecided: AtomicUsize,
-    pending: Vec<Mutex<ShardPending<E>>>,
+    memory: Memory,
+    element: std::marker::PhantomData<E>,
 }
 
 impl<E> fmt::Debug for TableCore<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "TableCore({})", self.schema)
-    }
-}
-
-/// Updates of the rows of one shard that copies may lack.
-#[derive(Debug)]
-pub struct ShardPending<E> {
-    /// Per row of the shard: its place in `updates` plus one. Untouched pages of it cost nothing.
-    index: Vec<u32>,
-    updates: Vec<Pending<E>>,
-    /// Places that are free, their buffers kept.
-    free: Vec<u32>,
-    /// Buffers of dropped updates, to be used again.
-    buffers: Vec<Vec<E>>,
-    /// Rows with an unsent update, each once.
-    unsent: Vec<u64>,
-}
-
-/// Buffers kept for use again, for each shard of a table.
-const MOST_BUFFERS: usize = 4096;
-
-impl<E: Element> ShardPending<E> {
-    fn new(rows: u64) -> Self {
-        Self {
-            index: vec![0; rows as usize],
-            updates: Vec::new(),
-            free: Vec::new(),
-            buffers: Vec::new(),
-            unsent: Vec::new(),
-        }
-    }
-
-    /// The updates of the shard's `index`-th row.
-    fn get(&mut self, index: u64) -> Option<&mut Pending<E>> {
-        let place = self.index[index as usize].checked_sub(1)?;
-        Some(&mut self.updates[place as usize])
-    }
-
-    /// Merges a worker's update of a whole row in.
-    pub fn merge_dense(&mut self, table: &TableCore<E>, row: u64, values: &[E]) {
-        let mut buffer = self.buffers.pop().unwrap_or_default();
-        buffer.clear();
-        buffer.extend_from_slice(values);
-        self.merge(table, row, Delta::Dense { start: 0, values: buffer });
-    }
-
-    /// Merges a worker's update in.
-    pub fn merge(&mut self, table: &TableCore<E>, row: u64, delta: Delta<E>) {
-        let place = &mut self.index[(row / table.places.len() as u64) as usize];
-        if *place == 0 {
-            *place = self.free.pop().unwrap_or_else(|| {
-                self.updates.push(Pending::default());
-                self.updates.len() as u32
-            });
-        }
-        if self.updates[*place as usize - 1].merge(delta, table.schema.width) {
-            self.unsent.push(row);
-        }
-        table.lacking[row as usize].store(true, Ordering::Release);
-    }
-
-    /// Drops the first `entries` of `row`, as far as they are acknowledged.
-    fn drop_first(&mut self, table: &TableCore<E>, row: u64, entries: usize) {
-        let index = (row / table.places.len() as u64) as usize;
-        let Some(place) = self.index[index].checked_sub(1) else { return };
-        let (pending, buffers) = (&mut self.updates[place as usize], &mut self.buffers);
-        let dropped = pending.drop_first(entries, |delta| {
-            if let (Delta::Dense { values, .. }, true) = (delta, buffers.len() < MOST_BUFFERS) {
-                buffers.push(values);
-            }
-        });
-        if let Some(lsn) = dropped.filter(|_| !mutant(Mutant::OwnLsnNotRaised)) {
-            table.own_lsn[row as usize].fetch_max(lsn, Ordering::Release);
-        }
-        if pending.is_empty() {
-            // SYNC POINT: `own_lsn` was raised before; see the module.
-            table.lacking[row as usize].store(false, Ordering::Release);
-            self.index[index] = 0;
-            self.free.push(place + 1);
-        }
     }
 }
 
@@ -208,43 +133,37 @@ pub trait AnyTable: Send + Sync {
     fn schema(&self) -> &Schema;
     /// For the typed way in.
     fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
-    /// Writes unsent updates of `shard` into batch `number`, as many as there is room for, and their rows into
-    /// `rows`. Whether that was all.
-    fn encode(&self, shard: usize, number: u64, writer: &mut BatchWriter<'_>, rows: &mut Vec<u64>) -> bool;
-    /// Batch `number`, with updates of `rows`, was applied at `lsn`.
-    fn acknowledged(&self, shard: usize, number: u64, lsn: u64, rows: &[u64]);
+    /// A shard's number of the table.
+    fn id(&self, shard: usize) -> u32;
+    /// Writes the updates of `slabs` for `shard`, from the cursor on, into a batch, as many as there is room for; it is the
+    /// `part`-th of their delivery. Whether that was all.
+    fn write(
+        &self,
+        shard: usize,
+        slabs: &[Arc<dyn AnySlab>],
+        cursor: &mut Cursor,
+        writer: &mut BatchWriter<'_>,
+        part: usize,
+    ) -> bool;
     /// A slot is free again.
-    fn closed(&self, slot: Slot);
+    fn closed(&self, shard: usize, slot: Slot);
 }
 
 impl<E: Element> TableCore<E> {
-    pub fn new(schema: Schema, client: u64, number: usize, places: Vec<Place>, cache: Cache) -> Self {
-        let rows = schema.rows as usize;
-        let staleness = match schema.model.staleness() {
-            Some(staleness) => staleness as usize,
-            // A copy is as old as the budget of the pushes makes it.
-            None if schema.continuous > 0 => MANY_ENTRIES.1,
-            None => 0,
-        };
-        let router = Router::new(places.len());
-        let pending = |shard| Mutex::new(ShardPending::new(router.rows_in(shard, schema.rows)));
-        Self {
-            client,
-            number,
-            seal: Seal::new(schema.row_bytes()),
-            cache,
-            many_entries: staleness.saturating_add(2).clamp(MANY_ENTRIES.0, MANY_ENTRIES.1),
-            own_lsn: (0..rows).map(|_| AtomicU64::new(0)).collect(),
-            lacking: (0..rows).map(|_| AtomicBool::new(false)).collect(),
-            undecided: AtomicUsize::new(0),
-            pending: (0..places.len()).map(pending).collect(),
-            places,
-            schema,
-        }
+    /// A table of client number `client`, its `number`-th; mirrors lie in `memory`.
+    pub fn new(schema: Schema, client: u64, number: usize, parts: Vec<Part>, memory: Memory) -> Self {
+        let layout = schema.layout();
+        let seal = Seal::new(layout.image_bytes());
+        Self { client, number, seal, layout, parts, memory, schema, element: std::marker::PhantomData }
     }
 
     pub fn schema(&self) -> &Schema {
         &self.schema
+    }
+
+    #[inline]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
     }
 
     /// The client that opened it.
@@ -253,139 +172,144 @@ impl<E: Element> TableCore<E> {
     }
 
     /// Its number among the client's tables.
+    #[inline]
     pub fn number(&self) -> usize {
         self.number
     }
 
     pub fn shards(&self) -> usize {
-        self.places.len()
+        self.parts.len()
     }
 
     /// Rows of the table in `shard`.
-    pub fn rows_in(&self, shard: usize) -> usize {
-        Router::new(self.places.len()).rows_in(shard, self.schema.rows) as usize
+    pub fn rows_in(&self, shard: usize) -> u64 {
+        Router::new(self.parts.len()).rows_in(shard, self.schema.rows)
     }
 
-    /// The shard's number of the table.
-    pub fn id(&self, shard: usize) -> u32 {
-        self.places[shard].id
-    }
-
-    /// Where the `index`-th row of `shard` is.
-    pub fn remote(&self, shard: usize, index: u64) -> RemoteAddress {
-        let base = self.places[shard].base;
-        RemoteAddress { address: base.address + index * self.schema.stride() as u64, key: base.key }
-    }
-
-    /// Whether copies are kept: not under Async without pushes, where each `get` reads the row as it is.
-    pub fn cached(&self) -> bool {
-        self.schema.cached()
-    }
-
-    /// Whether `header` and `data` are one version of a row.
-    pub fn verify(&self, header: &Header, data: &[E]) -> bool {
-        self.seal.verify(header, data.as_bytes())
-    }
-
-    /// The header of a copy that has been decided: what it contains of this client's batches, and which clock it is good for.
-    pub fn seal_copy(&self, header: &Header, included: u64, clock: u64) -> Header {
-        self.seal.reseal(*header, included, clock)
-    }
-
-    /// The lock on a shard's pending updates.
-    pub fn pending(&self, shard: usize) -> MutexGuard<'_, ShardPending<E>> {
-        self.pending[shard].lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Looks for a copy that contains every update stamped below `needed`, given that `known` is the clock of the last
-    /// closed round that was polled *before this call*.
     #[inline]
-    pub fn look_up(&self, shard: usize, row: u64, needed: u64, known: u64, into: &mut [E]) -> Found {
+    pub fn part(&self, shard: usize) -> &Part {
+        &self.parts[shard]
+    }
+
+    /// Where an image is in the region of `shard`, for READs.
+    pub fn remote(&self, shard: usize, image: u64) -> RemoteAddress {
+        let base = self.parts[shard].base;
+        RemoteAddress { address: base.address + self.layout.offset(image) as u64, key: base.key }
+    }
+
+    /// Whether rows that are READ are kept.
+    pub fn keeps_reads(&self) -> bool {
+        self.schema.cached() && !self.schema.eager()
+    }
+
+    /// Takes the `index`-th row of a shard out of its image, which `copy` copies: header and data. `None`: it is torn.
+    #[inline]
+    pub fn verified(
+        &self,
+        index: u64,
+        into: &mut [E],
+        copy: impl FnOnce(&mut [u8]) -> Header,
+    ) -> Result<Header, Header> {
+        let row = into.as_mut_bytes();
+        if self.layout.rows_per_image() == 1 {
+            let header = copy(row);
+            return if self.seal.verify(&header, row) { Ok(header) } else { Err(header) };
+        }
+        let mut block = [0; fervor_protocol::limits::BLOCK_BYTES];
+        let block = &mut block[..self.layout.image_bytes()];
+        let header = copy(block);
+        let within = self.layout.within(index);
+        row.copy_from_slice(&block[within..within + row.len()]);
+        if self.seal.verify(&header, block) { Ok(header) } else { Err(header) }
+    }
+
+    /// Looks for a copy of the `index`-th row of a shard in its mirror or slots, given what was known *before this call*.
+    #[inline]
+    pub fn look_up(
+        &self,
+        shard: usize,
+        index: u64,
+        needed: u64,
+        known: &Known,
+        into: &mut [E],
+    ) -> Option<Found> {
+        match &self.parts[shard].holding {
+            Holding::InPlace => None,
+            Holding::Mirror(base) => self.look_into_mirror(*base, index, known, into),
+            Holding::Slots(cache) if self.schema.cached() => {
+                self.look_into_slots(cache, index, needed, known, into)
+            }
+            Holding::Slots(_) => None,
+        }
+    }
+
+    fn look_into_mirror(&self, base: usize, index: u64, known: &Known, into: &mut [E]) -> Option<Found> {
+        let at = base + self.layout.offset(self.layout.image(index));
+        (0..TORN_COPIES).find_map(|_| {
+            pause();
+            let copied = self.verified(index, into, |data| {
+                let mut header = Header::default();
+                self.memory.read(at, header.as_mut_bytes());
+                self.memory.read(at + ROW_HEADER, data);
+                header
+            });
+            copied.ok().map(|header| self.pushed(&header, known.clock, known))
+        })
+    }
+
+    /// What is to be said of a copy that was pushed; of a table that rounds do not cover it is good for `clock` in any case.
+    fn pushed(&self, header: &Header, clock: u64, known: &Known) -> Found {
+        let lsn = header.version.lsn();
+        // Every push of the rounds up to `known` is visible. (Under Async there are pushes, if they are asked for, but not
+        // for rounds: such a copy is good for a round only if it is of an image that changed after that.)
+        if self.schema.model.eager() {
+            return Found { clock: known.clock.max(clock), lsn, as_of: known.round_lsn };
+        }
+        Found { clock: if lsn >= known.round_lsn { known.sealed } else { 0 }, lsn, as_of: 0 }
+    }
+
+    fn look_into_slots(
+        &self,
+        cache: &Cache,
+        index: u64,
+        needed: u64,
+        known: &Known,
+        into: &mut [E],
+    ) -> Option<Found> {
+        let image = self.layout.image(index);
         for _ in 0..TORN_COPIES {
-            let Some((slot, word)) = self.cache.find(row) else { return Found::Miss };
+            let (slot, word) = cache.find(image)?;
             pause();
-            let header = self.cache.copy(slot, into.as_mut_bytes());
+            let copied = self.verified(index, into, |data| cache.copy(slot, data));
+            let stamp = cache.stamp(slot);
             pause();
-            if !self.cache.unchanged(slot, word) {
+            if !cache.unchanged(slot, word) {
                 continue;
             }
-            if !self.verify(&header, into) {
-                // The first push has not arrived, or one is arriving just now.
-                if header.lsn == 0 && header.check == !0 {
-                    return Found::Miss;
-                }
-                continue;
-            }
-            // Every push of the rounds up to `known` is visible in a slot that is subscribed: see `server::push`. (Under
-            // Async there are pushes, if they are asked for, but no rounds.)
-            let in_rounds = word.state() == State::Subscribed && self.schema.model.eager();
-            let clock = if in_rounds { header.clock.max(known) } else { header.clock };
-            if clock < needed && !mutant(Mutant::CopyTooOld) {
-                return Found::Miss;
-            }
-            if self.complete(shard, row, &header, Origin::Stated, into).is_ok() {
-                return Found::Hit(clock);
-            }
+            let header = match copied {
+                Ok(header) => header,
+                // The first push has not arrived.
+                Err(header) if header.version.lsn() == 0 && header.check == !0 => return None,
+                // One is arriving just now.
+                Err(_) => continue,
+            };
+            let found = if word.state() == State::Subscribed {
+                self.pushed(&header, stamp.clock, known)
+            } else {
+                Found { clock: stamp.clock, lsn: header.version.lsn(), as_of: stamp.as_of }
+            };
+            let fresh = found.clock >= needed || mutant(Mutant::CopyTooOld);
+            return fresh.then_some(found);
         }
-        Found::Miss
+        None
     }
 
-    /// Runs `wait`, during which acknowledgements do not drop what a READ in hand may lack.
-    pub fn while_undecided<R>(&self, wait: impl FnOnce() -> R) -> R {
-        self.undecided.fetch_add(1, Ordering::Relaxed);
-        let result = wait();
-        self.undecided.fetch_sub(1, Ordering::Relaxed);
-        result
-    }
-
-    /// Adds to a copy what it lacks of this client's own updates.
-    ///
-    /// # Errors
-    /// [`Incomplete`]; the copy is as it was.
-    pub fn complete(
-        &self,
-        shard: usize,
-        row: u64,
-        header: &Header,
-        origin: Origin,
-        copy: &mut [E],
-    ) -> Result<(), Incomplete> {
-        self.complete_and(shard, row, header, origin, copy, |_, _| {})
-    }
-
-    /// As [`TableCore::complete`]; `with` gets the copy before anything is added to it, and the number of the
-    /// last batch that it contains, before another batch gets a number.
-    pub fn complete_and(
-        &self,
-        shard: usize,
-        row: u64,
-        header: &Header,
-        origin: Origin,
-        copy: &mut [E],
-        with: impl FnOnce(&[E], u64),
-    ) -> Result<(), Incomplete> {
-        // SYNC POINT: pairs with `drop_first`; `own_lsn` is loaded after.
-        let lacking = self.lacking[row as usize].load(Ordering::Acquire);
-        pause();
-        if !lacking && origin == Origin::Stated {
-            let fresh = header.lsn >= self.own_lsn[row as usize].load(Ordering::Acquire);
-            return if fresh { Ok(()) } else { Err(Incomplete::Stale) };
+    /// The cache for the rows of a shard, if they are in slots.
+    pub fn cache(&self, shard: usize) -> Option<&Cache> {
+        match &self.parts[shard].holding {
+            Holding::Slots(cache) => Some(cache),
+            Holding::InPlace | Holding::Mirror(_) => None,
         }
-        let mut shard = self.pending(shard);
-        if header.lsn < self.own_lsn[row as usize].load(Ordering::Acquire) {
-            return Err(Incomplete::Stale);
-        }
-        let index = row / self.places.len() as u64;
-        let Some(pending) = shard.get(index) else {
-            with(copy, 0);
-            return Ok(());
-        };
-        let contained =
-            pending.contained(header, origin).map_err(|Unknown { batch }| Incomplete::Unknown(batch))?;
-        with(copy, pending.included(contained));
-        pending.add_missing(contained, copy);
-        shard.drop_first(self, row, contained);
-        Ok(())
     }
 }
 
@@ -398,49 +322,27 @@ impl<E: Element> AnyTable for TableCore<E> {
         self
     }
 
-    fn encode(&self, shard: usize, number: u64, writer: &mut BatchWriter<'_>, rows: &mut Vec<u64>) -> bool {
-        let mut pending = self.pending(shard);
-        let pending = &mut *pending;
-        let shards = self.places.len() as u64;
-        while let Some(&row) = pending.unsent.last() {
-            let place = pending.index[(row / shards) as usize] - 1;
-            let update = &mut pending.updates[place as usize];
-            let delta = update.unsent().expect("an unsent row has an unsent update");
-            let elements = match delta {
-                Delta::Dense { values, .. } => values.len(),
-                Delta::Sparse(pairs) => pairs.len(),
-            };
-            let written = writer.push(self.places[shard].id, row / shards, delta);
-            if written == 0 {
-                return false;
-            }
-            rows.push(row);
-            if written < elements {
-                update.sent_part(number, written);
-                return false;
-            }
-            update.sent(number);
-            pending.unsent.pop();
-        }
-        true
+    fn id(&self, shard: usize) -> u32 {
+        self.parts[shard].id
     }
 
-    fn acknowledged(&self, shard: usize, number: u64, lsn: u64, rows: &[u64]) {
-        let mut shard = self.pending(shard);
-        for &row in rows {
-            let Some(pending) = shard.get(row / self.places.len() as u64) else { continue };
-            pending.acknowledged(number, lsn);
-            // Without a slot every copy to come is READ, and a READ posted from now on contains the batch. (A READ
-            // that waits for this would have to be done again.)
-            let useless = !self.cache.holds(row) && self.undecided.load(Ordering::Relaxed) == 0;
-            if useless || pending.len() > self.many_entries {
-                let entries = pending.len();
-                shard.drop_first(self, row, entries);
-            }
-        }
+    fn write(
+        &self,
+        shard: usize,
+        slabs: &[Arc<dyn AnySlab>],
+        cursor: &mut Cursor,
+        writer: &mut BatchWriter<'_>,
+        part: usize,
+    ) -> bool {
+        let finite = !self.schema.non_finite;
+        let merge = Merge::<E>::new(slabs, self.schema.width as usize, self.parts[shard].id, finite);
+        merge.write(cursor, writer, part)
     }
 
-    fn closed(&self, slot: Slot) {
-        self.cache.closed(slot);
+    fn closed(&self, shard: usize, slot: Slot) {
+        self.cache(shard).expect("a slot of a cache").closed(slot);
     }
 }
+
+/// A worker's updates of any table, or `None` as long as it has not updated it.
+pub type WorkerUpdates = Vec<Option<Box<dyn AnyUpdates>>>;

@@ -9,36 +9,37 @@ use std::{
 
 use fervor_protocol::{
     Element, clock,
+    limits::ROW_HEADER,
     mutants::{Mutant, mutant, pause},
-    pending::Origin,
-    row::Header,
-    wire::{PUSH_ONCE, SlotRecord},
+    row::Version,
 };
-use fervor_verbs::transport::{PostError, Transport, any::Host};
+use fervor_verbs::transport::{Transport, View, any::Host};
 use zerocopy::IntoBytes;
 
 use crate::{
-    cache::{Slot, State, Taken},
-    core::{Core, For, lock},
-    engine::Wish,
     error::Error,
-    oplog::{AnyOplog, Oplog},
+    own::{Horizon, Updates},
     reader::Reader,
-    table::{Found, Incomplete, Table, TableCore},
+    session::core::{Core, For, lock},
+    table::{Holding, Table, TableCore, WorkerUpdates},
 };
 
 mod bounded;
+mod copies;
+mod ranges;
 
-/// READs of a row that stays torn before the server is asked for it.
-const TORN_READS: usize = 8;
-/// Wishes after which they are sent without waiting for the end of the clock.
-const MANY_WISHES: usize = 64;
+/// Slabs that may wait for a shard before the worker that handed them over does.
+const MOST_WAITING: u64 = 32;
 /// Clock differentials kept in an array: `-RECENT..=RECENT`; others in a map.
 const RECENT: i64 = 64;
+/// Looks at an image that is being rewritten before it is seen to that its server still lives.
+const LOOKS: u32 = 256;
 
 /// What a worker has done so far.
 #[derive(Debug, Clone, Default)]
 pub struct WorkerStats {
+    /// `get`s that read a row in place, in the memory of a shard on this host.
+    pub in_place: u64,
     /// `get`s answered from the cache.
     pub hits: u64,
     /// `get`s that READ.
@@ -55,7 +56,8 @@ pub struct WorkerStats {
     pub communicating: Duration,
     /// `get`s whose copy was older than the table's model allows. Always counted, and always 0: anything else is a bug.
     pub violations: u64,
-    /// How many `get`s had which clock differential: clock of the data returned minus clock of the worker.
+    /// How many `get`s had which clock differential: clock of the data returned minus clock of the worker. Beyond 64 it is rounded
+    /// up to a power of two, so that there are few.
     pub clock_differential: BTreeMap<i64, u64>,
 }
 
@@ -64,8 +66,10 @@ pub struct Worker<T: Transport = Host> {
     core: Arc<Core<T>>,
     id: u64,
     clock: u64,
-    reader: Reader<T>,
-    oplogs: Vec<Option<Box<dyn AnyOplog>>>,
+    /// The way to rows that are not read in place.
+    reader: Option<Reader<T>>,
+    updates: WorkerUpdates,
+    prefetched: Vec<copies::Prefetched>,
     stats: WorkerStats,
     recent: Vec<u64>,
 }
@@ -79,7 +83,8 @@ impl<T: Transport> fmt::Debug for Worker<T> {
 impl<T: Transport> Worker<T> {
     pub(crate) fn new(core: Arc<Core<T>>) -> Result<Self, Error> {
         core.alive()?;
-        let reader = Reader::connect(&core)?;
+        let reads = core.links.iter().any(|link| link.place.get().is_none());
+        let reader = reads.then(|| Reader::connect(&core)).transpose()?;
         let mut clocks = lock(&core.clocks);
         let id = clocks.join();
         let clock = clocks.workers[&id];
@@ -89,7 +94,8 @@ impl<T: Transport> Worker<T> {
             id,
             clock,
             reader,
-            oplogs: Vec::new(),
+            updates: Vec::new(),
+            prefetched: Vec::new(),
             stats: WorkerStats::default(),
             recent: vec![0; 2 * RECENT as usize + 1],
         })
@@ -114,6 +120,7 @@ impl<T: Transport> Worker<T> {
     ///
     /// # Errors
     /// The row or the length of the buffer is out of range; a server is lost.
+    #[inline]
     pub fn get<E: Element>(&mut self, table: &Table<E>, row: u64, into: &mut [E]) -> Result<(), Error> {
         let table = &*table.0;
         let width = table.schema().width as usize;
@@ -121,28 +128,7 @@ impl<T: Transport> Worker<T> {
         if into.len() != width {
             return Err(wrong_length(table, into.len(), width));
         }
-        let (shard, index) = self.core.router.locate(row);
-        let needed = clock::needed(table.schema().model, self.clock);
-        let mut known = self.core.links[shard].clock.load(Ordering::Acquire);
-        if known < needed {
-            self.wait_for(shard, needed)?;
-            known = self.core.links[shard].clock.load(Ordering::Acquire);
-        }
-        let clock = match table.cached().then(|| table.look_up(shard, row, needed, known, into)) {
-            Some(Found::Hit(clock)) => {
-                self.stats.hits += 1;
-                clock
-            }
-            Some(Found::Miss) | None => {
-                self.stats.misses += 1;
-                let before = self.core.transport.now();
-                self.hear(table);
-                let clock = self.miss(table, row, shard, index, into)?;
-                self.stats.communicating += self.core.transport.now() - before;
-                clock
-            }
-        };
-        self.finish(table, row, shard, clock, into)
+        self.read(table, row, into)
     }
 
     /// Reads `rows` one after the other into `into`, which has the table's width for each; what has to be READ is in flight together.
@@ -156,99 +142,44 @@ impl<T: Transport> Worker<T> {
         into: &mut [E],
     ) -> Result<(), Error> {
         let width = table.width();
+        let core = &*table.0;
         if into.len() != rows.len() * width {
-            return Err(wrong_length(&*table.0, into.len(), rows.len() * width));
+            return Err(wrong_length(core, into.len(), rows.len() * width));
         }
         for &row in rows {
-            self.check(&*table.0, row)?;
+            self.check(core, row)?;
         }
-        let core = &*table.0;
-        let needed = clock::needed(core.schema().model, self.clock);
-        let mut missed = Vec::new();
-        for (place, (&row, copy)) in rows.iter().zip(into.chunks_exact_mut(width)).enumerate() {
-            let (shard, _) = self.core.router.locate(row);
-            let mut known = self.core.links[shard].clock.load(Ordering::Acquire);
-            if known < needed {
-                self.wait_for(shard, needed)?;
-                known = self.core.links[shard].clock.load(Ordering::Acquire);
+        if self.reader.is_none() {
+            for (&row, copy) in rows.iter().zip(into.chunks_exact_mut(width)) {
+                self.read(core, row, copy)?;
             }
-            match core.cached().then(|| core.look_up(shard, row, needed, known, copy)) {
-                Some(Found::Hit(clock)) => {
-                    self.stats.hits += 1;
-                    self.finish(core, row, shard, clock, copy)?;
-                }
-                Some(Found::Miss) | None => missed.push(place),
-            }
+            return Ok(());
         }
-        let before = self.core.transport.now();
-        if !missed.is_empty() {
-            self.hear(core);
-        }
-        for group in missed.chunks(self.reader.places()) {
-            self.read_group(core, rows, group, into)?;
-        }
-        if !missed.is_empty() {
-            self.stats.communicating += self.core.transport.now() - before;
-        }
-        Ok(())
-    }
-
-    /// READs the rows at `group` of `rows` together, and what comes torn or undecided one by one after.
-    fn read_group<E: Element>(
-        &mut self,
-        table: &TableCore<E>,
-        rows: &[u64],
-        group: &[usize],
-        into: &mut [E],
-    ) -> Result<(), Error> {
-        self.may_read()?;
-        let width = table.schema().width as usize;
-        let row_bytes = table.schema().row_bytes();
-        self.reader.fit(&self.core.transport, row_bytes)?;
-        // SYNC POINT: a READ is trusted for the clock that was known before it was posted.
-        let known: Vec<u64> = self.core.links.iter().map(|link| link.clock.load(Ordering::Acquire)).collect();
-        for (place, &at) in group.iter().enumerate() {
-            let (shard, index) = self.core.router.locate(rows[at]);
-            self.post(table, shard, index, place)?;
-        }
-        for shard in 0..known.len() {
-            self.reader.ring(shard).or_else(|error| self.broken(shard, error))?;
-        }
-        self.reader.wait(&self.core, group.len())?;
-        for (place, &at) in group.iter().enumerate() {
-            let row = rows[at];
-            let (shard, index) = self.core.router.locate(row);
-            let copy = &mut into[at * width..(at + 1) * width];
-            self.stats.misses += 1;
-            let clock = match self.accept(table, row, shard, place, known[shard], copy)? {
-                true => known[shard],
-                false => self.miss(table, row, shard, index, copy)?,
-            };
-            self.finish(table, row, shard, clock, copy)?;
-        }
-        Ok(())
+        self.read_copies(core, rows, into)
     }
 
     /// Adds `delta`, of the table's width, to `row`. The others see it after this clock; this worker at once.
     ///
     /// # Errors
-    /// The row or the length is out of range; an element is NaN or infinite and the table does not take that.
-    /// Nothing is added then.
+    /// The row or the length is out of range; an element, or its sum with what this worker has added in this clock, is NaN or
+    /// infinite and the table does not take that. Nothing is added then.
+    #[inline]
     pub fn inc<E: Element>(&mut self, table: &Table<E>, row: u64, delta: &[E]) -> Result<(), Error> {
         let core = &*table.0;
         self.check(core, row)?;
         if delta.len() != table.width() {
             return Err(wrong_length(core, delta.len(), table.width()));
         }
-        if !core.schema().non_finite && !E::all_finite(delta) {
+        let finite = !core.schema().non_finite;
+        if finite && !E::all_finite(delta) {
             return Err(non_finite(core, row, delta.iter().copied().enumerate()));
         }
         if core.schema().model.value_bounded() {
             self.admit(table, row, || delta.iter().copied().enumerate())?;
         }
-        let (shard, _) = self.core.router.locate(row);
-        self.oplog(table).add(shard, row, delta);
-        Ok(())
+        let (shard, index) = self.core.router.locate(row);
+        let added = self.updates(core).shards[shard].current().add(index as u32, delta, finite);
+        if added { Ok(()) } else { Err(self.too_great(core, row, delta.iter().copied().enumerate())) }
     }
 
     /// Adds to single elements of `row`: pairs of column and value.
@@ -271,46 +202,95 @@ impl<T: Transport> Worker<T> {
                 width: core.schema().width as usize,
             });
         }
-        if !core.schema().non_finite && !pairs.iter().all(|(_, value)| value.is_finite()) {
-            return Err(non_finite(
-                core,
-                row,
-                pairs.iter().map(|(column, value)| (*column as usize, *value)),
-            ));
+        let each = || pairs.iter().map(|(column, value)| (*column as usize, *value));
+        let finite = !core.schema().non_finite;
+        if finite && !pairs.iter().all(|(_, value)| value.is_finite()) {
+            return Err(non_finite(core, row, each()));
         }
         if core.schema().model.value_bounded() {
-            self.admit(table, row, || pairs.iter().map(|(column, value)| (*column as usize, *value)))?;
+            self.admit(table, row, each)?;
         }
-        let (shard, _) = self.core.router.locate(row);
-        self.oplog(table).add_at(shard, row, pairs);
-        Ok(())
+        let (shard, index) = self.core.router.locate(row);
+        let added = self.updates(core).shards[shard].current().add_at(index as u32, pairs, finite);
+        if added { Ok(()) } else { Err(self.too_great(core, row, each())) }
     }
 
-    /// Ends the worker's clock: its updates are handed over, and if it was the slowest worker of this client,
-    /// they are sent. Returns when they are posted; it does not wait for other workers.
+    /// Ends the worker's clock: its updates are handed over and sent, and if it was the slowest worker of this client, the servers are
+    /// told that the clock has ended. Returns when that is posted; it does not wait for other workers. (Over a wire the updates of the
+    /// client's workers go together, when the slowest has ended the clock.)
     ///
     /// # Errors
     /// A server is lost.
     pub fn clock(&mut self) -> Result<(), Error> {
         let before = self.core.transport.now();
-        for oplog in self.oplogs.iter_mut().flatten() {
-            oplog.merge();
-        }
+        self.hand_over_all();
         self.clock += 1;
         pause();
         let risen = lock(&self.core.clocks).tick(self.id);
         pause();
         match risen {
             Some(clock) => self.core.announce(clock)?,
-            None => self.core.progress(),
+            None => self.core.drive(),
         }
+        self.keep_pace()?;
         if self.value_bounded().next().is_some() {
             self.hand_over()?;
         }
+        self.retire();
         self.stats.communicating += self.core.transport.now() - before;
         self.core.alive()
     }
 
+    /// Hands the updates of the present clock over.
+    fn hand_over_all(&mut self) {
+        let (core, stamp) = (&self.core, self.clock);
+        for (table, updates) in self.updates.iter_mut().enumerate() {
+            if let Some(updates) = updates {
+                updates.hand_over(stamp, &mut |shard, slab| core.links[shard].hand_over(table, slab));
+            }
+        }
+    }
+
+    /// Waits if a shard does not keep pace: memory for what is handed over is bounded.
+    fn keep_pace(&mut self) -> Result<(), Error> {
+        let core = &*self.core;
+        for link in &core.links {
+            let keeps = || link.waiting.load(Ordering::Acquire) <= MOST_WAITING;
+            if !keeps() {
+                core.wait(For::Memory, keeps)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets those updates go that every copy to come contains.
+    fn retire(&mut self) {
+        let core = &*self.core;
+        let tables = core.tables.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for (table, updates) in self.updates.iter_mut().enumerate() {
+            let Some(updates) = updates else { continue };
+            let schema = tables[table].schema();
+            let needed = clock::needed(schema.model, self.clock);
+            let keeps_reads = schema.cached() && !schema.eager();
+            updates.retire(&mut |shard| {
+                let link = &core.links[shard];
+                let in_place = link.place.get().is_some();
+                Horizon {
+                    at_once: in_place || !schema.cached(),
+                    round_lsn: if schema.model.eager() { link.known().round_lsn } else { 0 },
+                    visible: if schema.model.value_bounded() {
+                        link.visible.load(Ordering::Acquire)
+                    } else {
+                        0
+                    },
+                    needed: keeps_reads.then_some(needed),
+                    known: link.round(),
+                }
+            });
+        }
+    }
+
+    #[inline]
     fn check<E: Element>(&self, table: &TableCore<E>, row: u64) -> Result<(), Error> {
         let schema = table.schema();
         if table.client() != self.core.id {
@@ -322,37 +302,112 @@ impl<T: Transport> Worker<T> {
         Ok(())
     }
 
-    fn oplog<E: Element>(&mut self, table: &Table<E>) -> &mut Oplog<E> {
-        let number = table.0.number();
-        if self.oplogs.len() <= number {
-            self.oplogs.resize_with(number + 1, || None);
+    /// The worker's updates of a table, made when there are none.
+    #[inline]
+    fn updates<E: Element>(&mut self, table: &TableCore<E>) -> &mut Updates<E> {
+        let number = table.number();
+        if self.updates.get(number).is_none_or(Option::is_none) {
+            self.make_updates(table);
         }
-        let oplog = self.oplogs[number].get_or_insert_with(|| Box::new(Oplog::new(table.0.clone())));
-        oplog.as_any().downcast_mut().expect("a table's number stands for its element type")
+        let updates = self.updates[number].as_mut().expect("it has been made");
+        updates.as_any().downcast_mut().expect("a table's number stands for its element type")
     }
 
-    /// Adds the worker's updates of this clock to a copy, and counts.
+    #[cold]
+    fn make_updates<E: Element>(&mut self, table: &TableCore<E>) {
+        if self.updates.len() <= table.number() {
+            self.updates.resize_with(table.number() + 1, || None);
+        }
+        let core = &self.core;
+        let pool = |shard: usize| core.links[shard].place.get().and(core.pool.clone());
+        self.updates[table.number()] = Some(Box::new(Updates::new(table, pool)));
+    }
+
+    /// The worker's updates of a table, if there are any.
     #[inline]
-    fn finish<E: Element>(
+    fn known_updates<E: Element>(&mut self, table: &TableCore<E>) -> Option<&mut Updates<E>> {
+        let updates = self.updates.get_mut(table.number())?.as_mut()?;
+        Some(updates.as_any().downcast_mut().expect("a table's number stands for its element type"))
+    }
+
+    /// Reads a row that is there.
+    #[inline]
+    fn read<E: Element>(&mut self, table: &TableCore<E>, row: u64, into: &mut [E]) -> Result<(), Error> {
+        let (shard, index) = self.core.router.locate(row);
+        let needed = clock::needed(table.schema().model, self.clock);
+        // SYNC POINT: what is read is as of the clock that was known before.
+        let mut known = self.core.links[shard].clock();
+        if known < needed {
+            self.wait_for(shard, needed)?;
+            known = self.core.links[shard].clock();
+        }
+        if let Holding::InPlace = table.part(shard).holding {
+            self.read_in_place(table, shard, index, into)?;
+            self.stats.in_place += 1;
+            return self.count(table, row, known, needed);
+        }
+        self.read_copy(table, row, (shard, index), needed, into)
+    }
+
+    /// Copies a row out of the shard's memory, and adds what of this worker's updates it lacks.
+    #[inline]
+    fn read_in_place<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        shard: usize,
+        index: u64,
+        into: &mut [E],
+    ) -> Result<(), Error> {
+        let layout = table.layout();
+        let lock = table.part(shard).offset + layout.offset(layout.image(index));
+        let data = lock + ROW_HEADER + layout.within(index);
+        let core = &*self.core;
+        let place = core.links[shard].place.get().expect("rows are in place where there is one");
+        let mut looks = 0;
+        let version = loop {
+            if let Some(version) = place.view.snapshot(lock, data, into.as_mut_bytes()) {
+                break version;
+            }
+            if mutant(Mutant::SnapshotUnchecked) {
+                break place.view.load(lock);
+            }
+            // Each look that fails is a rewrite of this very image, which its shard makes once per batch.
+            core.transport.relax(looks % LOOKS);
+            looks += 1;
+            if looks % LOOKS == 0 {
+                core.progress();
+                core.alive()?;
+            }
+        };
+        let Some(Some(updates)) = self.updates.get_mut(table.number()) else { return Ok(()) };
+        let updates: &mut Updates<E> =
+            updates.as_any().downcast_mut().expect("a table's number stands for its element type");
+        let lsn = Version::from_bits(version).lsn();
+        updates.shards[shard].complete_in_place(index as u32, lsn, |batch| place.announced(batch), into);
+        Ok(())
+    }
+
+    /// Counts a `get` whose data is as of `clock`.
+    #[inline]
+    fn count<E: Element>(
         &mut self,
         table: &TableCore<E>,
         row: u64,
-        shard: usize,
         clock: u64,
-        copy: &mut [E],
+        needed: u64,
     ) -> Result<(), Error> {
-        if let Some(Some(oplog)) = self.oplogs.get_mut(table.number()) {
-            let oplog: &mut Oplog<E> =
-                oplog.as_any().downcast_mut().expect("a table's number stands for its element type");
-            oplog.add_to(shard, row, copy);
-        }
-        let needed = clock::needed(table.schema().model, self.clock);
         let differential = clock::differential(clock, self.clock);
         match self.recent.get_mut((differential + RECENT) as usize) {
             Some(count) => *count += 1,
-            None => *self.stats.clock_differential.entry(differential).or_insert(0) += 1,
+            None => self.count_far(differential),
         }
         if clock < needed { self.violated(table, row, clock, needed) } else { Ok(()) }
+    }
+
+    #[cold]
+    fn count_far(&mut self, differential: i64) {
+        let rounded = differential.signum() * differential.unsigned_abs().next_power_of_two() as i64;
+        *self.stats.clock_differential.entry(rounded).or_insert(0) += 1;
     }
 
     /// A copy is older than the model allows, which never happens.
@@ -373,204 +428,38 @@ impl<T: Transport> Worker<T> {
         Err(Error::Stale { worker, clock, table, row, copy, model, needed })
     }
 
-    /// Before READs under SSP: takes what has been said of the clocks. A copy is trusted for the clock that was known
-    /// before its READ, so the later that is, the longer it serves.
-    fn hear<E: Element>(&self, table: &TableCore<E>) {
-        if table.cached() && !table.schema().eager() {
-            self.core.progress();
-        }
-    }
-
+    #[cold]
     fn wait_for(&mut self, shard: usize, needed: u64) -> Result<(), Error> {
         let before = self.core.transport.now();
-        let clock = &self.core.links[shard].clock;
-        self.core.wait(For::Event, || clock.load(Ordering::Acquire) >= needed)?;
+        let link = &self.core.links[shard];
+        self.core.wait(For::Event, || link.clock() >= needed)?;
         self.stats.waiting += self.core.transport.now() - before;
         Ok(())
     }
 
-    /// READs a row, keeps it if the model says so, and returns the clock that the copy is good for.
+    /// The error of an update whose sum with the earlier ones of this clock is not finite.
     #[cold]
-    fn miss<E: Element>(
+    fn too_great<E: Element>(
         &mut self,
         table: &TableCore<E>,
         row: u64,
-        shard: usize,
-        index: u64,
-        into: &mut [E],
-    ) -> Result<u64, Error> {
-        self.may_read()?;
-        self.reader.fit(&self.core.transport, table.schema().row_bytes())?;
-        for _ in 0..TORN_READS {
-            // SYNC POINT: a READ is trusted for the clock that was known before it was posted.
-            let known = self.core.links[shard].clock.load(Ordering::Acquire);
-            self.post(table, shard, index, 0)?;
-            self.reader.ring(shard).or_else(|error| self.broken(shard, error))?;
-            self.reader.wait(&self.core, 1)?;
-            let late = || self.core.links[shard].clock.load(Ordering::Acquire);
-            let known = if mutant(Mutant::TrustLateClock) { late() } else { known };
-            if self.accept(table, row, shard, 0, known, into)? {
-                return Ok(known);
-            }
-        }
-        self.ask(table, row, shard, index, into)
-    }
-
-    /// READs that were in flight when a server was lost are not waited for, so the reader reads no more.
-    fn may_read(&self) -> Result<(), Error> {
-        if mutant(Mutant::ReadAfterLoss) { Ok(()) } else { self.core.alive() }
-    }
-
-    fn post<E: Element>(
-        &mut self,
-        table: &TableCore<E>,
-        shard: usize,
-        index: u64,
-        place: usize,
-    ) -> Result<(), Error> {
-        self.stats.reads += 1;
-        let row_bytes = table.schema().row_bytes();
-        self.core.bytes_read.fetch_add((size_of::<Header>() + row_bytes) as u64, Ordering::Relaxed);
-        let posted = self.reader.post(shard, place, table.remote(shard, index), row_bytes);
-        posted.or_else(|error| self.broken(shard, error))
-    }
-
-    /// A post was refused: the connection is broken, since the queue has room for all places.
-    fn broken(&self, shard: usize, error: PostError) -> Result<(), Error> {
-        Err(self.core.lost(shard, error))
-    }
-
-    /// Takes the row that was READ into `place`, when `known` was known, completes it, and keeps it. `false`: it is
-    /// torn, or too old for what this client has of its own; READ again.
-    fn accept<E: Element>(
-        &mut self,
-        table: &TableCore<E>,
-        row: u64,
-        shard: usize,
-        place: usize,
-        known: u64,
-        into: &mut [E],
-    ) -> Result<bool, Error> {
-        loop {
-            let header = self.reader.take(place, into.as_mut_bytes());
-            if !table.verify(&header, into) {
-                self.stats.torn += 1;
-                return Ok(false);
-            }
-            let keep = table.cached() && !table.schema().eager();
-            let completed = table.complete_and(shard, row, &header, Origin::Read, into, |copy, included| {
-                if keep {
-                    let header = table.seal_copy(&header, included, known);
-                    table.cache.install(row, &header, copy.as_bytes());
-                }
-            });
-            match completed {
-                Ok(()) => {
-                    if table.schema().eager()
-                        && let Taken::Present(_) = self.take(table, row, State::Subscribed)
-                    {
-                        // It was READ before, and its first push has not come: perhaps the wish has not gone.
-                        self.core.progress();
-                    }
-                    return Ok(true);
-                }
-                Err(Incomplete::Stale) => return Ok(false),
-                Err(Incomplete::Unknown(batch)) => {
-                    let acknowledged = &self.core.links[shard].acknowledged;
-                    table.while_undecided(|| {
-                        self.core.wait(For::Memory, || acknowledged.load(Ordering::Acquire) >= batch)
-                    })?;
-                }
-            }
-        }
-    }
-
-    /// Takes a slot, and leaves the wishes that come of it.
-    fn take<E: Element>(&self, table: &TableCore<E>, row: u64, state: State) -> Taken {
-        let mut most = 0;
-        let mut late = Vec::new();
-        let taken = table.cache.take(row, state, |slot, row, wish| {
-            if mutant(Mutant::WishesOutOfOrder) {
-                return late.push((slot, row, wish));
-            }
-            most = most.max(self.wish(table, row, slot, wish));
-        });
-        if mutant(Mutant::WishesOutOfOrder) && !late.is_empty() {
-            // Where another worker may come between.
-            pause();
-            late.into_iter().for_each(|(slot, row, wish)| _ = self.wish(table, row, slot, wish));
-        }
-        if most >= MANY_WISHES {
-            self.core.progress();
-        }
-        taken
-    }
-
-    /// Leaves a wish for the shard of `row`. How many there are now.
-    fn wish<E: Element>(&self, table: &TableCore<E>, row: u64, slot: Slot, wish: u32) -> usize {
+        values: impl Iterator<Item = (usize, E)>,
+    ) -> Error {
         let (shard, index) = self.core.router.locate(row);
-        let record =
-            SlotRecord { row: index, slot: table.cache.offset(slot) as u64, table: table.id(shard), wish };
-        self.core.wish(shard, Wish { record, table: table.number(), slot })
-    }
-
-    /// A hot row, torn time and again: the server, its one writer, pushes it (invariant 11).
-    fn ask<E: Element>(
-        &mut self,
-        table: &TableCore<E>,
-        row: u64,
-        shard: usize,
-        index: u64,
-        into: &mut [E],
-    ) -> Result<u64, Error> {
-        self.stats.asked += 1;
-        loop {
-            let known = self.core.links[shard].clock.load(Ordering::Acquire);
-            // Where rows are pushed anyway the first push is the answer: a copy that is not kept up to date has no place
-            // in the cache of such a table.
-            let eager = table.schema().eager();
-            let slot = match self.take(table, row, if eager { State::Subscribed } else { State::Asked }) {
-                Taken::New(slot) if !eager => Some(slot),
-                Taken::Present(slot) if !eager && table.cache.ask_again(slot, row) => {
-                    self.wish(table, row, slot, PUSH_ONCE);
-                    Some(slot)
-                }
-                Taken::New(_) | Taken::Present(_) | Taken::None => None,
-            };
-            if let Some(slot) = slot {
-                let mut header = Header::default();
-                self.core.wait(For::Memory, || {
-                    header = table.cache.copy(slot, into.as_mut_bytes());
-                    table.verify(&header, into)
-                })?;
-                table.cache.answered(slot, row);
-                if table.complete(shard, row, &header, Origin::Stated, into).is_ok() {
-                    return Ok(header.clock.max(known.min(header.clock)));
-                }
-            } else {
-                // Somebody else's answer, the first push, or a free slot: one of them comes.
-                let needed = clock::needed(table.schema().model, self.clock);
-                if let Found::Hit(clock) = table.look_up(shard, row, needed, known, into) {
-                    return Ok(clock);
-                }
-                self.core.progress();
-                self.post(table, shard, index, 0)?;
-                self.reader.ring(shard).or_else(|error| self.broken(shard, error))?;
-                self.reader.wait(&self.core, 1)?;
-                if self.accept(table, row, shard, 0, known, into)? {
-                    return Ok(known);
-                }
-            }
-        }
+        let mut sum = vec![E::default(); table.schema().width as usize];
+        self.updates(table).shards[shard].current().add_to(index as u32, &mut sum);
+        let sums = values.map(|(column, value)| {
+            sum[column] = sum[column].plus(value);
+            (column, sum[column])
+        });
+        non_finite(table, row, sums)
     }
 }
 
 impl<T: Transport> Drop for Worker<T> {
     /// Its updates are handed over, also those of the clock that it has not ended, and it leaves the client's clock.
     fn drop(&mut self) {
-        for oplog in self.oplogs.iter_mut().flatten() {
-            oplog.merge();
-        }
+        self.hand_over_all();
         let risen = lock(&self.core.clocks).leave(self.id);
         for link in &self.core.links {
             link.ask_flush();
@@ -578,7 +467,7 @@ impl<T: Transport> Drop for Worker<T> {
                 link.due.fetch_max(clock, Ordering::Release);
             }
         }
-        self.core.progress();
+        self.core.drive();
     }
 }
 

@@ -15,8 +15,7 @@ use checker::{
 use fervor_client::{Client, ClientOptions, ElementType, Model, Schema};
 use fervor_protocol::{
     batch::BatchWriter,
-    pending::Delta,
-    wire::{self, Kind},
+    wire::{Hold, Kind, OpenTable},
 };
 use fervor_server::Server;
 use fervor_verbs::transport::{
@@ -155,14 +154,14 @@ fn comes_again(nth: u64, fate: Fate) {
         non_finite: false,
         continuous: 0,
     };
-    let create = raw.message(Kind::CreateTable, 0, &wire::encode_table(&schema, 0, 1));
+    let create = raw.message(Kind::CreateTable, 0, &OpenTable { schema, shard: 0, shards: 1, hold: Hold::Slots }.encode());
     raw.send(&create);
     while raw.answer(raw.sequence).is_some() {
         let mut buffer = vec![0; 4096];
         let mut writer = BatchWriter::new(&mut buffer);
-        writer.push(0, 0, &Delta::Dense { start: 0, values: vec![1_i64] });
+        writer.rows(0, &[0], 8).copy_from_slice(&1_i64.to_le_bytes());
         raw.sequence += 1;
-        let length = writer.finish(raw.sequence, 0, raw.sequence - 1, None);
+        let length = writer.finish(Kind::Batch, raw.sequence, 0, raw.sequence - 1, None);
         raw.send(&buffer[..length]);
     }
     let applied = nth - u64::from(fate == Fate::Undone);

@@ -75,6 +75,15 @@ pub trait Element:
         values.iter().fold(true, |all, value| all & value.is_finite())
     }
 
+    /// Sums whose terms' magnitudes add up to less are finite for sure.
+    const SAFE_SUM: f64;
+
+    /// Whether all sums of `values` and `deltas`, pairwise, are finite.
+    fn sums_are_finite(values: &[Self], deltas: &[Self]) -> bool {
+        assert_eq!(values.len(), deltas.len());
+        values.iter().zip(deltas).fold(true, |all, (value, delta)| all & value.plus(*delta).is_finite())
+    }
+
     /// Adds `deltas` to `sums`, pairwise.
     fn add_all(sums: &mut [Self], deltas: &[Self]) {
         assert_eq!(sums.len(), deltas.len());
@@ -88,11 +97,18 @@ macro_rules! float {
     ($type:ty, $name:ident, $bits:ty, $exponent:expr) => {
         impl Element for $type {
             const TYPE: ElementType = ElementType::$name;
+            const SAFE_SUM: f64 = <$type>::MAX as f64 / 2.0;
             fn plus(self, delta: Self) -> Self {
                 self + delta
             }
             fn is_finite(self) -> bool {
                 <$type>::is_finite(self)
+            }
+            fn sums_are_finite(values: &[Self], deltas: &[Self]) -> bool {
+                const MASK: $bits = $exponent;
+                assert_eq!(values.len(), deltas.len());
+                let sums = values.iter().zip(deltas).map(|(value, delta)| (value + delta).to_bits());
+                sums.fold(0u32, |bad, bits| bad | u32::from(bits & MASK == MASK)) == 0
             }
             fn to_f64(self) -> f64 {
                 self.into()
@@ -112,6 +128,7 @@ macro_rules! integer {
     ($type:ty, $name:ident) => {
         impl Element for $type {
             const TYPE: ElementType = ElementType::$name;
+            const SAFE_SUM: f64 = f64::INFINITY;
             fn plus(self, delta: Self) -> Self {
                 self.wrapping_add(delta)
             }

@@ -145,14 +145,14 @@ impl Memory {
         self.check(offset, into.len());
         // SAFETY: the source lies inside the mapping (`check`); the target is an exclusive slice of the same
         // length, which cannot overlap a mapping that no slice is ever made of.
-        unsafe { copy::copy(self.0.map.as_ptr().add(offset), into.as_mut_ptr(), into.len()) }
+        unsafe { copy::from_shared(self.0.map.as_ptr().add(offset), into.as_mut_ptr(), into.len()) }
     }
 
     /// Copies `from` in, to bytes `offset..offset + from.len()`.
     pub fn write(&self, offset: usize, from: &[u8]) {
         self.check(offset, from.len());
         // SAFETY: as for `read`, with source and target exchanged.
-        unsafe { copy::copy(from.as_ptr(), self.0.map.as_mut_ptr().add(offset), from.len()) }
+        unsafe { copy::to_shared(from.as_ptr(), self.0.map.as_mut_ptr().add(offset), from.len()) }
     }
 
     pub(crate) fn check(&self, offset: usize, len: usize) {

@@ -15,6 +15,8 @@ pub struct Accesses {
     pub waiting: f64,
     /// Seconds in which it read, sent, or waited for room to send.
     pub communicating: f64,
+    /// Reads of rows in place, in the memory of a server on the same host.
+    pub in_place: u64,
     /// Reads answered by the cache.
     pub hits: u64,
     /// Reads not answered by the cache.
@@ -37,6 +39,7 @@ impl Accesses {
     pub fn since(mut self, earlier: &Accesses) -> Accesses {
         self.waiting -= earlier.waiting;
         self.communicating -= earlier.communicating;
+        self.in_place -= earlier.in_place;
         self.hits -= earlier.hits;
         self.misses -= earlier.misses;
         self.violations -= earlier.violations;
@@ -52,6 +55,7 @@ impl Accesses {
     pub fn add(&mut self, other: &Accesses) {
         self.waiting += other.waiting;
         self.communicating += other.communicating;
+        self.in_place += other.in_place;
         self.hits += other.hits;
         self.misses += other.misses;
         self.violations += other.violations;
@@ -67,6 +71,7 @@ impl From<WorkerStats> for Accesses {
         Accesses {
             waiting: stats.waiting.as_secs_f64(),
             communicating: stats.communicating.as_secs_f64(),
+            in_place: stats.in_place,
             hits: stats.hits,
             misses: stats.misses,
             violations: stats.violations,

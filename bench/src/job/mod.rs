@@ -16,6 +16,7 @@
 //! | [`epochs`] | what each worker does; timing |
 //! | [`messages`] | what they say |
 //! | [`accesses`] | what the accesses to shared state cost a worker |
+//! | [`oracle`] | what `--check` checks besides what the client says of itself |
 //! | [`report`] | what all reports have |
 
 pub mod accesses;
@@ -23,6 +24,7 @@ pub mod client;
 pub mod epochs;
 pub mod messages;
 pub mod options;
+pub mod oracle;
 pub mod parent;
 pub mod report;
 

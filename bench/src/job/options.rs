@@ -6,7 +6,12 @@ use anyhow::{Result, bail};
 use clap::{Args, value_parser};
 use fervor_client::ClientOptions;
 
-use crate::{model::ModelOptions, server::EmbeddedOptions};
+use super::oracle::SPREAD;
+use crate::{
+    connect::{self, ReadOptions},
+    model::ModelOptions,
+    server::EmbeddedOptions,
+};
 
 /// Passes, processes, threads and servers of a job.
 #[derive(Debug, Clone, Args)]
@@ -32,7 +37,7 @@ pub struct JobOptions {
     /// Use this running server instead of starting one; may be repeated
     #[arg(long, value_name = "URL")]
     pub server: Vec<String>,
-    /// Train with as many plain threads of one process, without any parameter server
+    /// Train with plain threads of one process, clients x workers of them, without any parameter server
     #[arg(long, conflicts_with_all = ["server", "client_index"])]
     pub no_server: bool,
     /// Be client number I of a job whose other clients are started elsewhere in the same way
@@ -51,9 +56,16 @@ pub struct JobOptions {
     /// Write the results to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Fail when a read returns older data than the model allows, and not only count it
+    /// Fail when a read returns older data than the model allows. The client checks each read, and a further table of counters checks
+    /// the client
     #[arg(long, conflicts_with = "no_server")]
     pub check: bool,
+    /// How rows are read.
+    #[command(flatten)]
+    pub reads: ReadOptions,
+    /// Show no progress
+    #[arg(long, hide = true)]
+    pub quiet: bool,
     /// Say what is told to the parent process
     #[arg(long, hide = true, requires = "client_index")]
     pub tell_parent: bool,
@@ -91,8 +103,10 @@ impl JobOptions {
     pub fn client_options(&self, rows: u64, width: usize) -> ClientOptions {
         // A row has a header of 32 bytes and begins at a cache line. One table may take half of the cache.
         let row = (32 + 4 * width).next_multiple_of(64);
-        let cache_bytes = self.cache.unwrap_or((1 << 20) + 2 * rows as usize * row);
-        ClientOptions { clients: self.clients, cache_bytes, check: self.check, ..ClientOptions::default() }
+        let oracle = if self.check { 2 * self.all_workers() * SPREAD * 64 } else { 0 };
+        let cache_bytes = self.cache.unwrap_or((1 << 20) + 2 * rows as usize * row + oracle);
+        let options = connect::client_options(self.clients, self.reads);
+        ClientOptions { cache_bytes, check: self.check, ..options }
     }
 
     /// The model, as the reports name it: `none` without a server.
@@ -107,7 +121,7 @@ impl JobOptions {
 
     /// What the job is, in a few words.
     pub fn title(&self) -> String {
-        if self.no_server { "plain threads".into() } else { self.model.to_string() }
+        if self.no_server { plain_threads(self.all_workers()) } else { self.model.to_string() }
     }
 
     /// Puts the arguments of client number `index` of the job called `job`, for its servers at `urls`.
@@ -126,8 +140,14 @@ impl JobOptions {
         arguments.put_some("v0", self.model.v0.as_ref());
         arguments.put_some("continuous", self.model.continuous.as_ref());
         arguments.flag("check", self.check);
+        arguments.flag("copies", self.reads.copies);
         arguments.flag("tell-parent", true);
     }
+}
+
+/// So many plain threads, in words.
+pub fn plain_threads(count: usize) -> String {
+    format!("{count} plain thread{}", if count == 1 { "" } else { "s" })
 }
 
 /// Arguments of a client process, as they are put together.

@@ -212,7 +212,7 @@ impl<'a, R> Monitor<'a, R> {
     /// For a job that goes over `total` `units` (ratings, tokens), all epochs together.
     pub fn new(options: &JobOptions, total: u64, units: &'static str, judge: Judge<'a>) -> Self {
         // Hidden where stderr is no terminal.
-        let bar = ProgressBar::new(total);
+        let bar = if options.quiet { ProgressBar::hidden() } else { ProgressBar::new(total) };
         let style =
             ProgressStyle::with_template("{prefix} {wide_bar} {percent:>3} %  {rate}  {msg}  {elapsed}");
         let rate = move |state: &ProgressState, out: &mut dyn fmt::Write| {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     JobOptions,
     messages::{Bytes, Tally},
+    options::plain_threads,
 };
 use crate::{
     machine::Machine,
@@ -28,6 +29,8 @@ pub struct Time {
 /// How reads were answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cache {
+    /// In place, in the memory of a server on the same host.
+    pub in_place: u64,
     /// By the client's cache.
     pub hits: u64,
     /// Not by the cache.
@@ -40,8 +43,8 @@ pub struct Cache {
 
 impl fmt::Display for Cache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Cache { hits, misses, reads, violations } = self;
-        writeln!(f, "cache: {hits} hits, {misses} misses, {reads} READs")?;
+        let Cache { in_place, hits, misses, reads, violations } = self;
+        writeln!(f, "reads: {in_place} in place, {hits} hits, {misses} misses, {reads} READs")?;
         write!(f, "staleness violations: {violations}")
     }
 }
@@ -59,6 +62,8 @@ pub struct Run {
     pub v0: Option<f32>,
     /// Bytes per second that each shard may push besides rounds.
     pub continuous: Option<u64>,
+    /// Threads that trained, over all processes.
+    pub threads: usize,
     /// Client processes.
     pub clients: u16,
     /// Worker threads of each.
@@ -106,6 +111,7 @@ impl Run {
             staleness: options.staleness(),
             v0: options.model.v0,
             continuous: options.model.continuous.filter(|_| !options.no_server),
+            threads: options.all_workers(),
             clients: options.clients,
             workers: options.workers,
             client_index,
@@ -116,6 +122,7 @@ impl Run {
             time: Time { compute: (1.0 - waiting - communication).max(0.0), waiting, communication },
             clock_differential: accesses.clock_differential,
             cache: Cache {
+                in_place: accesses.in_place,
                 hits: accesses.hits,
                 misses: accesses.misses,
                 reads: accesses.reads,
@@ -129,7 +136,7 @@ impl Run {
     /// The model with its staleness or bound.
     pub fn title(&self) -> String {
         match (&*self.model, self.staleness) {
-            ("none", _) => "plain threads".into(),
+            ("none", _) => plain_threads(self.threads),
             ("vap", _) => format!("vap({})", self.v0.unwrap_or_default()),
             ("bsp", _) | (_, None) => self.model.clone(),
             (model, Some(staleness)) => format!("{model}({staleness})"),
@@ -146,10 +153,11 @@ impl Run {
     /// Who worked, after `what` they learned, and where.
     pub fn write_head(&self, what: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Run { clocks_per_epoch, clients, workers, seed, machine, .. } = self;
-        write!(
-            f,
-            "{what}, {clocks_per_epoch} clocks/epoch, {clients} clients x {workers} workers, seed {seed}"
-        )?;
+        let who = match &*self.model {
+            "none" => self.title(),
+            _ => format!("{clients} clients x {workers} workers"),
+        };
+        write!(f, "{what}, {clocks_per_epoch} clocks/epoch, {who}, seed {seed}")?;
         if let Some(index) = self.client_index {
             write!(f, " (this is the part of client {index})")?;
         }

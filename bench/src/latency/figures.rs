@@ -1,30 +1,22 @@
-//! The figures of a measurement: as a table, as JSON, and as an HdrHistogram log.
+//! The figures of a measurement: as a table with perftest's columns, as JSON, and as comma-separated values.
 
-use std::{
-    fmt,
-    fs::File,
-    io::{BufWriter, Write as _},
-    path::Path,
-    time::{Duration, SystemTime},
-};
+use std::{fmt, time::Duration};
 
-use anyhow::{Context as _, Result, anyhow};
-use hdrhistogram::{
-    Histogram,
-    serialization::{
-        V2DeflateSerializer,
-        interval_log::{IntervalLogWriterBuilder, Tag},
-    },
-};
+use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use super::{Op, ops, perftest::Beside};
-use crate::{machine::Machine, report::TextTable};
+use super::{Op, hlog::Recording, ops};
+use crate::{
+    limits::Limit,
+    machine::Machine,
+    perftest::Beside,
+    report::{TextTable, time},
+};
 
 /// The latency of one operation at one size, in nanoseconds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
-    /// `hit`, `miss` or `visible`.
+    /// `hit`, `miss` …
     pub op: String,
     /// Bytes of a row.
     pub size: u32,
@@ -32,6 +24,10 @@ pub struct Figures {
     pub count: u64,
     /// Operations in a sample: the percentiles of samples of several are those of their means.
     pub group: u64,
+    /// Operations that were due in a second, in an open loop.
+    pub rate: Option<f64>,
+    /// The shortest.
+    pub min_ns: u64,
     /// The median.
     pub p50_ns: u64,
     /// 90 % of the samples are at most this.
@@ -44,8 +40,14 @@ pub struct Figures {
     pub max_ns: u64,
     /// The mean.
     pub mean_ns: f64,
+    /// The standard deviation.
+    pub stdev_ns: f64,
     /// What reading the time twice costs. Each sample contains it; it is not subtracted.
     pub timer_ns: u64,
+    /// Of `visible`: updates while the reader waited for which it had to READ the row once or more.
+    pub read_instead: u64,
+    /// What the machine allows, if it was measured.
+    pub limit: Option<Limit>,
     /// Where the servers listen.
     pub servers: Vec<String>,
     /// The same by perftest, if it was measured.
@@ -55,33 +57,63 @@ pub struct Figures {
 }
 
 impl Figures {
-    /// The figures of `histogram`.
-    pub fn new(
-        op: Op,
-        size: u32,
-        urls: &[String],
-        histogram: &Histogram<u64>,
-        beside: Option<Beside>,
-    ) -> Self {
-        let group = if op == Op::Hit { ops::GROUP } else { 1 };
+    /// The figures of `histogram`, whose samples are of `group` operations each.
+    pub fn new(op: Op, size: u32, group: u64, urls: &[String], histogram: &Histogram<u64>) -> Self {
         let at = |quantile| histogram.value_at_quantile(quantile);
         Figures {
             op: op.name().into(),
             size,
             count: histogram.len() * group,
             group,
+            rate: None,
+            min_ns: histogram.min(),
             p50_ns: at(0.5),
             p90_ns: at(0.9),
             p99_ns: at(0.99),
             p999_ns: at(0.999),
             max_ns: histogram.max(),
             mean_ns: histogram.mean(),
+            stdev_ns: histogram.stdev(),
             timer_ns: ops::timer_ns(),
+            read_instead: 0,
+            limit: None,
             servers: urls.to_vec(),
-            beside,
+            beside: None,
             machine: Machine::this(),
         }
     }
+
+    /// With the histogram that they are of.
+    pub fn recording(&self, histogram: Histogram<u64>) -> Recording {
+        let length = Duration::from_secs_f64(self.mean_ns * self.count as f64 / 1e9);
+        Recording { name: format!("{}-{}", self.op, self.size), histogram, length }
+    }
+}
+
+/// Comma-separated values, with a head.
+pub fn csv(figures: &[Figures]) -> String {
+    let mut text =
+        "op,bytes,iterations,group,rate,min_ns,p50_ns,p90_ns,p99_ns,p99.9_ns,max_ns,mean_ns,stdev_ns\n"
+            .to_owned();
+    for f in figures {
+        let rate = f.rate.map_or(String::new(), |rate| rate.to_string());
+        text += &format!(
+            "{},{},{},{},{rate},{},{},{},{},{},{},{:.1},{:.1}\n",
+            f.op,
+            f.size,
+            f.count,
+            f.group,
+            f.min_ns,
+            f.p50_ns,
+            f.p90_ns,
+            f.p99_ns,
+            f.p999_ns,
+            f.max_ns,
+            f.mean_ns,
+            f.stdev_ns
+        );
+    }
+    text
 }
 
 /// Figures, for people.
@@ -92,37 +124,87 @@ impl fmt::Display for Table<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(first) = self.0.first() else { return Ok(()) };
         writeln!(f, "{}", first.machine)?;
-        let mut table = TextTable::new(["op", "bytes", "p50", "p90", "p99", "p99.9", "max", "mean", "count"]);
+        let mut table = TextTable::new([
+            "op",
+            "#bytes",
+            "#iterations",
+            "t_min[usec]",
+            "t_max[usec]",
+            "t_typical[usec]",
+            "t_avg[usec]",
+            "t_stdev[usec]",
+            "99% percentile[usec]",
+            "99.9% percentile[usec]",
+        ]);
+        let microseconds = |ns: f64| format!("{:.3}", ns / 1e3);
         for figures in self.0 {
             table.row([
                 figures.op.clone(),
                 figures.size.to_string(),
-                time(figures.p50_ns as f64),
-                time(figures.p90_ns as f64),
-                time(figures.p99_ns as f64),
-                time(figures.p999_ns as f64),
-                time(figures.max_ns as f64),
-                time(figures.mean_ns),
                 figures.count.to_string(),
+                microseconds(figures.min_ns as f64),
+                microseconds(figures.max_ns as f64),
+                microseconds(figures.p50_ns as f64),
+                microseconds(figures.mean_ns),
+                microseconds(figures.stdev_ns),
+                microseconds(figures.p99_ns as f64),
+                microseconds(figures.p999_ns as f64),
             ]);
         }
         write!(f, "{table}")?;
         writeln!(f, "Each sample contains {} ns for reading the time twice.", first.timer_ns)?;
-        if let Some(grouped) = self.0.iter().find(|figures| figures.group > 1) {
+        let mut grouped: Vec<&str> = self.0.iter().filter(|f| f.group > 1).map(|f| &*f.op).collect();
+        grouped.dedup();
+        if !grouped.is_empty() {
             writeln!(
                 f,
-                "A sample of `{}` is the mean of {} operations timed together.",
-                grouped.op, grouped.group
+                "A sample of {} is the mean of {} operations timed together.",
+                grouped.join(", "),
+                ops::GROUP
             )?;
         }
-        let beside: Vec<_> =
-            self.0.iter().filter_map(|figures| Some((figures, figures.beside.as_ref()?))).collect();
-        if beside.is_empty() {
-            return Ok(());
+        if let Some(rate) = first.rate {
+            writeln!(
+                f,
+                "{rate} operations were due in a second; a sample counts from when its operation was due."
+            )?;
         }
+        for figures in self.0.iter().filter(|figures| figures.read_instead > 0) {
+            writeln!(
+                f,
+                "{} of {} updates of {} bytes came while the reader had to READ: its copy was being written.",
+                figures.read_instead, figures.count, figures.size
+            )?;
+        }
+        self.write_limits(f)?;
+        self.write_beside(f)
+    }
+}
+
+impl Table<'_> {
+    fn write_limits(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut table = TextTable::new(["op", "#bytes", "median", "limit", "ratio", "what the limit is"]);
+        for figures in self.0 {
+            let Some(limit) = &figures.limit else { continue };
+            let median = figures.p50_ns as f64;
+            let bound = if limit.ns < 100.0 { format!("{:.1} ns", limit.ns) } else { time(limit.ns) };
+            table.row([
+                figures.op.clone(),
+                figures.size.to_string(),
+                time(median),
+                bound,
+                format!("{:.2}", median / limit.ns),
+                limit.name.clone(),
+            ]);
+        }
+        if table.rows().len() > 1 { write!(f, "\n{table}") } else { Ok(()) }
+    }
+
+    fn write_beside(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table =
-            TextTable::new(["op", "bytes", "best median", "perftest", "best median", "ratio", "rounds"]);
-        for (figures, beside) in beside {
+            TextTable::new(["op", "#bytes", "best median", "perftest", "best median", "ratio", "rounds"]);
+        for figures in self.0 {
+            let Some(beside) = &figures.beside else { continue };
             table.row([
                 figures.op.clone(),
                 figures.size.to_string(),
@@ -133,43 +215,6 @@ impl fmt::Display for Table<'_> {
                 beside.rounds.len().to_string(),
             ]);
         }
-        write!(f, "\n{table}")
+        if table.rows().len() > 1 { write!(f, "\n{table}") } else { Ok(()) }
     }
-}
-
-/// Nanoseconds, for people.
-pub fn time(nanoseconds: f64) -> String {
-    match nanoseconds {
-        ns if ns < 1e3 => format!("{ns:.0} ns"),
-        ns if ns < 1e6 => format!("{:.2} µs", ns / 1e3),
-        ns if ns < 1e9 => format!("{:.2} ms", ns / 1e6),
-        ns => format!("{:.2} s", ns / 1e9),
-    }
-}
-
-/// Writes the histograms as an interval log, one interval for each operation and size, tagged `op-size`.
-///
-/// # Errors
-/// When the file cannot be written.
-pub fn write_hlog(path: &Path, figures: &[Figures], histograms: &[Histogram<u64>]) -> Result<()> {
-    let failed = || format!("cannot write {}", path.display());
-    let mut file = BufWriter::new(File::create(path).with_context(failed)?);
-    let mut serializer = V2DeflateSerializer::new();
-    {
-        let mut log = IntervalLogWriterBuilder::new()
-            .add_comment("latencies in nanoseconds, by fervor-bench latency")
-            .with_start_time(SystemTime::now())
-            .with_max_value_divisor(1e6)
-            .begin_log_with(&mut file, &mut serializer)
-            .with_context(failed)?;
-        for (figures, histogram) in figures.iter().zip(histograms) {
-            let tag = format!("{}-{}", figures.op, figures.size);
-            let tag = Tag::new(&tag).context("the tag has no forbidden character")?;
-            let length = Duration::from_secs_f64(figures.mean_ns * figures.count as f64 / 1e9);
-            log.write_histogram(histogram, Duration::ZERO, length, Some(tag))
-                .map_err(|error| anyhow!("{error:?}"))
-                .with_context(failed)?;
-        }
-    }
-    file.flush().with_context(failed)
 }

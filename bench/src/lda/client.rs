@@ -14,6 +14,7 @@ use super::{
 use crate::job::{
     Shared,
     client::{self, Tell},
+    oracle::Oracle,
 };
 
 /// Runs client number `index` for the parent that started this process.
@@ -53,13 +54,15 @@ fn train(
     let name = job.job.as_deref().unwrap_or("lda");
     let (workers, model) = (job.all_workers(), job.model.model());
     let tables = Tables::open_with(&client, name, prior, workers, model, job.model.table())?;
+    let oracle = Oracle::open(&client, name, job)?;
     let seats = job
         .workers_of(index)
         .map(|number| Ok((share(options, corpus, number), client.worker()?)))
         .collect::<Result<Vec<_>>>()?;
     let reports = client::threads(seats, shared, tell, |(share, worker), messages| {
         let number = share.worker;
-        let mut counts = Served::new(&tables, worker, number);
+        let witness = oracle.as_ref().map(|oracle| oracle.witness(number));
+        let mut counts = Served::new(&tables, worker, number, witness);
         trainer::run(&mut counts, share, corpus, &training, shared, messages)
             .with_context(|| format!("worker {number}"))
     })?;

@@ -33,7 +33,7 @@ use super::{
     counts::Counts,
     sampler::{Prior, Sampler},
 };
-use crate::job::Accesses;
+use crate::job::{Accesses, oracle::Witness};
 
 /// Most shards of a job: consecutive rows of a table are in different shards.
 const SHARDS: u64 = 256;
@@ -284,33 +284,48 @@ pub struct Served<'a, T: Transport> {
     worker: Worker<T>,
     /// Its number within the job.
     number: usize,
+    witness: Option<Witness<'a>>,
 }
 
 impl<'a, T: Transport> Served<'a, T> {
-    /// The counts for `worker`, who has this number within the job.
-    pub fn new(tables: &'a Tables, worker: Worker<T>, number: usize) -> Self {
-        Served { tables, worker, number }
+    /// The counts for `worker`, who has this number within the job, and checks what it reads if it has a `witness`.
+    pub fn new(tables: &'a Tables, worker: Worker<T>, number: usize, witness: Option<Witness<'a>>) -> Self {
+        Served { tables, worker, number, witness }
+    }
+
+    /// To be called before each clock that is ended.
+    fn tick(&mut self) -> Result<()> {
+        self.witness.as_mut().map_or(Ok(()), |witness| witness.tick(&mut self.worker))
     }
 }
 
 impl<T: Transport> Counts for Served<'_, T> {
     fn start(&mut self, sampler: &mut Sampler) -> Result<()> {
+        self.tick()?;
         self.tables.start(&mut self.worker, sampler)
     }
 
     fn meet(&mut self) -> Result<()> {
+        self.tick()?;
         Ok(self.tables.meet(&mut self.worker)?)
     }
 
     fn sample(&mut self, sampler: &mut Sampler, part: usize) -> Result<()> {
+        if let Some(witness) = &mut self.witness {
+            witness.look(&mut self.worker)?;
+        }
         Ok(self.tables.sample(&mut self.worker, sampler, part, &mut ())?)
     }
 
     fn clock(&mut self) -> Result<()> {
+        self.tick()?;
         Ok(self.worker.clock()?)
     }
 
     fn settle(&mut self) -> Result<()> {
+        if let Some(witness) = &mut self.witness {
+            witness.leave(&mut self.worker)?;
+        }
         self.tables.settle(&mut self.worker, self.number)
     }
 

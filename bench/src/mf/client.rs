@@ -15,6 +15,7 @@ use crate::{
     job::{
         Shared,
         client::{self, Tell},
+        oracle::Oracle,
     },
 };
 
@@ -53,6 +54,7 @@ fn train(
     let client = Client::connect_with(&job.server, connect)?;
     let name = job.job.as_deref().unwrap_or("mf");
     let tables = Tables::open(&client, name, ratings.columns, training.rank, &job.model)?;
+    let oracle = Oracle::open(&client, name, job)?;
     let seats = job
         .workers_of(index)
         .map(|number| {
@@ -63,7 +65,8 @@ fn train(
         .collect::<Result<Vec<_>>>()?;
     let reports = client::threads(seats, shared, tell, |(share, worker), messages| {
         let initial = (share.worker == 0).then_some(training.initial);
-        let mut factors = Served::new(&tables, worker, initial);
+        let witness = oracle.as_ref().map(|oracle| oracle.witness(share.worker));
+        let mut factors = Served::new(&tables, worker, initial, witness);
         trainer::run(&mut factors, &share, &training, shared, messages)
             .with_context(|| format!("worker {}", share.worker))
     })?;

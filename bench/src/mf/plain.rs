@@ -64,6 +64,10 @@ impl Factors for &Columns {
         Ok(())
     }
 
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     fn all(&mut self) -> Result<Vec<f32>> {
         Ok((0..self.factors.len()).flat_map(|column| self.lock(column).clone()).collect())
     }

@@ -19,7 +19,10 @@ use super::{
     sgd::{self, Initial, Side},
     trainer::Factors,
 };
-use crate::{job::Accesses, model::ModelOptions};
+use crate::{
+    job::{Accesses, oracle::Witness},
+    model::ModelOptions,
+};
 
 /// Groups whose factors are fetched together.
 const RUN: usize = 64;
@@ -57,19 +60,26 @@ pub struct Served<'a> {
     tables: &'a Tables,
     worker: Worker,
     initial: Option<Initial>,
+    witness: Option<Witness<'a>>,
     rows: Vec<u64>,
     fetched: Vec<f32>,
     trained: Vec<f32>,
 }
 
 impl<'a> Served<'a> {
-    /// The factors for `worker`, who writes the initial ones if it is given them.
-    pub fn new(tables: &'a Tables, worker: Worker, initial: Option<Initial>) -> Self {
+    /// The factors for `worker`, who writes the initial ones if it is given them, and checks what it reads if it has a `witness`.
+    pub fn new(
+        tables: &'a Tables,
+        worker: Worker,
+        initial: Option<Initial>,
+        witness: Option<Witness<'a>>,
+    ) -> Self {
         let buffer = vec![0.0; RUN * tables.rank];
         Served {
             tables,
             worker,
             initial,
+            witness,
             rows: Vec::with_capacity(RUN),
             fetched: buffer.clone(),
             trained: buffer,
@@ -123,7 +133,7 @@ impl Factors for Served<'_> {
                 self.worker.inc(&self.tables.factors, column.into(), &factor)?;
             }
         }
-        self.worker.clock()?;
+        self.clock()?;
         let rows: Vec<u64> = (0..self.tables.columns.into()).collect();
         for rows in rows.chunks(RUN) {
             self.worker.get_many(&self.tables.start, rows, &mut self.fetched[..rows.len()])?;
@@ -136,6 +146,9 @@ impl Factors for Served<'_> {
     }
 
     fn train(&mut self, part: &Part, left: &mut [f32], step: f32) -> Result<()> {
+        if let Some(witness) = &mut self.witness {
+            witness.look(&mut self.worker)?;
+        }
         let rank = self.tables.rank;
         for (groups, entries) in runs(part) {
             let length = self.fetch(groups.iter().map(|group| group.column))?;
@@ -170,6 +183,15 @@ impl Factors for Served<'_> {
     }
 
     fn clock(&mut self) -> Result<()> {
+        if let Some(witness) = &mut self.witness {
+            witness.tick(&mut self.worker)?;
+        }
+        Ok(self.worker.clock()?)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let Some(witness) = &mut self.witness else { return Ok(()) };
+        witness.leave(&mut self.worker)?;
         Ok(self.worker.clock()?)
     }
 

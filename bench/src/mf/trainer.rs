@@ -43,6 +43,12 @@ pub trait Factors {
     /// As [`start`](Self::start).
     fn clock(&mut self) -> Result<()>;
 
+    /// The worker is done, after a clock that it has ended.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    fn finish(&mut self) -> Result<()>;
+
     /// The factors of all columns, one after the other.
     ///
     /// # Errors
@@ -87,6 +93,7 @@ pub fn run(
     let mut report = epochs::run(&mut trainer, place)?;
     let keep = training.keep_factors && share.worker == 0;
     report.result = keep.then(|| trainer.factors.all()).transpose()?;
+    trainer.factors.finish()?;
     Ok(report)
 }
 

@@ -10,7 +10,7 @@ use fervor_protocol::{
 use fervor_verbs::transport::Transport;
 
 use super::Worker;
-use crate::{core::For, error::Error, oplog::AnyOplog, table::Table};
+use crate::{error::Error, own::AnyUpdates, session::core::For, table::Table};
 
 impl<T: Transport> Worker<T> {
     /// Waits until an update of `row` keeps the value bound, and counts it as in transit.
@@ -27,7 +27,7 @@ impl<T: Transport> Worker<T> {
         loop {
             let core = self.core.clone();
             let visible = |shard: usize| core.links[shard].visible.load(Ordering::Acquire);
-            let transit = self.oplog(table).transit().expect("the table is value-bounded");
+            let transit = self.updates(&*table.0).transit().expect("the table is value-bounded");
             transit.retire(visible);
             if transit.admits(row, width, update(), bound) || mutant(Mutant::BoundIgnored) {
                 transit.add(row, width, update());
@@ -41,30 +41,36 @@ impl<T: Transport> Worker<T> {
                 before = sent;
             }
             turn += 1;
-            let transit = self.oplog(table).transit().expect("the table is value-bounded");
+            let transit = self.updates(&*table.0).transit().expect("the table is value-bounded");
             core.wait(For::Event, || transit.retire(visible))?;
             self.stats.waiting += core.transport.now() - before;
         }
     }
 
-    /// The oplogs of value-bounded tables.
-    pub(super) fn value_bounded(&mut self) -> impl Iterator<Item = &mut Box<dyn AnyOplog>> {
-        self.oplogs.iter_mut().flatten().filter_map(|oplog| oplog.transit().is_some().then_some(oplog))
+    /// The updates of value-bounded tables, with the tables' numbers.
+    pub(super) fn value_bounded(&mut self) -> impl Iterator<Item = (usize, &mut Box<dyn AnyUpdates>)> {
+        let all = self.updates.iter_mut().enumerate();
+        all.filter_map(|(table, updates)| {
+            let updates = updates.as_mut()?;
+            updates.transit().is_some().then_some((table, updates))
+        })
     }
 
     /// Has the updates of value-bounded tables made so far sent, and notes after which batches they are visible.
     pub(super) fn hand_over(&mut self) -> Result<(), Error> {
-        for oplog in self.value_bounded() {
-            oplog.merge();
+        let (core, stamp) = (self.core.clone(), self.clock);
+        for (table, updates) in self.value_bounded() {
+            updates.hand_over(stamp, &mut |shard, slab| core.links[shard].hand_over(table, slab));
         }
-        let batches = self.core.flush()?;
-        let router = &self.core.router;
-        for transit in self.oplogs.iter_mut().flatten().filter_map(|oplog| oplog.transit()) {
+        let batches = core.flush()?;
+        for (_, updates) in self.value_bounded() {
+            let transit = updates.transit().expect("the table is value-bounded");
             transit.hand_over(|rows| {
-                let shards: BTreeSet<usize> = rows.map(|row| router.locate(row).0).collect();
+                let shards: BTreeSet<usize> = rows.map(|row| core.router.locate(row).0).collect();
                 shards.into_iter().map(|shard| (shard, batches[shard])).collect()
             });
         }
+        self.retire();
         Ok(())
     }
 }

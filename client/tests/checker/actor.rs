@@ -8,6 +8,7 @@ use std::{
 use fervor_client::{
     Client, Element, ElementType, Error, Model, Table, TableOptions, Worker, WorkerStats, value_bound,
 };
+use fervor_protocol::row::Layout;
 use fervor_verbs::transport::Transport;
 
 use super::{
@@ -64,9 +65,12 @@ macro_rules! on {
 pub fn open<T: Transport>(client: &Client<T>, plan: &Plan) -> Result<Vec<Any>, Error> {
     let open = |(number, table): (usize, &TablePlan)| {
         let width = plan.width(number);
-        let stride = (32 + plan.row_bytes(number)).next_multiple_of(64);
+        // At least the fewest slots that there may be, in each shard; pieces of the cache begin at cache lines.
+        let stride = Layout::new(plan.row_bytes(number)).stride();
+        let shards = plan.servers * plan.shards;
+        let each = (table.slots.div_ceil(shards).max(4) * stride).next_multiple_of(64);
         let options = TableOptions {
-            cache_bytes: Some(table.slots * stride),
+            cache_bytes: Some(each * shards),
             continuous: table.continuous,
             ..TableOptions::default()
         };
@@ -331,7 +335,7 @@ impl<T: Transport> Actor<T> {
         }
         if let Some(seen) = &mut self.alone {
             let (last_claim, last) = &mut seen[table][row as usize];
-            let gets = |stats: &WorkerStats| stats.hits + stats.misses;
+            let gets = |stats: &WorkerStats| stats.in_place + stats.hits + stats.misses;
             // READs that are in flight together may pass each other. A first push may be on its way while a READ
             // overtakes it; and a push may know of a clock before its round is closed, which a READ does not.
             if gets(&self.worker.stats()) == gets(&before.stats) + 1 && !plan.tables[table].pushed() {

@@ -9,7 +9,8 @@ use std::{
 };
 
 use fervor_client::{ElementType, Model};
-use fervor_protocol::limits::MAX_CREDITS;
+use fervor_protocol::limits::{ACK_SEQUENCE_BITS, IMMEDIATE_BITS, MAX_CREDITS};
+use fervor_server::Origin;
 use fervor_verbs::transport::sim::Network;
 
 use super::{
@@ -89,6 +90,15 @@ pub struct Victim {
     pub after: Duration,
 }
 
+/// Where a client is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Place {
+    /// On the host of this server; otherwise on one of its own.
+    pub beside: Option<usize>,
+    /// It insists on copies.
+    pub copies: bool,
+}
+
 /// How the rogue ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Farewell {
@@ -124,6 +134,11 @@ pub struct Plan {
     pub added: Vec<Vec<Vec<AtomicI64>>>,
     /// Per table, row and lane, what has been added by calls that have returned: the sum, and the clock of the last.
     pub made: Vec<Vec<Vec<Made>>>,
+    /// Where each client is, and whether all servers are on one host.
+    pub places: Vec<Place>,
+    pub together: bool,
+    /// Where clocks, LSNs and numbers begin: near the ends of the bits that the wire has for them, in some jobs.
+    pub origin: Origin,
     /// What of the transport goes wrong at servers and clients.
     pub trouble: Trouble,
     /// Whether something of that has happened by now at this party: told by who runs the job.
@@ -208,6 +223,7 @@ impl Plan {
         plan.victim = dies.then_some(victim);
         plan.late = random.one_in(4).then_some(lateness);
         (plan.rogue, plan.trouble) = (rogue, trouble);
+        plan.place();
         Arc::new(plan)
     }
 
@@ -246,11 +262,31 @@ impl Plan {
             tables,
             lanes,
             rogue: None,
+            places: vec![Place::default(); clients],
+            together: false,
+            origin: Origin::default(),
             trouble: Trouble::default(),
             witness: OnceLock::new(),
             dead: flags(),
             closed: flags(),
             journal: Journal::default(),
+        }
+    }
+
+    /// Draws where everybody is, and where counting begins.
+    fn place(&mut self) {
+        // Of its own: what else a seed decides stays what it is.
+        let mut random = Random(self.seed ^ 0x9a7e_0000);
+        self.together = random.one_in(2);
+        for place in &mut self.places {
+            let server = random.among(0..=self.servers as u64 - 1) as usize;
+            place.beside = random.one_in(2).then_some(server);
+            place.copies = random.one_in(4);
+        }
+        if random.one_in(3) {
+            let mut before = |end: u64| end.saturating_sub(random.among(0..=60));
+            self.origin =
+                Origin { lsn: before(1 << 20), clock: before(1 << IMMEDIATE_BITS), number: before(1 << ACK_SEQUENCE_BITS) };
         }
     }
 

@@ -8,8 +8,7 @@ use fervor_client::{ElementType, Schema};
 use fervor_protocol::{
     batch::BatchWriter,
     limits::{ACK_RING, MESSAGE_BYTES},
-    pending::Delta,
-    wire::{self, Kind, TableReply},
+    wire::{Hold, Kind, OpenTable, TableReply},
 };
 use fervor_verbs::{Address, transport::Transport};
 use zerocopy::{FromBytes, IntoBytes};
@@ -28,7 +27,7 @@ struct Link<T: Transport> {
     raw: Raw<T>,
     /// The shard's numbers of the tables.
     tables: Vec<u32>,
-    /// Batches sent, with the LSN at which each was applied, from number 1.
+    /// Batches sent, with the LSN at which each was applied, from the first number on.
     batches: Vec<(Vec<Op>, u64)>,
 }
 
@@ -43,7 +42,8 @@ impl<T: Transport> Link<T> {
 
     /// Sends a message and waits for its acknowledgement: the LSN. `None`: the server ended the connection.
     fn send(&mut self, message: &[u8]) -> Option<u64> {
-        assert!(self.raw.sequence < ACK_RING as u64, "the rogue is short-lived");
+        let sent = self.raw.sequence - self.raw.welcome.origin;
+        assert!(sent < ACK_RING as u64, "the rogue is short-lived");
         self.raw.send(message);
         let lsn = self.raw.answer(self.raw.sequence);
         self.raw.returned = self.raw.arrived;
@@ -61,19 +61,27 @@ impl<T: Transport> Link<T> {
             non_finite: false,
             continuous: found.continuous,
         };
-        let body = wire::encode_table(&schema, link as u32, (plan.servers * plan.shards) as u32);
-        let message = self.raw.message(Kind::CreateTable, 0, &body);
+        let shards = (plan.servers * plan.shards) as u32;
+        let open = OpenTable { schema, shard: link as u32, shards, hold: Hold::Slots };
+        let message = self.raw.message(Kind::CreateTable, 0, &open.encode());
         self.send(&message).expect("an honest request");
         let (kind, _, body) = self.raw.until("a table", |raw| raw.replies.pop());
         assert_eq!(kind, Kind::Table as u8, "{}", String::from_utf8_lossy(&body));
         self.tables.push(TableReply::read_from_bytes(&body).unwrap().table);
     }
 
+    /// The number of the batch before which so many were sent.
+    fn number(&self, before: usize) -> u64 {
+        self.raw.welcome.origin + before as u64 + 1
+    }
+
     /// Batch `number` with the updates of `ops`, which are all for this link. `bad`: and then one of a row that there is not.
     fn batch(&mut self, plan: &Plan, number: u64, ops: &[Op], clock: Option<u64>, bad: bool) -> Vec<u8> {
         fn push<E: Number>(writer: &mut BatchWriter<'_>, table: u32, row: u64, columns: &[usize], by: i64) {
-            let pairs: Vec<_> = columns.iter().map(|column| (*column as u32, E::of(by))).collect();
-            assert_eq!(writer.push(table, row, &Delta::<E>::Sparse(pairs)), columns.len(), "it fits");
+            let values = vec![E::of(by); columns.len()];
+            let columns: Vec<_> = columns.iter().map(|column| *column as u32).collect();
+            assert!(writer.has_room_for_cells(1, columns.len(), size_of::<E>()), "it fits");
+            writer.cells(table, &[row as u32], &[columns.len() as u32], &columns, &values);
         }
         let links = (plan.servers * plan.shards) as u64;
         let mut buffer = vec![0; MESSAGE_BYTES];
@@ -90,12 +98,16 @@ impl<T: Transport> Link<T> {
             }
         }
         if bad {
-            // Its first element would be that of a row beyond the last one, of whatever type.
+            // Its first element would be that of a row beyond the last one.
             let beyond = plan.tables[0].rows / links + 1;
-            assert_eq!(writer.push(self.tables[0], beyond, &Delta::Sparse(vec![(0, 0i64)])), 1, "it fits");
+            match plan.tables[0].element.size() {
+                4 => writer.cells(self.tables[0], &[beyond as u32], &[1], &[0], &[0i32]),
+                _ => writer.cells(self.tables[0], &[beyond as u32], &[1], &[0], &[0i64]),
+            }
         }
         self.raw.sequence += 1;
-        let length = writer.finish(self.raw.sequence, self.raw.returned, number, clock);
+        let (sequence, returned) = (self.raw.sequence, self.raw.returned);
+        let length = writer.finish(Kind::Batch, sequence, returned, number, clock);
         buffer.truncate(length);
         buffer
     }
@@ -111,7 +123,8 @@ pub fn run<T: Transport>(transport: &T, servers: &[Address], plan: &Plan, farewe
         .collect();
     for (number, link) in links.iter_mut().enumerate() {
         (0..plan.tables.len()).for_each(|table| link.create(plan, table, number));
-        let ahead = link.batch(plan, 1, &[], Some(AHEAD), false);
+        let (number, clock) = (link.number(0), link.raw.welcome.clock + AHEAD);
+        let ahead = link.batch(plan, number, &[], Some(clock), false);
         let lsn = link.send(&ahead).expect("an honest batch");
         link.batches.push((Vec::new(), lsn));
     }
@@ -124,21 +137,22 @@ pub fn run<T: Transport>(transport: &T, servers: &[Address], plan: &Plan, farewe
             let Op::IncAt { table, row, by } = op else { unreachable!("the rogue adds to columns only") };
             plan.adding(*table, *row, me, *by);
         }
-        let number = link.batches.len() as u64 + 1;
+        let number = link.number(link.batches.len());
         let message = link.batch(plan, number, ops, None, false);
         let lsn = link.send(&message).expect("an honest batch");
         link.batches.push((ops.clone(), lsn));
         // As after a reconnect: it does not know that these have been applied.
         for _ in 0..random.among(0..=2) {
-            let back = random.among(0..=2.min(number - 1));
-            let (ops, lsn) = link.batches[(number - back) as usize - 1].clone();
+            let last = link.batches.len() as u64 - 1;
+            let back = random.among(0..=2.min(last));
+            let (ops, lsn) = link.batches[(last - back) as usize].clone();
             let again = link.batch(plan, number - back, &ops, None, false);
             let told = link.send(&again).expect("a batch may come twice");
             assert_eq!(told, lsn, "TWICE: batch {} was applied at another LSN before", number - back);
         }
     }
     for link in &mut links {
-        let number = link.batches.len() as u64 + 1;
+        let number = link.number(link.batches.len());
         match farewell {
             Farewell::Vanish => {}
             Farewell::Leave => {

@@ -62,6 +62,7 @@ pub struct Failure {
 #[derive(Debug, Clone, Default)]
 pub struct Tally {
     pub gets: u64,
+    pub in_place: u64,
     pub hits: u64,
     pub reads: u64,
     pub torn: u64,
@@ -77,8 +78,8 @@ pub struct Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { gets, hits, reads, torn, asked, deaths, rogues, late, harmed, delayed } = self;
-        writeln!(f, "{gets} gets checked: {hits} hits, {reads} READs, {torn} torn, {asked} rows asked for")?;
+        let Self { gets, in_place, hits, reads, torn, asked, deaths, rogues, late, harmed, delayed } = self;
+        writeln!(f, "{gets} gets checked: {in_place} in place, {hits} hits, {reads} READs, {torn} torn, {asked} rows asked for")?;
         writeln!(
             f,
             "in {deaths} jobs a client was killed, in {rogues} one did wrong, in {late} they came late"
@@ -93,6 +94,7 @@ impl fmt::Display for Tally {
 impl Tally {
     pub fn add(&mut self, other: &Self) {
         self.gets += other.gets;
+        self.in_place += other.in_place;
         self.hits += other.hits;
         self.reads += other.reads;
         self.torn += other.torn;
@@ -105,7 +107,8 @@ impl Tally {
     }
 
     fn count(&mut self, stats: &WorkerStats) {
-        self.gets += stats.hits + stats.misses;
+        self.gets += stats.in_place + stats.hits + stats.misses;
+        self.in_place += stats.in_place;
         self.hits += stats.hits;
         self.reads += stats.reads;
         self.torn += stats.torn;
@@ -129,6 +132,9 @@ fn client<T: Transport>(
         clients: plan.expected(),
         cache_bytes: 8 << 20,
         reads_in_flight: plan.reads_in_flight,
+        copies: plan.places[number].copies,
+        // So little that some slabs find no room.
+        slab_bytes: 5 << 20,
         ..ClientOptions::default()
     };
     let client = Client::connect_on(transport, servers, options)?;
@@ -167,7 +173,7 @@ fn client<T: Transport>(
 /// # Errors
 /// It has lost a server.
 fn sums<T: Transport>(transport: &T, servers: &[Address], plan: &Arc<Plan>) -> Result<(), Error> {
-    let options = ClientOptions { cache_bytes: 8 << 20, ..ClientOptions::default() };
+    let options = ClientOptions { cache_bytes: 8 << 20, slab_bytes: 1 << 20, ..ClientOptions::default() };
     let client = Client::connect_on(transport, servers, options)?;
     let tables = open(&client, plan)?;
     let mut worker = client.worker()?;
@@ -205,7 +211,7 @@ fn start<T: Transport>(transport: &T, address: &Address, plan: &Plan, number: us
     let mut config = config(address, plan.shards);
     config.credits = plan.credits;
     config.id = number as u64;
-    config.staging = 2 << 20;
+    config.origin = plan.origin;
     Server::start(transport, &config).unwrap()
 }
 
@@ -335,6 +341,25 @@ impl Stage {
     }
 }
 
+/// Lets other threads come between where the server's code says so, now and then.
+#[cfg(feature = "mutants")]
+fn expose(sim: &Sim, node: &Node, seed: u64) {
+    let rarely = [2, 8, 32, u64::MAX][(seed % 4) as usize];
+    let host = node.clone();
+    sim.prelude(node, move || {
+        let (host, mut random) = (host.clone(), crate::support::Random(seed));
+        fervor_protocol::mutants::on_pause(Box::new(move || {
+            if random.one_in(rarely) {
+                host.relax(0);
+            }
+        }));
+    });
+}
+
+/// Only with the feature `mutants` does the server's code have places where others may come between.
+#[cfg(not(feature = "mutants"))]
+fn expose(_: &Sim, _: &Node, _: u64) {}
+
 /// Runs a seed in the simulator, in jobs of at most `clocks` clocks.
 ///
 /// # Errors
@@ -369,14 +394,26 @@ pub fn simulate(plan: Arc<Plan>) -> Result<Outcome, Failure> {
         ..Tally::default()
     }));
     let mut nodes = Vec::new();
+    let mut hosts: Vec<Node> = Vec::new();
     for number in 0..plan.servers {
-        let node = stage.mortal(sim.node(&format!("server-{number}")), Party::Server(number));
+        let name = format!("server-{number}");
+        let host = match hosts.first().filter(|_| plan.together) {
+            Some(first) => sim.node_on(first, &name),
+            None => sim.node(&name),
+        };
+        hosts.push(host.clone());
+        expose(&sim, &host, plan.seed ^ (number as u64) << 40);
+        let node = stage.mortal(host, Party::Server(number));
         let (host, stage) = (node.inner().clone(), stage.clone());
         nodes.push((Party::Server(number), node.clone()));
         sim.spawn(&host, "main", move || stage.plan.journal.heed(|| stage.server(&node, number)));
     }
     for number in 0..plan.clients {
-        let host = sim.node(&format!("client-{number}"));
+        let name = format!("client-{number}");
+        let host = match plan.places[number].beside {
+            Some(server) => sim.node_on(&hosts[server], &name),
+            None => sim.node(&name),
+        };
         if let Some(victim) = plan.victim.filter(|victim| victim.client == number) {
             let (killer, host, stage) = (sim.node("killer"), host.clone(), stage.clone());
             sim.spawn(&killer.clone(), "main", move || stage.kill(&killer, &host, victim));

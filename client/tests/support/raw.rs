@@ -63,6 +63,7 @@ impl<T: Transport> Raw<T> {
             Error::Refused { private_data, .. } => Refusal::parse(&private_data).0,
             error => panic!("{error}"),
         })?;
+        let welcome = Welcome::parse(&welcome).unwrap();
         Ok(Self {
             transport: transport.clone(),
             endpoint,
@@ -70,10 +71,10 @@ impl<T: Transport> Raw<T> {
             region,
             outbox,
             next: 0,
-            sequence: 0,
+            sequence: welcome.origin,
             arrived: 0,
             returned: 0,
-            welcome: Welcome::parse(&welcome).unwrap(),
+            welcome,
             immediates: Vec::new(),
             replies: Vec::new(),
             ended: false,
@@ -122,7 +123,9 @@ impl<T: Transport> Raw<T> {
                 }
                 Completion::WriteImmediate { immediate, .. } => {
                     self.arrived += 1;
-                    self.immediates.push(Immediate::decode(immediate, &Told::default()).unwrap());
+                    let (round, origin) = (self.welcome.clock, self.welcome.origin);
+                    let told = Told { round, closed: origin, visible: origin };
+                    self.immediates.push(Immediate::decode(immediate, &told).unwrap());
                 }
                 Completion::Disconnected { .. } => self.ended = true,
                 Completion::Work { .. } => {}

@@ -1,29 +1,191 @@
-//! A copy that the compiler neither sees through, nor splits, nor assumes anything of: for memory that
-//! others may write meanwhile.
+//! A copy that the compiler neither sees through, nor assumes anything of: for memory that others may access
+//! meanwhile, the *shared* side of the copy.
 //!
-//! On x86-64 it is SSE2 in inline assembly (every x86-64 has it): to the compiler the block may read and
-//! write any memory, so it makes no assumption about the bytes; to the machine each 16-byte move touches
-//! each aligned 8-byte word once, so words are read and written whole. Elsewhere, and under Miri, it is a
-//! loop of volatile words and bytes.
+//! **Words are whole.** Each aligned 8-byte word of the shared side that lies in the range is read, or written, by one
+//! instruction, wherever the private side lies. So the copy is cut where the words of the shared side begin: the few
+//! bytes before the first and after the last, which are parts of words, move by themselves. Where both sides are shared (a
+//! READ between two regions) and both ranges begin alike, both have whole words.
+//!
+//! On x86-64 it is inline assembly: to the compiler a block may read and write any memory, so it makes no assumption about
+//! the bytes. Nothing but SSE2 is needed, which every x86-64 has; a 16-byte move at a multiple of 8 touches each word once.
+//! From [`LONG`] on, where both sides are aligned, `rep movsq` moves word by word, and is faster; where they are not it
+//! is slower. (Measured on a Xeon of 2023 from the second-level cache: 50 ns for 4 KiB, where SSE2 needs 70 ns, AVX 78 ns and
+//! `memcpy` 54 ns; 64 bytes take 1.6 ns.) Elsewhere, and under Miri, it is a loop of volatile words.
+//!
+//! A word may be moved more than once: the last moves of two lengths overlap.
 
-/// Copies `len` bytes from `from` to `to`.
+/// Copies `len` bytes from `from`, which is shared, to `to`.
 ///
 /// # Safety
-/// `from` is readable and `to` writable for `len` bytes, and the two do not overlap. Either may be written
+/// `from` is readable and `to` writable for `len` bytes, and the two do not overlap. Either may be accessed
 /// by somebody outside this program meanwhile: then the copy may be torn.
 #[inline]
-pub unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    {
-        let blocks = len / 64;
-        let halves = (len % 64) / 16;
-        let done = blocks * 64 + halves * 16;
-        // SAFETY: the block moves `blocks` times 64 and `halves` times 16 bytes, `done <= len` in all, from
-        // and to what the caller vouches for. It uses only the registers named, and no stack.
+pub unsafe fn from_shared(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: the caller's promise, handed on.
+    unsafe { from_word_on(from, to, len, from.addr() % WORD, Shared::Source) }
+}
+
+/// Copies `len` bytes from `from` to `to`, which is shared.
+///
+/// # Safety
+/// As [`from_shared`].
+#[inline]
+pub unsafe fn to_shared(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: the caller's promise, handed on.
+    unsafe { from_word_on(from, to, len, to.addr() % WORD, Shared::Target) }
+}
+
+const WORD: usize = 8;
+
+/// Bytes from which on the longest way to start is the shortest to end.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+const LONG: usize = 2048;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shared {
+    Source,
+    Target,
+}
+
+/// Copies the part of a word that the range begins with, if the shared side begins `skew` bytes into one, and then the rest.
+///
+/// # Safety
+/// As [`from_shared`].
+#[inline(always)]
+unsafe fn from_word_on(from: *const u8, to: *mut u8, len: usize, skew: usize, shared: Shared) {
+    let part = if skew == 0 { 0 } else { (WORD - skew).min(len) };
+    // SAFETY: `part <= len`: two parts of the ranges that the caller vouches for.
+    unsafe {
+        for at in 0..part {
+            to.add(at).write_volatile(from.add(at).read_volatile());
+        }
+        moves::aligned(from.add(part), to.add(part), len - part, shared);
+    }
+}
+
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+mod moves {
+    use std::arch::asm;
+
+    use super::{LONG, Shared, WORD};
+
+    /// A `mov` through a register of this kind. The pointers are readable, and writable, for its bytes.
+    macro_rules! mov {
+        ($from:expr, $to:expr, $class:ident, $name:literal) => {
+            asm!(
+                concat!("mov {", $name, "}, [{from}]"),
+                concat!("mov [{to}], {", $name, "}"),
+                from = in(reg) $from,
+                to = in(reg) $to,
+                x = out($class) _,
+                options(nostack, preserves_flags),
+            )
+        };
+    }
+
+    /// Copies `len` bytes; the shared side is aligned to a word.
+    ///
+    /// # Safety
+    /// As [`super::from_shared`].
+    #[inline(always)]
+    pub(super) unsafe fn aligned(from: *const u8, to: *mut u8, len: usize, _: Shared) {
+        let (words, part) = (len / WORD * WORD, len % WORD);
+        // SAFETY: the whole words, and then the part of a word that is left of the ranges that the caller vouches for: of 4,
+        // 2 and 1 bytes, each at `at`, with `at` and its size at most `part`.
         unsafe {
-            std::arch::asm!(
-                "test {blocks}, {blocks}",
-                "jz 3f",
+            if words >= 64 {
+                many(from, to, words);
+            } else {
+                few(from, to, words);
+            }
+            if part != 0 {
+                let (from, to) = (from.add(words), to.add(words));
+                if part & 4 != 0 {
+                    mov!(from, to, reg, "x:e");
+                }
+                if part & 2 != 0 {
+                    let at = part & 4;
+                    mov!(from.add(at), to.add(at), reg, "x:x");
+                }
+                if part & 1 != 0 {
+                    let at = part & 6;
+                    mov!(from.add(at), to.add(at), reg_byte, "x");
+                }
+            }
+        }
+    }
+
+    /// Copies less than 64 bytes, a number of words.
+    ///
+    /// # Safety
+    /// As [`super::from_shared`].
+    #[inline(always)]
+    unsafe fn few(from: *const u8, to: *mut u8, len: usize) {
+        // SAFETY: each block moves bytes below `len`: the first 32, 16 or 8, and as many that end at `len`. It uses only the
+        // registers named, and no stack.
+        unsafe {
+            if len >= 32 {
+                asm!(
+                    "movdqu {a}, [{from}]",
+                    "movdqu {b}, [{from} + 16]",
+                    "movdqu {c}, [{from} + {last}]",
+                    "movdqu {d}, [{from} + {last} + 16]",
+                    "movdqu [{to}], {a}",
+                    "movdqu [{to} + 16], {b}",
+                    "movdqu [{to} + {last}], {c}",
+                    "movdqu [{to} + {last} + 16], {d}",
+                    from = in(reg) from,
+                    to = in(reg) to,
+                    last = in(reg) len - 32,
+                    a = out(xmm_reg) _,
+                    b = out(xmm_reg) _,
+                    c = out(xmm_reg) _,
+                    d = out(xmm_reg) _,
+                    options(nostack, preserves_flags),
+                );
+            } else if len >= 16 {
+                asm!(
+                    "movdqu {a}, [{from}]",
+                    "movdqu {b}, [{from} + {last}]",
+                    "movdqu [{to}], {a}",
+                    "movdqu [{to} + {last}], {b}",
+                    from = in(reg) from,
+                    to = in(reg) to,
+                    last = in(reg) len - 16,
+                    a = out(xmm_reg) _,
+                    b = out(xmm_reg) _,
+                    options(nostack, preserves_flags),
+                );
+            } else if len >= WORD {
+                mov!(from, to, reg, "x:r");
+            }
+        }
+    }
+
+    /// Copies 64 bytes or more, a number of words.
+    ///
+    /// # Safety
+    /// As [`super::from_shared`].
+    #[inline(always)]
+    unsafe fn many(from: *const u8, to: *mut u8, len: usize) {
+        if len >= LONG && (from.addr() | to.addr()).is_multiple_of(WORD) {
+            // SAFETY: it moves `len` bytes, a number of words, upwards (the direction flag is clear in Rust).
+            unsafe {
+                asm!(
+                    "rep movsq",
+                    inout("rsi") from => _,
+                    inout("rdi") to => _,
+                    inout("rcx") len / WORD => _,
+                    options(nostack, preserves_flags),
+                );
+            }
+            return;
+        }
+        // SAFETY: the block moves as many times 64 bytes as there are in `len`; the rest is below 64. It uses only the
+        // registers named, and no stack.
+        unsafe {
+            let (rest_from, rest_to): (*const u8, *mut u8);
+            asm!(
                 "2:",
                 "movdqu {a}, [{from}]",
                 "movdqu {b}, [{from} + 16]",
@@ -37,58 +199,75 @@ pub unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
                 "add {to}, 64",
                 "dec {blocks}",
                 "jnz 2b",
-                "3:",
-                "test {halves}, {halves}",
-                "jz 5f",
-                "4:",
-                "movdqu {a}, [{from}]",
-                "movdqu [{to}], {a}",
-                "add {from}, 16",
-                "add {to}, 16",
-                "dec {halves}",
-                "jnz 4b",
-                "5:",
-                from = inout(reg) from => _,
-                to = inout(reg) to => _,
-                blocks = inout(reg) blocks => _,
-                halves = inout(reg) halves => _,
+                from = inout(reg) from => rest_from,
+                to = inout(reg) to => rest_to,
+                blocks = inout(reg) len / 64 => _,
                 a = out(xmm_reg) _,
                 b = out(xmm_reg) _,
                 c = out(xmm_reg) _,
                 d = out(xmm_reg) _,
                 options(nostack),
             );
+            few(rest_from, rest_to, len % 64);
         }
-        // SAFETY: `done <= len`: the rest of the same two ranges.
-        unsafe { volatile(from.add(done), to.add(done), len - done) }
-    }
-    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-    // SAFETY: the caller's promise, handed on.
-    unsafe {
-        volatile(from, to, len)
     }
 }
 
-/// As [`copy`]: aligned words where both sides are aligned alike, bytes elsewhere.
-///
-/// # Safety
-/// As [`copy`].
-#[inline]
-unsafe fn volatile(mut from: *const u8, mut to: *mut u8, mut len: usize) {
-    if from.addr().is_multiple_of(8) && to.addr().is_multiple_of(8) {
-        while len >= 8 {
-            // SAFETY: at least 8 bytes are left on both sides, and both pointers are aligned: they were,
-            // and advance by 8.
-            unsafe {
-                to.cast::<u64>().write_volatile(from.cast::<u64>().read_volatile());
-                from = from.add(8);
-                to = to.add(8);
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+mod moves {
+    use super::{Shared, WORD};
+
+    /// Copies `len` bytes; the shared side is aligned to a word.
+    ///
+    /// # Safety
+    /// As [`super::from_shared`].
+    #[inline]
+    pub(super) unsafe fn aligned(from: *const u8, to: *mut u8, len: usize, shared: Shared) {
+        let words = len / WORD * WORD;
+        // SAFETY: every access is of bytes below `len` of the two ranges that the caller vouches for. Words of the shared side
+        // are aligned: it is, and advances by words; those of the other side are accessed as words only if it is, too, and
+        // as 8 bytes, which need no alignment, if not.
+        unsafe {
+            for at in (0..words).step_by(WORD) {
+                let (from, to) = (from.add(at), to.add(at));
+                let alike = from.addr() % WORD == to.addr() % WORD;
+                let word = if alike || shared == Shared::Source {
+                    from.cast::<u64>().read_volatile()
+                } else {
+                    u64::from_ne_bytes(from.cast::<[u8; WORD]>().read_volatile())
+                };
+                if alike || shared == Shared::Target {
+                    to.cast::<u64>().write_volatile(word);
+                } else {
+                    to.cast::<[u8; WORD]>().write_volatile(word.to_ne_bytes());
+                }
             }
-            len -= 8;
+            for at in words..len {
+                to.add(at).write_volatile(from.add(at).read_volatile());
+            }
         }
     }
-    for i in 0..len {
-        // SAFETY: `i < len` bytes are left on both sides.
-        unsafe { to.add(i).write_volatile(from.add(i).read_volatile()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Copy = unsafe fn(*const u8, *mut u8, usize);
+
+    #[test]
+    fn every_length_between_every_two_alignments() {
+        let source: Vec<u8> = (0..9000_u32).map(|i| (i * 7 + i / 256) as u8).collect();
+        let lengths = (0..=200).chain([255, 256, 1000, 2040, 2047, 2048, 2049, 4096, 4099, 8000]);
+        for (len, copy) in lengths.flat_map(|len| [(len, from_shared as Copy), (len, to_shared as Copy)]) {
+            for (a, b) in (0..9).flat_map(|a| (0..9).map(move |b| (a, b))) {
+                let mut target = vec![0xee; 16 + len + 16];
+                // SAFETY: both ranges lie in their vectors, which do not overlap.
+                unsafe { copy(source.as_ptr().add(a), target.as_mut_ptr().add(b), len) };
+                assert!(target[b..b + len] == source[a..a + len], "{len} bytes from {a} to {b}");
+                let around = target[..b].iter().chain(&target[b + len..]);
+                assert!(around.into_iter().all(|&byte| byte == 0xee), "{len} bytes from {a} to {b}");
+            }
+        }
     }
 }

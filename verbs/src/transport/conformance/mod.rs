@@ -175,6 +175,7 @@ macro_rules! conformance {
             order_messages_and_immediates_keep_theirs = order::messages_and_immediates;
             order_words_are_read_whole = order::words_are_read_whole;
             order_words_are_written_whole = order::words_are_written_whole;
+            order_words_of_odd_payloads_are_whole = order::words_of_odd_payloads_are_whole;
             rights_reads_outside_are_refused = rights::reads_outside;
             rights_writes_outside_are_refused = rights::writes_outside;
             rights_reads_of_local_memory_are_refused = rights::reads_without_the_right;

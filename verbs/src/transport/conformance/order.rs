@@ -291,3 +291,85 @@ pub(super) fn words_are_written_whole<R: Rig>(rig: &R) {
     stop.store(true, Ordering::Release);
     racer.join();
 }
+
+/// Words of the case below, and where payloads of them begin in private memory: at no multiple of 8.
+const FEW: usize = 4;
+const ODD: usize = 13;
+
+/// Words are whole in the peer's memory whatever the alignment of the own side, and of the first byte.
+pub(super) fn words_of_odd_payloads_are_whole<R: Rig>(rig: &R) {
+    odd_payloads_written(rig);
+    odd_payloads_read(rig);
+}
+
+fn odd_payloads_written<R: Rig>(rig: &R) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, (FEW + 2) * 8, Access::RemoteWrite);
+    let own = pair.region(Side::Client, ODD + (FEW + 2) * 8, Access::Local);
+    pair.connect();
+    let newest = Arc::new(AtomicU64::new(0));
+    let (stop, racer) = racer(&pair, {
+        let (theirs, newest) = (theirs.clone(), Arc::clone(&newest));
+        move |_| {
+            for i in (0..64 * FEW).map(|i| i % FEW) {
+                let word = theirs.memory().load(8 + i * 8);
+                assert_whole(word);
+                newest.fetch_max(word & 0xffff_ffff, Ordering::Relaxed);
+            }
+        }
+    });
+    let rounds = u64::from(rig.effort().rounds);
+    for round in 1..=rounds {
+        // All bytes of a word change, so that a torn one shows.
+        let byte = if round == rounds { 0xff } else { round % 251 };
+        let bytes = [byte as u8; ODD + (FEW + 1) * 8];
+        own.memory().write(0, &bytes);
+        // From the middle of the word before to the middle of the word behind: the words between are whole.
+        let payload = [piece(&own, ODD, (FEW + 1) * 8)];
+        let end = pair.end(Side::Client);
+        end.write(Payload::Gather(&payload), theirs.remote().at(4), None, None).expect("post");
+        for i in 0..FEW {
+            let inline = Payload::Inline(&bytes[i + 1..i + 9]);
+            end.write(inline, theirs.remote().at(8 + i as u64 * 8), None, None).expect("post");
+        }
+        end.write(Payload::Gather(&payload), theirs.remote().at(4), None, Some(round)).expect("post");
+        end.ring().expect("ring");
+        pair.work(Side::Client, round);
+    }
+    pair.until("the racer to see the last word", |_| {
+        (newest.load(Ordering::Relaxed) == 0xffff_ffff).then_some(())
+    });
+    stop.store(true, Ordering::Release);
+    racer.join();
+}
+
+fn odd_payloads_read<R: Rig>(rig: &R) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, (FEW + 2) * 8, Access::RemoteRead);
+    let own = pair.region(Side::Client, ODD + (FEW + 2) * 8, Access::Local);
+    pair.connect();
+    let (stop, racer) = racer(&pair, {
+        let theirs = theirs.clone();
+        move |turn| {
+            for i in 0..64 * FEW as u64 {
+                let byte = (turn + i / FEW as u64) % 251;
+                theirs.memory().store(8 + i as usize % FEW * 8, u64::from_ne_bytes([byte as u8; 8]));
+            }
+        }
+    });
+    let fresh = u64::from_ne_bytes([0xee; 8]);
+    pair.until("the racer to write", |_| (theirs.memory().load(8) != fresh).then_some(()));
+    for round in 0..u64::from(rig.effort().rounds) {
+        let end = pair.end(Side::Client);
+        let into = [piece(&own, ODD, (FEW + 1) * 8)];
+        end.read(&into, theirs.remote().at(4), Some(round)).expect("post");
+        end.ring().expect("ring");
+        pair.work(Side::Client, round);
+        for i in 0..FEW {
+            let word = bytes(&own, ODD + 4 + i * 8, 8);
+            assert!(word.iter().all(|&byte| byte == word[0]), "the word {word:?} is torn");
+        }
+    }
+    stop.store(true, Ordering::Release);
+    racer.join();
+}

@@ -14,7 +14,7 @@ use super::{
     view::ShmView,
 };
 use crate::{
-    memory::copy::copy,
+    memory::copy::{from_shared, to_shared},
     transport::{
         Connection, ConnectionId, MAX_INLINE, MAX_SGE, Payload, PostError, Region, RemoteAddress,
         RemoteRegion, Sge, WorkError,
@@ -263,7 +263,7 @@ impl Connection for ShmConnection {
                 // SAFETY: `from` is readable for `len` bytes (`pieces`); `find` vouches for `length` writable
                 // bytes at `target`, and `at + len <= length`, the sum of all pieces. The target is a
                 // mapping of its own, which nothing of this process's memory overlaps.
-                unsafe { copy(from, target.add(at), len) }
+                unsafe { to_shared(from, target.add(at), len) }
             });
             self.outbox.leave();
         } else if immediate.is_some() {
@@ -295,7 +295,7 @@ impl Connection for ShmConnection {
             for piece in into {
                 // SAFETY: `find` vouches for `length` readable bytes at `source`, and `at + piece.length <=
                 // length`, the sum; `start` for the target, which is a mapping of its own.
-                unsafe { copy(source.add(at), start(piece), piece.length) }
+                unsafe { from_shared(source.add(at), start(piece), piece.length) }
                 at += piece.length;
             }
         }

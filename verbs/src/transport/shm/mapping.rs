@@ -17,7 +17,7 @@ use std::{
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, memfd_create};
 
-use crate::{error::Error, memory::copy::copy};
+use crate::{error::Error, memory::copy::from_shared};
 
 /// Bytes of a page; of the header of every mapping that this module creates.
 pub(super) const PAGE: usize = 4096;
@@ -132,7 +132,7 @@ impl Mapping {
         self.check(offset, into.len());
         // SAFETY: the source lies inside the mapping (`check`), which cannot shrink; the target is an
         // exclusive slice of the same length, which cannot overlap a mapping that no slice is ever made of.
-        unsafe { copy(self.as_ptr().add(offset), into.as_mut_ptr(), into.len()) }
+        unsafe { from_shared(self.as_ptr().add(offset), into.as_mut_ptr(), into.len()) }
     }
 
     /// Panics unless bytes `offset..offset + len` are inside the mapping.

@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     error::Error,
-    memory::{atomic::Word, copy::copy},
+    memory::{atomic::Word, copy::to_shared},
 };
 
 const TAIL: usize = 0;
@@ -284,8 +284,8 @@ impl Outbox {
         // two parts of what the caller vouches for. The consumer does not read here before `publish`; a
         // peer that does all the same gets torn bytes.
         unsafe {
-            copy(from, self.file.as_ptr().add(PAGE + start), first);
-            copy(from.add(first), self.file.as_ptr().add(PAGE), len - first);
+            to_shared(from, self.file.as_ptr().add(PAGE + start), first);
+            to_shared(from.add(first), self.file.as_ptr().add(PAGE), len - first);
         }
     }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::mapping::Mapping;
-use crate::{memory::copy::copy, transport::View};
+use crate::{memory::copy::from_shared, transport::View};
 
 /// A view of the `shm` provider.
 #[derive(Clone)]
@@ -81,7 +81,7 @@ impl View for ShmView {
         // SAFETY: the source lies in the view (`at`), which is mapped as long as `self` lives, and cannot shrink (sealed);
         // the target is an exclusive slice of the same length, which cannot overlap a mapping that no slice is ever
         // made of.
-        unsafe { copy(from, into.as_mut_ptr(), into.len()) }
+        unsafe { from_shared(from, into.as_mut_ptr(), into.len()) }
     }
 }
 

@@ -133,8 +133,14 @@ impl Sim {
             regions: Default::default(),
             registrations: 0,
             next_address: 1 << 32,
+            prelude: Default::default(),
         });
         Node { shared: Arc::clone(&self.shared), index: world.nodes.len() - 1 }
+    }
+
+    /// Has every thread that is started on `node` from now on do this first: a test exposes code of others so.
+    pub fn prelude(&self, node: &Node, prelude: impl Fn() + Send + Sync + 'static) {
+        self.shared.lock().nodes[node.index].prelude.0 = Some(Arc::new(prelude));
     }
 
     /// Says what kind of machine `node` is.

@@ -240,6 +240,7 @@ impl Shared {
         let (shared, own) = (Arc::clone(self), Arc::clone(&baton));
         // The name that a panic message shows.
         let full_name = format!("{}/{name}", world.nodes[node].name);
+        let prelude = world.nodes[node].prelude.clone();
         let handle = std::thread::Builder::new().name(full_name.clone()).spawn(move || {
             if let Some(id) = shared.core {
                 core_affinity::set_for_current(core_affinity::CoreId { id });
@@ -248,6 +249,7 @@ impl Shared {
             CURRENT.set(Some(Current { shared: Arc::clone(&shared), thread }));
             let result = catch_unwind(AssertUnwindSafe(move || {
                 if !own.killed.load(Ordering::Acquire) {
+                    prelude.0.iter().for_each(|prelude| prelude());
                     body();
                 }
             }));

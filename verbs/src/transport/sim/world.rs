@@ -105,6 +105,18 @@ pub(super) struct NodeState {
     pub(super) computing: Computing,
     /// In a simulation of time: its threads that are in `relax`.
     pub(super) relaxing: Vec<usize>,
+    /// What each of its threads does first.
+    pub(super) prelude: Prelude,
+}
+
+/// What a thread does before anything else.
+#[derive(Clone, Default)]
+pub(super) struct Prelude(pub(super) Option<std::sync::Arc<dyn Fn() + Send + Sync>>);
+
+impl std::fmt::Debug for Prelude {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Prelude({})", if self.0.is_some() { "some" } else { "none" })
+    }
 }
 
 /// All of a simulation's state.

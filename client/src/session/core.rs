@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -13,12 +13,16 @@ use fervor_protocol::{
     mutants::{Mutant, mutant},
     route::Router,
 };
-use fervor_verbs::transport::{Attach, Endpoint, RemoteRegion, Signal, Transport};
+use fervor_verbs::transport::{Attach, Endpoint, Signal, Transport};
 
 use crate::{
-    engine::{Engine, Link, Surroundings, Wish},
     error::Error,
     options::ClientOptions,
+    session::{
+        engine::{Engine, Surroundings},
+        link::{Link, Wish},
+    },
+    slab::Pool,
     table::AnyTable,
 };
 
@@ -85,7 +89,7 @@ pub struct Core<T: Transport> {
     /// Tells this client's tables from others'.
     pub id: u64,
     pub router: Router,
-    pub links: Vec<Link>,
+    pub links: Vec<Link<T::View>>,
     pub engine: Mutex<Engine<T>>,
     /// Threads that need the engine itself ([`Core::with_engine`]): nobody sleeps with it meanwhile.
     pub wanted: AtomicUsize,
@@ -93,7 +97,11 @@ pub struct Core<T: Transport> {
     pub attach: T::Attach,
     /// Tells the threads that do not hold the engine that it did something.
     pub signal: T::Signal,
+    /// Something was handed over since the engine was last driven: who lets go of it looks again.
+    pub handed_over: AtomicBool,
     pub clocks: Mutex<Clocks>,
+    /// Memory for slabs that servers on this host see, if there are any.
+    pub pool: Option<Arc<Pool>>,
     pub tables: RwLock<Vec<Arc<dyn AnyTable>>>,
     pub bytes_read: AtomicU64,
     /// The region that servers write; see [`Core::region`].
@@ -107,14 +115,8 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<T: Transport> Core<T> {
-    fn surroundings(&self) -> Surroundings<'_> {
+    fn surroundings(&self) -> Surroundings<'_, T::View> {
         Surroundings { links: &self.links, tables: &self.tables }
-    }
-
-    /// The region of a shard's rows, for READs.
-    pub fn remote(&self, shard: usize) -> RemoteRegion {
-        let welcome = &self.links[shard].welcome;
-        RemoteRegion { address: welcome.address, length: welcome.length, key: welcome.key }
     }
 
     /// Fails if a server is lost.
@@ -168,24 +170,18 @@ impl<T: Transport> Core<T> {
     /// As [`Core::wait`], by a thread that is counted `own` times in `wanted`.
     fn wait_as(&self, what: For, own: usize, mut done: impl FnMut() -> bool) -> Result<(), Error> {
         let mut turn = 0;
-        loop {
-            if done() {
-                return Ok(());
-            }
+        while !done() {
             self.alive()?;
             let epoch = self.signal.epoch();
             let sleepy = turn >= T::AWAKE_TURNS && self.wanted.load(Ordering::SeqCst) == own;
             match self.try_engine() {
                 Some(mut engine) => {
-                    let work = engine.progress(&self.surroundings());
-                    if work == 0 && sleepy && !done() {
-                        engine.endpoint.wait(if what == For::Event { SLEEP } else { NAP });
-                    }
-                    drop(engine);
-                    if work > 0 {
-                        self.signal.notify();
+                    if self.turn(&mut engine) > 0 {
                         turn = 0;
                         continue;
+                    }
+                    if sleepy && !self.handed_over.load(Ordering::SeqCst) && !done() {
+                        engine.endpoint.wait(if what == For::Event { SLEEP } else { NAP });
                     }
                 }
                 None if turn == 0 => self.attach.wake(),
@@ -198,17 +194,42 @@ impl<T: Transport> Core<T> {
             }
             turn = turn.saturating_add(1);
         }
+        if self.handed_over.load(Ordering::SeqCst) {
+            self.progress();
+        }
+        Ok(())
     }
 
-    /// Drives the engine once, if nobody else does.
+    /// Drives the engine once, if nobody else does, and again if something was handed over meanwhile.
     pub fn progress(&self) {
-        if let Some(mut engine) = self.try_engine() {
-            let work = engine.progress(&self.surroundings());
+        while let Some(mut engine) = self.try_engine() {
+            self.turn(&mut engine);
             drop(engine);
-            if work > 0 {
-                self.signal.notify();
+            // SYNC POINT: pairs with `drive`. Whoever found the engine taken had said so before it looked.
+            if !self.handed_over.load(Ordering::SeqCst) {
+                return;
             }
         }
+    }
+
+    /// Has what was just handed over sent as far as credits go: by this thread, or by the one that holds the engine now.
+    pub fn drive(&self) {
+        self.handed_over.store(true, Ordering::SeqCst);
+        self.progress();
+        if self.handed_over.load(Ordering::SeqCst) {
+            // Its holder may sleep.
+            self.attach.wake();
+        }
+    }
+
+    /// One turn of the engine. Returns how much it did.
+    fn turn(&self, engine: &mut Engine<T>) -> usize {
+        self.handed_over.store(false, Ordering::SeqCst);
+        let work = engine.progress(&self.surroundings());
+        if work > 0 {
+            self.signal.notify();
+        }
+        work
     }
 
     /// The engine, if nobody holds it.
@@ -227,9 +248,14 @@ impl<T: Transport> Core<T> {
     /// come after a reader was told that all of that stamp are there. Shards of a running job may differ by some clocks: the
     /// client begins at the greatest, and lets the others go on to it.
     pub fn join(&self) -> Result<(), Error> {
-        let joined = |link: &Link| link.joined.load(Ordering::Acquire) || mutant(Mutant::JoinAtHandshake);
+        let joined =
+            |link: &Link<T::View>| link.joined.load(Ordering::Acquire) || mutant(Mutant::JoinAtHandshake);
         self.wait(For::Event, || self.links.iter().all(joined))?;
-        let clocks = || self.links.iter().map(|link| link.clock.load(Ordering::Acquire));
+        let clocks = || self.links.iter().map(Link::round);
+        for link in &self.links {
+            // Where it stands in the shard's vector clock: it only announces what is after that.
+            link.announced.store(link.round(), Ordering::Release);
+        }
         let start = clocks().max().unwrap_or(0);
         lock(&self.clocks).client = start;
         if clocks().any(|clock| clock < start) { self.announce(start) } else { Ok(()) }
@@ -240,7 +266,8 @@ impl<T: Transport> Core<T> {
         for link in &self.links {
             link.due.fetch_max(clock, Ordering::Release);
         }
-        let announced = |link: &Link| link.announced.load(Ordering::Acquire) >= clock;
+        let announced = |link: &Link<T::View>| link.announced.load(Ordering::Acquire) >= clock;
+        self.drive();
         self.wait(For::Memory, || self.links.iter().all(announced))
     }
 
@@ -249,7 +276,8 @@ impl<T: Transport> Core<T> {
     /// It asks whoever drives the engine, and never needs it itself: a thread that sleeps with it may not let go for long.
     pub fn flush(&self) -> Result<Vec<u64>, Error> {
         let asked: Vec<u64> = self.links.iter().map(Link::ask_flush).collect();
-        let flushed = |(link, asked): (&Link, &u64)| link.flushed.load(Ordering::Acquire) >= *asked;
+        self.drive();
+        let flushed = |(link, asked): (&Link<T::View>, &u64)| link.flushed.load(Ordering::Acquire) >= *asked;
         self.wait(For::Memory, || self.links.iter().zip(&asked).all(flushed))?;
         Ok(self.links.iter().map(|link| link.posted.load(Ordering::Acquire)).collect())
     }

@@ -1,0 +1,362 @@
+//! The slabs of several workers on their way over a wire: one update per row, in as few messages as they fit.
+//!
+//! Workers of one client often update the same rows. Sent one by one their updates would multiply the bytes by the number of
+//! workers; so the slabs of a clock are merged, row by row, while they are written into messages. Whoever drives the engine does it,
+//! since nobody else may send; the slabs are not changed by then, so no worker waits for it.
+//!
+//! A row's update is in one batch as a whole, unless it is longer than a message. Each slab is told which batch carries which
+//! of its rows *before* that batch is posted (see [`slab`](crate::slab)).
+//!
+//! Sums that are not finite though their terms are go as they are, one after the other: it is for the row to overflow, and not for
+//! a server to find a client that sends infinity.
+
+use std::sync::Arc;
+
+use fervor_protocol::{
+    Element,
+    batch::{BatchWriter, HEADERS, SECTION},
+};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::{
+    session::link::Outgoing,
+    slab::{AnySlab, Delivery, Slab},
+    table::AnyTable,
+};
+
+/// Slabs of one table.
+#[derive(Debug)]
+struct Group {
+    table: usize,
+    slabs: Vec<Arc<dyn AnySlab>>,
+    cursor: Cursor,
+}
+
+/// How far the slabs of a group have been written.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cursor {
+    /// Which slab, and which of its rows: the whole ones, then those of cells.
+    slab: usize,
+    row: usize,
+    /// First column of that row that has not been written.
+    column: usize,
+}
+
+/// Slabs that are being sent. See the module.
+#[derive(Debug)]
+pub struct Combining {
+    groups: Vec<Group>,
+    delivery: Arc<Delivery>,
+    parts: usize,
+    /// The clock that the last batch ends.
+    pub clock: Option<u64>,
+    /// The ticket up to which everything is posted when this is.
+    pub flushed: u64,
+}
+
+impl Combining {
+    /// Of these slabs, in batches from number `first` on, in messages of at most `message` bytes.
+    pub fn new(taken: Vec<Outgoing>, first: u64, message: usize, clock: Option<u64>, flushed: u64) -> Self {
+        let mut groups: Vec<Group> = Vec::new();
+        for Outgoing { table, slab, .. } in taken {
+            match groups.iter_mut().find(|group| group.table == table) {
+                Some(group) => group.slabs.push(slab),
+                None => groups.push(Group { table, slabs: vec![slab], cursor: Cursor::default() }),
+            }
+        }
+        let most = groups.iter().map(|group| most_batches(&group.slabs, message)).sum::<usize>() + 1;
+        let delivery = Delivery::new(first, most);
+        for slab in groups.iter().flat_map(|group| &group.slabs) {
+            slab.goes_out(&delivery, true);
+        }
+        Self { groups, delivery, parts: 0, clock, flushed }
+    }
+
+    /// Writes the next batch. Returns its delivery and its part of it, and whether it is the last one.
+    pub fn write(
+        &mut self,
+        writer: &mut BatchWriter<'_>,
+        tables: &[Arc<dyn AnyTable>],
+        shard: usize,
+    ) -> (Arc<Delivery>, usize, bool) {
+        let part = self.parts;
+        self.parts += 1;
+        let mut done = true;
+        for group in &mut self.groups {
+            done = tables[group.table].write(shard, &group.slabs, &mut group.cursor, writer, part);
+            if !done {
+                break;
+            }
+        }
+        (self.delivery.clone(), part, done)
+    }
+
+    /// All batches are posted.
+    pub fn posted(&self) {
+        self.delivery.complete(self.parts);
+    }
+}
+
+/// More batches than the slabs can take: every message but the last of a table is filled up to one row.
+fn most_batches(slabs: &[Arc<dyn AnySlab>], message: usize) -> usize {
+    let room = message - HEADERS - SECTION - 32;
+    let (mut greatest, mut bytes, mut rows) = (0, 0, 0);
+    for slab in slabs {
+        let extent = slab.extent();
+        (greatest, bytes, rows) = (greatest.max(extent.0), bytes + extent.1, rows + extent.2);
+    }
+    // Sections of whole rows and of cells may take turns; each pays for a header, as a row does at most.
+    if greatest + SECTION <= room / 2 {
+        2 + (bytes + rows * (SECTION + 16)) / (room / 2 - SECTION)
+    } else {
+        rows * (2 + greatest / room.saturating_sub(SECTION).max(8)) + 1
+    }
+}
+
+/// The slabs of a table with their element type.
+pub struct Merge<'a, E> {
+    slabs: Vec<&'a Slab<E>>,
+    width: usize,
+    /// The shard's number of the table.
+    table: u32,
+    finite: bool,
+}
+
+/// A row as it goes out.
+enum Merged {
+    /// Another slab's row has carried it already.
+    Carried,
+    /// Contributors, by slab and entry; whether all of them are cells.
+    From(Vec<(usize, u32)>, bool),
+}
+
+impl<'a, E: Element> Merge<'a, E> {
+    /// Of `slabs` of a table with rows of `width` elements. `finite`: sums have to be.
+    pub fn new(slabs: &'a [Arc<dyn AnySlab>], width: usize, table: u32, finite: bool) -> Self {
+        let typed = |slab: &'a Arc<dyn AnySlab>| {
+            slab.as_any().downcast_ref::<Slab<E>>().expect("a table's number stands for its element type")
+        };
+        Self { slabs: slabs.iter().map(typed).collect(), width, table, finite }
+    }
+
+    /// The row at the cursor: its index.
+    fn row(&self, cursor: &Cursor) -> Option<u32> {
+        let slab = self.slabs[cursor.slab];
+        match cursor.row.checked_sub(slab.rows()) {
+            None => Some(slab.row(cursor.row)),
+            Some(at) => {
+                let (row, pairs) = slab.cells(at);
+                (!pairs.is_empty()).then_some(row)
+            }
+        }
+    }
+
+    /// Who contributes to `row`, which the cursor's slab has.
+    fn merged(&self, slab: usize, row: u32) -> Merged {
+        if self.finite && self.slabs.len() > 1 && !self.sum_is_finite(row) {
+            let entry = self.slabs[slab].find(row);
+            return Merged::From(vec![(slab, entry)], Slab::<E>::is_cells(entry));
+        }
+        if self.slabs[..slab].iter().any(|earlier| earlier.find(row) != 0) {
+            return Merged::Carried;
+        }
+        let from: Vec<_> = (slab..self.slabs.len())
+            .filter_map(|other| Some((other, self.slabs[other].find(row))).filter(|(_, entry)| *entry != 0))
+            .collect();
+        let cells = from.iter().all(|(_, entry)| Slab::<E>::is_cells(*entry));
+        Merged::From(from, cells)
+    }
+
+    fn sum_is_finite(&self, row: u32) -> bool {
+        let having = self.slabs.iter().filter(|slab| slab.find(row) != 0).count();
+        if having < 2 {
+            return true;
+        }
+        let mut sum = vec![E::default(); self.width];
+        self.slabs.iter().for_each(|slab| _ = slab.add_to(row, &mut sum));
+        E::all_finite(&sum)
+    }
+
+    fn goes_with(&self, from: &[(usize, u32)], part: usize) {
+        for (slab, entry) in from {
+            self.slabs[*slab].goes_with(*entry, part);
+        }
+    }
+
+    /// Writes rows from the cursor on, as many as there is room for. Whether that was all.
+    pub fn write(&self, cursor: &mut Cursor, writer: &mut BatchWriter<'_>, part: usize) -> bool {
+        while cursor.slab < self.slabs.len() {
+            let slab = self.slabs[cursor.slab];
+            if cursor.row == slab.rows() + slab.cell_rows() {
+                *cursor = Cursor { slab: cursor.slab + 1, ..Cursor::default() };
+                continue;
+            }
+            let more = if cursor.row < slab.rows() {
+                self.write_rows(cursor, writer, part)
+            } else {
+                self.write_cells(cursor, writer, part)
+            };
+            if !more {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Writes whole rows of the cursor's slab: one section. `false`: there is no more room.
+    fn write_rows(&self, cursor: &mut Cursor, writer: &mut BatchWriter<'_>, part: usize) -> bool {
+        let row_bytes = self.width * size_of::<E>();
+        if !writer.fits_a_message(row_bytes) {
+            return self.write_part(cursor, writer, part);
+        }
+        let slab = self.slabs[cursor.slab];
+        let room = writer.room_for_rows(row_bytes);
+        let (mut rows, mut from) = (Vec::new(), Vec::new());
+        while cursor.row < slab.rows() && rows.len() < room {
+            let row = slab.row(cursor.row);
+            if let Merged::From(contributors, ..) = self.merged(cursor.slab, row) {
+                self.goes_with(&contributors, part);
+                rows.push(row);
+                from.push(contributors);
+            }
+            cursor.row += 1;
+        }
+        if !rows.is_empty() {
+            let values = writer.rows(self.table, &rows, row_bytes);
+            for (into, contributors) in values.chunks_exact_mut(row_bytes).zip(from) {
+                let into = <[E]>::mut_from_bytes(into).expect("sections are aligned");
+                let ((first, entry), others) = contributors.split_first().expect("a row has a contributor");
+                self.slabs[*first].copy_entry(*entry, into);
+                others.iter().for_each(|(slab, entry)| self.slabs[*slab].add_entry(*entry, into));
+            }
+        }
+        cursor.row == slab.rows()
+    }
+
+    /// Writes a row that is longer than a message, as far as there is room.
+    fn write_part(&self, cursor: &mut Cursor, writer: &mut BatchWriter<'_>, part: usize) -> bool {
+        let row = self.row(cursor).expect("whole rows are there");
+        let Merged::From(from, ..) = self.merged(cursor.slab, row) else {
+            cursor.row += 1;
+            return true;
+        };
+        let count = writer.room_for_part(size_of::<E>()).min(self.width - cursor.column);
+        if count == 0 {
+            return false;
+        }
+        let mut sum = vec![E::default(); self.width];
+        from.iter().for_each(|(slab, entry)| self.slabs[*slab].add_entry(*entry, &mut sum));
+        // The last part decides: a copy that contains it contains those before it, too, unless it is torn between two of them.
+        self.goes_with(&from, part);
+        let values = &sum[cursor.column..cursor.column + count];
+        writer.part(self.table, row, cursor.column as u32, count, values.as_bytes());
+        cursor.column += count;
+        if cursor.column < self.width {
+            return false;
+        }
+        (cursor.row, cursor.column) = (cursor.row + 1, 0);
+        true
+    }
+
+    /// Writes rows of cells of the cursor's slab: one section, or a whole row in one of its own where another slab has that.
+    /// `false`: there is no more room.
+    fn write_cells(&self, cursor: &mut Cursor, writer: &mut BatchWriter<'_>, part: usize) -> bool {
+        let slab = self.slabs[cursor.slab];
+        let end = slab.rows() + slab.cell_rows();
+        let mut section = CellSection::default();
+        let mut more = true;
+        while cursor.row < end {
+            let merged = self.row(cursor).map(|row| (row, self.merged(cursor.slab, row)));
+            let Some((row, Merged::From(from, cells))) = merged else {
+                cursor.row += 1;
+                continue;
+            };
+            if !cells {
+                if section.rows.is_empty() {
+                    return self.write_whole(cursor, writer, part, row, &from);
+                }
+                break;
+            }
+            let pairs = from.iter().flat_map(|(slab, entry)| self.slabs[*slab].pairs(*entry));
+            let pairs: Vec<(u32, E)> = pairs.skip(cursor.column).copied().collect();
+            let fits = |cells| {
+                let (rows, columns) = (section.rows.len() + 1, section.columns.len() + cells);
+                writer.has_room_for_cells(rows, columns, size_of::<E>())
+            };
+            // Of a row with more than a message holds, as many as there is room for.
+            let long = section.rows.is_empty() && writer.sections() == 0 && !fits(pairs.len());
+            let count = if long {
+                (1..pairs.len()).take_while(|count| fits(*count)).last().unwrap_or(0)
+            } else {
+                pairs.len()
+            };
+            if count == 0 || !fits(count) {
+                more = false;
+                break;
+            }
+            self.goes_with(&from, part);
+            section.add(row, &pairs[..count]);
+            if count < pairs.len() {
+                cursor.column += count;
+                more = false;
+                break;
+            }
+            (cursor.row, cursor.column) = (cursor.row + 1, 0);
+        }
+        if !section.rows.is_empty() {
+            writer.cells(self.table, &section.rows, &section.counts, &section.columns, &section.values);
+        }
+        more
+    }
+
+    /// Writes the whole row at the cursor, of which its slab has cells only.
+    fn write_whole(
+        &self,
+        cursor: &mut Cursor,
+        writer: &mut BatchWriter<'_>,
+        part: usize,
+        row: u32,
+        from: &[(usize, u32)],
+    ) -> bool {
+        let row_bytes = self.width * size_of::<E>();
+        if !writer.fits_a_message(row_bytes) {
+            return self.write_part(cursor, writer, part);
+        }
+        if writer.room_for_rows(row_bytes) == 0 {
+            return false;
+        }
+        self.goes_with(from, part);
+        let into = writer.rows(self.table, &[row], row_bytes);
+        let into = <[E]>::mut_from_bytes(into).expect("sections are aligned");
+        into.fill(E::default());
+        from.iter().for_each(|(slab, entry)| self.slabs[*slab].add_entry(*entry, into));
+        cursor.row += 1;
+        true
+    }
+}
+
+/// A section of cells that is being put together.
+struct CellSection<E> {
+    rows: Vec<u32>,
+    counts: Vec<u32>,
+    columns: Vec<u32>,
+    values: Vec<E>,
+}
+
+impl<E> Default for CellSection<E> {
+    fn default() -> Self {
+        Self { rows: Vec::new(), counts: Vec::new(), columns: Vec::new(), values: Vec::new() }
+    }
+}
+
+impl<E: Copy> CellSection<E> {
+    fn add(&mut self, row: u32, pairs: &[(u32, E)]) {
+        self.rows.push(row);
+        self.counts.push(pairs.len() as u32);
+        self.columns.extend(pairs.iter().map(|pair| pair.0));
+        self.values.extend(pairs.iter().map(|pair| pair.1));
+    }
+}
+
+#[cfg(test)]
+mod tests;

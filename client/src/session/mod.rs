@@ -1,0 +1,15 @@
+//! What a client's threads share: the connections to the shards, what is on its way to them, and how to wait.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`link`] | per shard the words by which threads tell each other; no connection |
+//! | [`channel`] | per shard the connection: messages out, acknowledgements and answers in |
+//! | [`combine`] | the slabs of several workers, made one update per row, in messages |
+//! | [`engine`] | the endpoint: what any thread does that waits or ends a clock |
+//! | [`core`] | all of it together, clocks of the workers, waiting |
+
+pub mod channel;
+pub mod combine;
+pub mod core;
+pub mod engine;
+pub mod link;

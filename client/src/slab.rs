@@ -1,0 +1,670 @@
+//! A worker's updates of one clock for the rows of one table in one shard, in the form in which they are sent.
+//!
+//! ```text
+//!  inc, inc_at          clock()                        acknowledged, and every copy contains it
+//!  ───────────▶ Slab ───────────▶ Arc<Slab>, unchanged ──────────────────▶ its memory is used again
+//!  (one worker)         handed over: sent by whoever drives the engine, read by its worker
+//! ```
+//!
+//! | field | written | read |
+//! |---|---|---|
+//! | values, index | by its worker, before it is handed over | by its worker; by whoever sends it; by the server, if it lies in named memory |
+//! | `delivery`, `parts` | by who sends it, before the batch is posted (release) | by its worker, after it copied an image (acquire) |
+//! | `Delivery::lsns` | by who takes the acknowledgement (release) | by its worker (acquire) |
+//!
+//! A worker that copied an image and then finds the update unsent knows that the image does not contain it: the shard could
+//! only have applied it after it was posted, and so after `parts` said so.
+//!
+//! **Where it lies.** Whole rows lie in blocks: the row numbers, then the values, aligned, as in a section of a
+//! [batch](fervor_protocol::batch). A client on the server's host takes its blocks from memory that the server sees, and sends their
+//! places instead of their contents; other clients use memory of their own.
+
+use std::{
+    any::Any,
+    fmt,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU16, AtomicU64, Ordering},
+    },
+};
+
+use fervor_protocol::{
+    Element,
+    batch::{CELLS, ROWS, SectionHeader},
+};
+use fervor_verbs::Piece;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::hash::RowIndex;
+
+/// Bytes of a piece of named memory: the longest row, its number, and what aligns them, fit.
+pub const PIECE_BYTES: usize = (1 << 20) + 4096;
+/// Bytes of a block of other memory, if a row is not longer.
+const HEAP_BYTES: usize = 64 << 10;
+/// Values of a block begin at multiples of this.
+const VALUE_ALIGN: usize = 64;
+/// Bit of an index entry: the row has single elements.
+const SPARSE: u32 = 1 << 31;
+/// Cells of a row before they are compacted for the first time.
+const FEW_CELLS: usize = 32;
+/// What `parts` says of an update that has not been sent.
+const UNSENT: u16 = u16::MAX;
+
+/// Memory that servers on this host see, in pieces.
+#[derive(Debug, Default)]
+pub struct Pool {
+    free: Mutex<Vec<Piece>>,
+}
+
+impl Pool {
+    /// Of these pieces, each of [`PIECE_BYTES`].
+    pub fn new(pieces: Vec<Piece>) -> Arc<Self> {
+        Arc::new(Self { free: Mutex::new(pieces) })
+    }
+
+    fn take(self: &Arc<Self>) -> Option<Borrowed> {
+        let piece = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        piece.map(|piece| Borrowed { piece: Some(piece), pool: self.clone() })
+    }
+}
+
+/// A piece of a pool, which gets it back.
+#[derive(Debug)]
+struct Borrowed {
+    piece: Option<Piece>,
+    pool: Arc<Pool>,
+}
+
+impl Borrowed {
+    fn piece(&self) -> &Piece {
+        self.piece.as_ref().expect("it is there until the end")
+    }
+}
+
+impl Drop for Borrowed {
+    fn drop(&mut self) {
+        let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
+        free.extend(self.piece.take());
+    }
+}
+
+/// Some memory of a slab.
+#[derive(Debug)]
+enum Block {
+    Named(Borrowed),
+    Own(Vec<u64>),
+}
+
+impl Block {
+    /// From the pool, or of `bytes` bytes.
+    fn new(pool: Option<&Arc<Pool>>, bytes: usize) -> Self {
+        match pool.filter(|_| bytes <= PIECE_BYTES).and_then(Pool::take) {
+            Some(piece) => Self::Named(piece),
+            None => Self::Own(vec![0; bytes.div_ceil(8)]),
+        }
+    }
+
+    #[inline]
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Named(borrowed) => borrowed.piece().bytes(),
+            Self::Own(words) => words.as_bytes(),
+        }
+    }
+
+    #[inline]
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Named(borrowed) => borrowed.piece.as_mut().expect("it is there until the end").bytes_mut(),
+            Self::Own(words) => words.as_mut_bytes(),
+        }
+    }
+
+    /// Its first byte in the named memory.
+    fn offset(&self) -> Option<u64> {
+        match self {
+            Self::Named(borrowed) => Some(borrowed.piece().offset() as u64),
+            Self::Own(_) => None,
+        }
+    }
+}
+
+/// How whole rows lie in blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Geometry {
+    row_bytes: usize,
+    /// Rows of a block are `1 << shift`.
+    shift: u32,
+    values_at: usize,
+    bytes: usize,
+}
+
+impl Geometry {
+    fn new(row_bytes: usize, named: bool) -> Self {
+        let target = if named { PIECE_BYTES } else { HEAP_BYTES.max(row_bytes + VALUE_ALIGN) };
+        let rows = (target - VALUE_ALIGN) / (4 + row_bytes);
+        let shift = rows.max(1).ilog2();
+        let values_at = (4usize << shift).next_multiple_of(VALUE_ALIGN);
+        Self { row_bytes, shift, values_at, bytes: values_at + (row_bytes << shift) }
+    }
+}
+
+/// Batches that carried some slabs: the LSNs at which they were applied, once that is known.
+#[derive(Debug)]
+pub struct Delivery {
+    /// Number of the first batch.
+    first: u64,
+    /// Per batch one more than its LSN; zero: not acknowledged.
+    lsns: Box<[AtomicU64]>,
+    /// Number of batches, once all are posted.
+    count: AtomicU64,
+}
+
+impl Delivery {
+    /// Of at most `most` batches, numbered from `first` on.
+    pub fn new(first: u64, most: usize) -> Arc<Self> {
+        let lsns = (0..most).map(|_| AtomicU64::new(0)).collect();
+        Arc::new(Self { first, lsns, count: AtomicU64::new(0) })
+    }
+
+    /// Batch `part` was applied at `lsn`.
+    pub fn acknowledged(&self, part: usize, lsn: u64) {
+        // SYNC POINT: whoever sees it may use the memory of the slabs again, once the other parts are there too.
+        self.lsns[part].store(lsn + 1, Ordering::Release);
+    }
+
+    /// It has come to `count` batches.
+    pub fn complete(&self, count: usize) {
+        self.count.store(count as u64, Ordering::Release);
+    }
+
+    fn lsn(&self, part: usize) -> Option<u64> {
+        self.lsns[part].load(Ordering::Acquire).checked_sub(1)
+    }
+
+    /// The greatest LSN, when all batches are acknowledged: the last one's.
+    fn greatest(&self) -> Option<u64> {
+        let last = self.count.load(Ordering::Acquire).checked_sub(1)?;
+        self.lsn(last as usize)
+    }
+
+    /// Number of the last batch, when all are posted.
+    fn last(&self) -> Option<u64> {
+        Some(self.first + self.count.load(Ordering::Acquire).checked_sub(1)?)
+    }
+}
+
+/// How far an update has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// No shard has it.
+    Unsent,
+    /// It went out with this batch.
+    Sent(u64),
+    /// It was applied at this LSN.
+    Applied(u64),
+}
+
+/// Single elements of a row.
+#[derive(Debug)]
+struct Cells<E> {
+    row: u32,
+    pairs: Vec<(u32, E)>,
+    /// Pairs at which they are compacted next.
+    limit: usize,
+}
+
+/// See the module.
+pub struct Slab<E> {
+    stamp: u64,
+    width: usize,
+    geometry: Geometry,
+    index: RowIndex,
+    blocks: Vec<Block>,
+    /// Whole rows.
+    rows: usize,
+    cells: Vec<Cells<E>>,
+    /// Rows whose cells became a whole row: their entry in `cells` is empty.
+    emptied: usize,
+    pool: Option<Arc<Pool>>,
+    /// The cells as sections, in named memory.
+    encoded: Vec<Block>,
+    /// What to send instead of the contents, if all of it is in named memory.
+    sections: Option<Vec<SectionHeader>>,
+    delivery: OnceLock<Arc<Delivery>>,
+    /// Per whole row, then per row of cells: which batch of the delivery. Empty: there is one.
+    parts: OnceLock<Box<[AtomicU16]>>,
+}
+
+impl<E> fmt::Debug for Slab<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Slab(clock {}, {} rows, {} rows of cells)", self.stamp, self.rows, self.cells.len())
+    }
+}
+
+impl<E: Element> Slab<E> {
+    /// Empty, for a shard that has `rows` rows of `width` elements; in memory of `pool`, if that is given.
+    pub fn new(rows: u64, width: usize, pool: Option<Arc<Pool>>) -> Self {
+        Self {
+            stamp: 0,
+            width,
+            geometry: Geometry::new(width * size_of::<E>(), pool.is_some()),
+            index: RowIndex::new(rows),
+            blocks: Vec::new(),
+            rows: 0,
+            cells: Vec::new(),
+            emptied: 0,
+            pool,
+            encoded: Vec::new(),
+            sections: None,
+            delivery: OnceLock::new(),
+            parts: OnceLock::new(),
+        }
+    }
+
+    /// Whether there is no update.
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0 && self.cells.is_empty()
+    }
+
+    /// Number of whole rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The `at`-th whole row: its index in the shard.
+    #[inline]
+    pub fn row(&self, at: usize) -> u32 {
+        let (block, at) = self.place(at);
+        let bytes = &self.blocks[block].bytes()[at * 4..at * 4 + 4];
+        u32::from_le_bytes(bytes.try_into().expect("4 bytes"))
+    }
+
+    /// Values of the `at`-th whole row.
+    #[inline]
+    pub fn values(&self, at: usize) -> &[E] {
+        let (block, at) = self.place(at);
+        let start = self.geometry.values_at + at * self.geometry.row_bytes;
+        <[E]>::ref_from_bytes(&self.blocks[block].bytes()[start..start + self.geometry.row_bytes])
+            .expect("blocks and rows are aligned")
+    }
+
+    fn values_mut(&mut self, at: usize) -> &mut [E] {
+        let (block, at) = self.place(at);
+        let start = self.geometry.values_at + at * self.geometry.row_bytes;
+        <[E]>::mut_from_bytes(&mut self.blocks[block].bytes_mut()[start..start + self.geometry.row_bytes])
+            .expect("blocks and rows are aligned")
+    }
+
+    #[inline]
+    fn place(&self, at: usize) -> (usize, usize) {
+        (at >> self.geometry.shift, at & ((1 << self.geometry.shift) - 1))
+    }
+
+    /// Number of rows of cells.
+    pub fn cell_rows(&self) -> usize {
+        self.cells.len()
+    }
+
+    /// The `at`-th row of cells: its index in the shard, and pairs of column and value; none if it has become a whole row.
+    pub fn cells(&self, at: usize) -> (u32, &[(u32, E)]) {
+        let cells = &self.cells[at];
+        (cells.row, &cells.pairs)
+    }
+
+    /// A place for the whole row `row`, which has none.
+    fn place_row(&mut self, row: u32) -> usize {
+        let at = self.rows;
+        let (block, within) = self.place(at);
+        if block == self.blocks.len() {
+            self.blocks.push(Block::new(self.pool.as_ref(), self.geometry.bytes));
+        }
+        self.blocks[block].bytes_mut()[within * 4..within * 4 + 4].copy_from_slice(&row.to_le_bytes());
+        self.rows += 1;
+        self.index.set(row, at as u32 + 1);
+        at
+    }
+
+    /// Adds `delta` to the whole row `row`. `finite`: the sum has to be. `false`: it would not be; nothing is added.
+    #[inline]
+    pub fn add(&mut self, row: u32, delta: &[E], finite: bool) -> bool {
+        match self.index.get(row) {
+            0 => {
+                let at = self.place_row(row);
+                self.values_mut(at).copy_from_slice(delta);
+                true
+            }
+            entry if entry & SPARSE != 0 => {
+                let at = self.make_whole(entry);
+                self.add_to_whole(at, delta, finite)
+            }
+            entry => self.add_to_whole(entry as usize - 1, delta, finite),
+        }
+    }
+
+    #[inline]
+    fn add_to_whole(&mut self, at: usize, delta: &[E], finite: bool) -> bool {
+        let values = self.values_mut(at);
+        if finite && !E::sums_are_finite(values, delta) {
+            return false;
+        }
+        E::add_all(values, delta);
+        true
+    }
+
+    /// Adds to single elements of `row`, as [`Slab::add`].
+    pub fn add_at(&mut self, row: u32, pairs: &[(u32, E)], finite: bool) -> bool {
+        let entry = match self.index.get(row) {
+            0 => {
+                self.cells.push(Cells { row, pairs: Vec::new(), limit: FEW_CELLS });
+                let entry = SPARSE | self.cells.len() as u32;
+                self.index.set(row, entry);
+                entry
+            }
+            entry => entry,
+        };
+        if finite && !self.sums_with(entry, pairs) {
+            return false;
+        }
+        if entry & SPARSE == 0 {
+            add_pairs(self.values_mut(entry as usize - 1), pairs);
+            return true;
+        }
+        let cells = &mut self.cells[(entry & !SPARSE) as usize - 1];
+        cells.pairs.extend_from_slice(pairs);
+        if cells.pairs.len() * 2 > self.width {
+            self.make_whole(entry);
+        } else if cells.pairs.len() > cells.limit {
+            compact(&mut cells.pairs);
+            cells.limit = FEW_CELLS.max(2 * cells.pairs.len());
+        }
+        true
+    }
+
+    /// Whether what `entry` has of the columns of `pairs` is finite with them added.
+    fn sums_with(&self, entry: u32, pairs: &[(u32, E)]) -> bool {
+        let magnitudes = |pairs: &[(u32, E)]| pairs.iter().map(|pair| pair.1.to_f64().abs()).sum::<f64>();
+        let whole = (entry & SPARSE == 0).then(|| self.values(entry as usize - 1));
+        let cells = || &self.cells[(entry & !SPARSE) as usize - 1].pairs;
+        let before = match whole {
+            Some(values) => {
+                pairs.iter().map(|pair| values[pair.0 as usize].to_f64().abs()).fold(0.0, f64::max)
+            }
+            None => magnitudes(cells()),
+        };
+        if before + magnitudes(pairs) < E::SAFE_SUM {
+            return true;
+        }
+        let of = |pairs: &[(u32, E)], column| {
+            let of_it = pairs.iter().filter(|pair| pair.0 == column);
+            of_it.fold(E::default(), |sum, pair| sum.plus(pair.1))
+        };
+        pairs.iter().all(|&(column, _)| {
+            let before = whole.map_or_else(|| of(cells(), column), |values| values[column as usize]);
+            before.plus(of(pairs, column)).is_finite()
+        })
+    }
+
+    /// Makes the cells of `entry` a whole row. Where it is.
+    fn make_whole(&mut self, entry: u32) -> usize {
+        let cells = &mut self.cells[(entry & !SPARSE) as usize - 1];
+        let (row, pairs) = (cells.row, std::mem::take(&mut cells.pairs));
+        self.emptied += 1;
+        let at = self.place_row(row);
+        let values = self.values_mut(at);
+        values.fill(E::default());
+        add_pairs(values, &pairs);
+        at
+    }
+
+    /// Adds what it has of `row` to a copy of it. Whether it has anything.
+    #[inline]
+    pub fn add_to(&self, row: u32, copy: &mut [E]) -> bool {
+        let entry = self.index.get(row);
+        if entry == 0 {
+            return false;
+        }
+        self.add_entry(entry, copy);
+        true
+    }
+
+    /// As [`Slab::add_to`], for what [`Slab::find`] found.
+    #[inline]
+    pub fn add_entry(&self, entry: u32, copy: &mut [E]) {
+        if entry & SPARSE == 0 {
+            E::add_all(copy, self.values(entry as usize - 1));
+        } else {
+            add_pairs(copy, &self.cells[(entry & !SPARSE) as usize - 1].pairs);
+        }
+    }
+
+    /// Its entry for `row`; zero if it has none.
+    #[inline]
+    pub fn find(&self, row: u32) -> u32 {
+        self.index.get(row)
+    }
+
+    /// How far the update of an entry has come. Loaded after the image was copied; see the module.
+    #[inline]
+    pub fn progress(&self, entry: u32) -> Progress {
+        let Some(delivery) = self.delivery.get() else { return Progress::Unsent };
+        let part = match self.parts.get() {
+            None => 0,
+            Some(parts) => match parts[self.part_of(entry)].load(Ordering::Acquire) {
+                UNSENT => return Progress::Unsent,
+                part => part as usize,
+            },
+        };
+        match delivery.lsn(part) {
+            Some(lsn) => Progress::Applied(lsn),
+            None => Progress::Sent(delivery.first + part as u64),
+        }
+    }
+
+    /// The worker's clock `stamp` has ended: nothing is added any more.
+    pub fn hand_over(&mut self, stamp: u64) {
+        self.stamp = stamp;
+        self.sections = self.pool.is_some().then(|| self.refer()).flatten();
+    }
+
+    /// The sections that name all of it, with the cells brought into named memory. `None`: some of it is elsewhere.
+    fn refer(&mut self) -> Option<Vec<SectionHeader>> {
+        let mut sections = Vec::new();
+        let per_block = 1usize << self.geometry.shift;
+        for (number, block) in self.blocks.iter().enumerate().take(self.rows.div_ceil(per_block)) {
+            let offset = block.offset()?;
+            let count = (self.rows - number * per_block).min(per_block);
+            let values_at = offset + self.geometry.values_at as u64;
+            sections.push(SectionHeader {
+                table: 0,
+                kind: ROWS,
+                count: count as u32,
+                total: 0,
+                rows_at: offset,
+                values_at,
+            });
+        }
+        let mut first = 0;
+        while first < self.cells.len() {
+            first = self.refer_cells(first, &mut sections)?;
+        }
+        Some(sections)
+    }
+
+    /// Writes rows of cells from the `first` one on into a block, as many as fit, and names it. The next row.
+    fn refer_cells(&mut self, first: usize, sections: &mut Vec<SectionHeader>) -> Option<usize> {
+        let bytes =
+            |rows: usize, cells: usize| (8 * rows + 4 * cells).next_multiple_of(8) + cells * size_of::<E>();
+        let (mut rows, mut cells, mut next) = (0, 0, first);
+        while let Some(row) = self.cells.get(next) {
+            let empty = row.pairs.is_empty();
+            if !empty && bytes(rows + 1, cells + row.pairs.len()) > PIECE_BYTES {
+                break;
+            }
+            rows += usize::from(!empty);
+            cells += row.pairs.len();
+            next += 1;
+        }
+        if rows == 0 {
+            // A row of more cells than a block holds has become a whole one before.
+            assert!(next == self.cells.len(), "a row of cells fits a block");
+            return Some(next);
+        }
+        let mut block = Block::new(self.pool.as_ref(), PIECE_BYTES);
+        let offset = block.offset()?;
+        let values_at = (8 * rows + 4 * cells).next_multiple_of(8);
+        let (lists, values) = block.bytes_mut().split_at_mut(values_at);
+        let (indices, lists) = lists.split_at_mut(4 * rows);
+        let (counts, columns) = lists.split_at_mut(4 * rows);
+        let some = self.cells[first..next].iter().filter(|row| !row.pairs.is_empty());
+        let (mut at, mut cell) = (0, 0);
+        for row in some {
+            indices[4 * at..4 * at + 4].copy_from_slice(&row.row.to_le_bytes());
+            counts[4 * at..4 * at + 4].copy_from_slice(&(row.pairs.len() as u32).to_le_bytes());
+            at += 1;
+            for (column, value) in &row.pairs {
+                columns[4 * cell..4 * cell + 4].copy_from_slice(&column.to_le_bytes());
+                let to = cell * size_of::<E>();
+                values[to..to + size_of::<E>()].copy_from_slice(value.as_bytes());
+                cell += 1;
+            }
+        }
+        sections.push(SectionHeader {
+            table: 0,
+            kind: CELLS,
+            count: rows as u32,
+            total: cells as u32,
+            rows_at: offset,
+            values_at: offset + values_at as u64,
+        });
+        self.encoded.push(block);
+        Some(next)
+    }
+
+    /// Empty again, its memory kept.
+    pub fn reset(&mut self) {
+        for at in 0..self.rows {
+            let row = self.row(at);
+            self.index.clear(std::iter::once(row));
+        }
+        self.index.clear(self.cells.iter().map(|cells| cells.row));
+        // What a single great clock needed is given back.
+        self.blocks.truncate(1);
+        self.rows = 0;
+        self.cells.clear();
+        self.emptied = 0;
+        self.encoded.clear();
+        self.sections = None;
+        self.delivery = OnceLock::new();
+        self.parts = OnceLock::new();
+    }
+
+    /// The greatest LSN at which any of it was applied, when all of it is acknowledged.
+    pub fn applied(&self) -> Option<u64> {
+        self.delivery.get()?.greatest()
+    }
+
+    /// Number of the last batch that carried some of it, when all of it is posted.
+    pub fn last_batch(&self) -> Option<u64> {
+        self.delivery.get()?.last()
+    }
+
+    /// Which batch of its delivery carries the update of an entry.
+    pub fn goes_with(&self, entry: u32, part: usize) {
+        let parts = self.parts.get().expect("its delivery has parts");
+        assert!(part < UNSENT as usize, "a delivery of {part} batches");
+        // SYNC POINT: before the batch is posted; see the module.
+        parts[self.part_of(entry)].store(part as u16, Ordering::Release);
+    }
+
+    #[inline]
+    fn part_of(&self, entry: u32) -> usize {
+        if entry & SPARSE == 0 { entry as usize - 1 } else { self.rows + (entry & !SPARSE) as usize - 1 }
+    }
+
+    /// Whether an entry is of single elements.
+    pub fn is_cells(entry: u32) -> bool {
+        entry & SPARSE != 0
+    }
+
+    /// The single elements of an entry that [is of them](Slab::is_cells).
+    pub fn pairs(&self, entry: u32) -> &[(u32, E)] {
+        &self.cells[(entry & !SPARSE) as usize - 1].pairs
+    }
+
+    /// Puts the update of an entry into `row`.
+    pub fn copy_entry(&self, entry: u32, row: &mut [E]) {
+        if entry & SPARSE == 0 {
+            row.copy_from_slice(self.values(entry as usize - 1));
+        } else {
+            row.fill(E::default());
+            add_pairs(row, self.pairs(entry));
+        }
+    }
+}
+
+/// A slab of whatever element type, for who sends it.
+pub trait AnySlab: Send + Sync + fmt::Debug {
+    /// For the typed way in.
+    fn as_any(&self) -> &dyn Any;
+    /// The worker's clock when its updates were made.
+    fn stamp(&self) -> u64;
+    /// What to send instead of its contents; the table is to be filled in.
+    fn references(&self) -> Option<&[SectionHeader]>;
+    /// It goes out with `delivery`, in several batches if `parts`.
+    fn goes_out(&self, delivery: &Arc<Delivery>, parts: bool);
+    /// Greatest bytes that one row of it takes in a message, and the bytes and rows of all.
+    fn extent(&self) -> (usize, usize, usize);
+}
+
+impl<E: Element> AnySlab for Slab<E> {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn stamp(&self) -> u64 {
+        self.stamp
+    }
+
+    fn references(&self) -> Option<&[SectionHeader]> {
+        self.sections.as_deref()
+    }
+
+    fn goes_out(&self, delivery: &Arc<Delivery>, parts: bool) {
+        if parts {
+            let all = (0..self.rows + self.cells.len()).map(|_| AtomicU16::new(UNSENT)).collect();
+            self.parts.set(all).expect("it goes out once");
+        }
+        self.delivery.set(delivery.clone()).expect("it goes out once");
+    }
+
+    fn extent(&self) -> (usize, usize, usize) {
+        let whole = if self.rows > 0 { 8 + self.geometry.row_bytes } else { 0 };
+        let cell = 4 + size_of::<E>();
+        let cells = self.cells.iter().map(|row| 32 + row.pairs.len() * cell);
+        let greatest = cells.clone().max().unwrap_or(0);
+        (whole.max(greatest), self.rows * whole + cells.sum::<usize>(), self.rows + self.cells.len())
+    }
+}
+
+fn add_pairs<E: Element>(row: &mut [E], pairs: &[(u32, E)]) {
+    for (column, value) in pairs {
+        let element = &mut row[*column as usize];
+        *element = element.plus(*value);
+    }
+}
+
+/// One pair per column, in order.
+fn compact<E: Element>(pairs: &mut Vec<(u32, E)>) {
+    pairs.sort_by_key(|pair| pair.0);
+    pairs.dedup_by(|next, sum| {
+        let same = next.0 == sum.0;
+        if same {
+            sum.1 = sum.1.plus(next.1);
+        }
+        same
+    });
+}
+
+#[cfg(test)]
+mod tests;

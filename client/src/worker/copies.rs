@@ -1,0 +1,540 @@
+//! Rows that are not read in place: from a mirror, from a slot, or by READ.
+
+use std::sync::atomic::Ordering;
+
+use fervor_protocol::{
+    Element, clock,
+    limits::BLOCK_BYTES,
+    mutants::{Mutant, mutant, pause},
+    row::Header,
+    wire::{PUSH_ONCE, SlotRecord},
+};
+use fervor_verbs::transport::{PostError, Transport};
+use zerocopy::IntoBytes;
+
+use super::Worker;
+use crate::{
+    cache::{Slot, Stamp, State, Taken},
+    error::Error,
+    own::{Copied, Incomplete},
+    reader::Reader,
+    session::{core::For, link::Wish},
+    table::{Found, Holding, TableCore},
+};
+
+/// READs of a row that stays torn before the server is asked for it.
+const TORN_READS: usize = 8;
+/// Wishes after which they are sent without waiting for the end of the clock.
+const MANY_WISHES: usize = 64;
+
+/// What is known of a shard before a READ is posted, for which the READ is then trusted.
+#[derive(Debug, Clone, Copy)]
+struct Before {
+    clock: u64,
+    as_of: u64,
+}
+
+/// A READ that has been started and not been asked for.
+#[derive(Debug)]
+pub struct Prefetched {
+    table: usize,
+    shard: usize,
+    image: u64,
+    place: usize,
+    before: Before,
+    done: bool,
+}
+
+impl<T: Transport> Worker<T> {
+    /// Reads a row from its copy here, or from its shard.
+    pub(super) fn read_copy<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        row: u64,
+        (shard, index): (usize, u64),
+        needed: u64,
+        into: &mut [E],
+    ) -> Result<(), Error> {
+        if let Some(clock) = self.read_held(table, shard, index, needed, into)? {
+            self.stats.hits += 1;
+            return self.count(table, row, clock, needed);
+        }
+        self.stats.misses += 1;
+        let before = self.core.transport.now();
+        self.hear(table);
+        let clock = self.miss(table, row, (shard, index), needed, into)?;
+        self.stats.communicating += self.core.transport.now() - before;
+        self.count(table, row, clock, needed)
+    }
+
+    /// As [`Worker::get_many`], where not all rows are read in place.
+    pub(super) fn read_copies<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        rows: &[u64],
+        into: &mut [E],
+    ) -> Result<(), Error> {
+        let width = table.schema().width as usize;
+        let needed = clock::needed(table.schema().model, self.clock);
+        let mut missed = Vec::new();
+        for (at, (&row, copy)) in rows.iter().zip(into.chunks_exact_mut(width)).enumerate() {
+            let (shard, index) = self.core.router.locate(row);
+            if let Holding::InPlace = table.part(shard).holding {
+                self.read(table, row, copy)?;
+                continue;
+            }
+            if self.core.links[shard].round() < needed {
+                self.wait_for(shard, needed)?;
+            }
+            match self.read_held(table, shard, index, needed, copy)? {
+                Some(clock) => {
+                    self.stats.hits += 1;
+                    self.count(table, row, clock, needed)?;
+                }
+                None => missed.push(at),
+            }
+        }
+        if missed.is_empty() {
+            return Ok(());
+        }
+        let before = self.core.transport.now();
+        self.hear(table);
+        self.forget_prefetched()?;
+        let places = self.reader()?.places();
+        for group in missed.chunks(places) {
+            self.read_group(table, rows, group, needed, into)?;
+        }
+        self.stats.communicating += self.core.transport.now() - before;
+        Ok(())
+    }
+
+    /// Starts to READ `rows` of `table`, those that are not read in place and of which no copy is here, as far as there is room, and does
+    /// not wait for them. A [`get`](Worker::get) of one of them finds it on its way.
+    ///
+    /// # Errors
+    /// A row is out of range; a server is lost.
+    pub fn prefetch<E: Element>(&mut self, table: &crate::Table<E>, rows: &[u64]) -> Result<(), Error> {
+        let table = &*table.0;
+        for &row in rows {
+            self.check(table, row)?;
+        }
+        if self.reader.is_none() {
+            return Ok(());
+        }
+        self.may_read()?;
+        self.hear(table);
+        let bytes = table.layout().image_bytes();
+        let places = self.reader()?.places();
+        for &row in rows {
+            let (shard, index) = self.core.router.locate(row);
+            let image = table.layout().image(index);
+            let here = match &table.part(shard).holding {
+                Holding::InPlace | Holding::Mirror(_) => true,
+                Holding::Slots(cache) => cache.find(image).is_some(),
+            };
+            let number = table.number();
+            let started = |one: &Prefetched| (one.table, one.shard, one.image) == (number, shard, image);
+            if here || self.prefetched.iter().any(started) {
+                continue;
+            }
+            // One place is left for a row that is READ meanwhile.
+            if self.prefetched.len() + 1 >= places {
+                break;
+            }
+            let place = self.free_place(bytes)?;
+            let before = self.before(shard);
+            self.post(table, shard, image, place)?;
+            self.prefetched.push(Prefetched { table: number, shard, image, place, before, done: false });
+        }
+        for shard in 0..self.core.links.len() {
+            let rung = self.reader()?.ring(shard);
+            rung.or_else(|error| self.broken(shard, error))?;
+        }
+        Ok(())
+    }
+
+    /// Waits for READs that were started ahead and drops them: their places are needed.
+    fn forget_prefetched(&mut self) -> Result<(), Error> {
+        while let Some(at) = self.prefetched.iter().position(|one| !one.done) {
+            self.await_prefetched(at)?;
+        }
+        self.prefetched.clear();
+        Ok(())
+    }
+
+    /// Waits until the `at`-th READ that was started ahead is done.
+    fn await_prefetched(&mut self, at: usize) -> Result<(), Error> {
+        if self.prefetched[at].done { Ok(()) } else { self.await_place(self.prefetched[at].place) }
+    }
+
+    /// Waits until the READ into `place` is done. Others that were started ahead may be done before.
+    fn await_place(&mut self, place: usize) -> Result<(), Error> {
+        let core = self.core.clone();
+        let (reader, ahead) = (self.reader.as_mut().expect("it has READ"), &mut self.prefetched);
+        let mut done = false;
+        while !done {
+            reader.wait(&core, 1, |at| {
+                ahead.iter_mut().filter(|one| one.place == at).for_each(|one| one.done = true);
+                done |= at == place;
+            })?;
+        }
+        Ok(())
+    }
+
+    /// A place for an image with `bytes` bytes of data, in which nothing is.
+    fn free_place(&mut self, bytes: usize) -> Result<usize, Error> {
+        let places = self.reader()?.places();
+        if !self.reader()?.fits(bytes) || self.prefetched.len() == places {
+            self.forget_prefetched()?;
+            let transport = self.core.transport.clone();
+            self.reader()?.fit(&transport, bytes)?;
+        }
+        let taken = |place: &usize| self.prefetched.iter().any(|one| one.place == *place);
+        Ok((0..places).find(|place| !taken(place)).expect("fewer are taken than there are"))
+    }
+
+    /// A row that was READ ahead, if it was, and is as fresh as is needed now. Its clock.
+    fn take_prefetched<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        row: u64,
+        (shard, index): (usize, u64),
+        needed: u64,
+        into: &mut [E],
+    ) -> Result<Option<u64>, Error> {
+        let image = table.layout().image(index);
+        let wanted = |one: &Prefetched| (one.table, one.shard, one.image) == (table.number(), shard, image);
+        let Some(at) = self.prefetched.iter().position(wanted) else { return Ok(None) };
+        self.await_prefetched(at)?;
+        let Prefetched { place, before, .. } = self.prefetched.swap_remove(at);
+        let fresh = before.clock >= needed;
+        let taken = fresh && self.accept(table, row, (shard, index), place, before, into)?;
+        Ok(taken.then_some(before.clock))
+    }
+
+    /// The way to rows that are not in place.
+    pub(super) fn reader(&mut self) -> Result<&mut Reader<T>, Error> {
+        if self.reader.is_none() {
+            self.reader = Some(Reader::connect(&self.core)?);
+        }
+        Ok(self.reader.as_mut().expect("it has just been made"))
+    }
+
+    /// Reads a row from a mirror or a slot: the clock for which it is good. `None`: it has to be READ.
+    fn read_held<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        shard: usize,
+        index: u64,
+        needed: u64,
+        into: &mut [E],
+    ) -> Result<Option<u64>, Error> {
+        // SYNC POINT: a copy that is pushed is as of the round that was known before the look.
+        let known = self.core.links[shard].known();
+        let Some(found) = table.look_up(shard, index, needed, &known, into) else { return Ok(None) };
+        let complete = self.complete(table, shard, index, &found, into)?;
+        Ok(complete.then_some(found.clock))
+    }
+
+    /// Adds what of this worker's updates a copy lacks, and waits to be told if that is not known. `false`: the copy is too old.
+    fn complete<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        shard: usize,
+        index: u64,
+        found: &Found,
+        into: &mut [E],
+    ) -> Result<bool, Error> {
+        let core = self.core.clone();
+        let Some(updates) = self.known_updates(table) else { return Ok(true) };
+        let updates = &updates.shards[shard];
+        loop {
+            pause();
+            let below = core.links[shard].below();
+            pause();
+            let copied = Copied { lsn: found.lsn, as_of: found.as_of, below };
+            match updates.complete(index as u32, &copied, into) {
+                Ok(()) => return Ok(true),
+                Err(Incomplete::Stale) => return Ok(false),
+                Err(Incomplete::Unknown(slab)) => core.wait(For::Memory, || updates.is_applied(slab))?,
+            }
+        }
+    }
+
+    /// Before READs under SSP: takes what has been said of the clocks. A copy is trusted for the clock that was known
+    /// before its READ, so the later that is, the longer it serves.
+    fn hear<E: Element>(&self, table: &TableCore<E>) {
+        if table.keeps_reads() {
+            self.core.progress();
+        }
+    }
+
+    /// READs that were in flight when a server was lost are not waited for, so the reader reads no more.
+    fn may_read(&self) -> Result<(), Error> {
+        if mutant(Mutant::ReadAfterLoss) { Ok(()) } else { self.core.alive() }
+    }
+
+    fn before(&self, shard: usize) -> Before {
+        let link = &self.core.links[shard];
+        Before { clock: link.clock(), as_of: link.acknowledged_lsn.load(Ordering::Acquire) }
+    }
+
+    /// READs the rows at `group` of `rows` together, and what comes torn or undecided one by one after.
+    fn read_group<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        rows: &[u64],
+        group: &[usize],
+        needed: u64,
+        into: &mut [E],
+    ) -> Result<(), Error> {
+        self.may_read()?;
+        let width = table.schema().width as usize;
+        let core = self.core.clone();
+        self.reader()?.fit(&core.transport, table.layout().image_bytes())?;
+        // SYNC POINT: a READ is trusted for the clock that was known before it was posted.
+        let before: Vec<Before> = (0..core.links.len()).map(|shard| self.before(shard)).collect();
+        for (place, &at) in group.iter().enumerate() {
+            let (shard, index) = core.router.locate(rows[at]);
+            self.post(table, shard, table.layout().image(index), place)?;
+        }
+        for shard in 0..before.len() {
+            let rung = self.reader()?.ring(shard);
+            rung.or_else(|error| self.broken(shard, error))?;
+        }
+        self.reader()?.wait(&core, group.len(), |_| {})?;
+        for (place, &at) in group.iter().enumerate() {
+            let row = rows[at];
+            let (shard, index) = core.router.locate(row);
+            let copy = &mut into[at * width..(at + 1) * width];
+            self.stats.misses += 1;
+            let clock = match self.accept(table, row, (shard, index), place, before[shard], copy)? {
+                true => before[shard].clock,
+                // What was READ into the first place has been taken by now.
+                false => self.miss_alone(table, row, (shard, index), copy, 0)?,
+            };
+            self.count(table, row, clock, needed)?;
+        }
+        Ok(())
+    }
+
+    /// READs a row, keeps it if the model says so, and returns the clock that the copy is good for.
+    #[cold]
+    fn miss<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        row: u64,
+        at: (usize, u64),
+        needed: u64,
+        into: &mut [E],
+    ) -> Result<u64, Error> {
+        self.may_read()?;
+        if let Some(clock) = self.take_prefetched(table, row, at, needed, into)? {
+            return Ok(clock);
+        }
+        let place = self.free_place(table.layout().image_bytes())?;
+        self.miss_alone(table, row, at, into, place)
+    }
+
+    /// As [`Worker::miss`], into `place`, which is free and long enough.
+    fn miss_alone<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        row: u64,
+        (shard, index): (usize, u64),
+        into: &mut [E],
+        place: usize,
+    ) -> Result<u64, Error> {
+        let core = self.core.clone();
+        for _ in 0..TORN_READS {
+            // SYNC POINT: a READ is trusted for the clock that was known before it was posted.
+            let mut before = self.before(shard);
+            self.read_into(table, shard, index, place)?;
+            if mutant(Mutant::TrustLateClock) {
+                before.clock = core.links[shard].clock();
+            }
+            if self.accept(table, row, (shard, index), place, before, into)? {
+                return Ok(before.clock);
+            }
+        }
+        self.ask(table, row, (shard, index), place, into)
+    }
+
+    /// READs the image of a row into `place`, and waits for it.
+    fn read_into<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        shard: usize,
+        index: u64,
+        place: usize,
+    ) -> Result<(), Error> {
+        self.post(table, shard, table.layout().image(index), place)?;
+        let rung = self.reader()?.ring(shard);
+        rung.or_else(|error| self.broken(shard, error))?;
+        self.await_place(place)
+    }
+
+    fn post<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        shard: usize,
+        image: u64,
+        place: usize,
+    ) -> Result<(), Error> {
+        self.stats.reads += 1;
+        let bytes = table.layout().image_bytes();
+        self.core.bytes_read.fetch_add((size_of::<Header>() + bytes) as u64, Ordering::Relaxed);
+        let remote = table.remote(shard, image);
+        let posted = self.reader()?.post(shard, place, remote, bytes);
+        posted.or_else(|error| self.broken(shard, error))
+    }
+
+    /// A post was refused: the connection is broken, since the queue has room for all places.
+    fn broken(&self, shard: usize, error: PostError) -> Result<(), Error> {
+        Err(self.core.lost(shard, error))
+    }
+
+    /// Takes the row that was READ into `place`, given what was known before, completes it, and keeps it. `false`: it is
+    /// torn, or too old for what this worker has of its own; READ again.
+    fn accept<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        row: u64,
+        (shard, index): (usize, u64),
+        place: usize,
+        before: Before,
+        into: &mut [E],
+    ) -> Result<bool, Error> {
+        let reader = self.reader.as_ref().expect("it has READ");
+        let Ok(header) = table.verified(index, into, |data| reader.take(place, data)) else {
+            self.stats.torn += 1;
+            return Ok(false);
+        };
+        let (lsn, image) = (header.version.lsn(), table.layout().image(index));
+        let stamp = Stamp { clock: before.clock, as_of: before.as_of };
+        if let Some(cache) = table.cache(shard).filter(|_| table.keeps_reads()) {
+            if table.layout().rows_per_image() == 1 {
+                cache.install(image, &header, into.as_bytes(), stamp);
+            } else {
+                let mut block = [0; BLOCK_BYTES];
+                let block = &mut block[..table.layout().image_bytes()];
+                let header = reader.take(place, block);
+                cache.install(image, &header, block, stamp);
+            }
+        }
+        let found = Found { clock: before.clock, lsn, as_of: before.as_of };
+        if !self.complete(table, shard, index, &found, into)? {
+            return Ok(false);
+        }
+        if table.schema().eager()
+            && let Some(Taken::Present(_)) = self.take(table, (shard, row), image, State::Subscribed)
+        {
+            // It was READ before, and its first push has not come: perhaps the wish has not gone.
+            self.core.progress();
+        }
+        Ok(true)
+    }
+
+    /// Takes a slot, if there are slots, and leaves the wishes that come of it.
+    fn take<E: Element>(
+        &self,
+        table: &TableCore<E>,
+        (shard, _): (usize, u64),
+        image: u64,
+        state: State,
+    ) -> Option<Taken> {
+        let cache = table.cache(shard)?;
+        let mut most = 0;
+        let mut late = Vec::new();
+        // What is pushed from now on is as of what is known now, or later.
+        let link = &self.core.links[shard];
+        let stamp = Stamp { clock: link.round(), as_of: link.acknowledged_lsn.load(Ordering::Acquire) };
+        let taken = cache.take(image, state, stamp, |slot, image, wish| {
+            if mutant(Mutant::WishesOutOfOrder) {
+                return late.push((slot, image, wish));
+            }
+            most = most.max(self.wish(table, shard, image, slot, wish));
+        });
+        if mutant(Mutant::WishesOutOfOrder) && !late.is_empty() {
+            // Where another worker may come between.
+            pause();
+            late.into_iter().for_each(|(slot, image, wish)| _ = self.wish(table, shard, image, slot, wish));
+        }
+        if most >= MANY_WISHES {
+            self.core.progress();
+        }
+        Some(taken)
+    }
+
+    /// Leaves a wish for the shard. How many there are now.
+    fn wish<E: Element>(
+        &self,
+        table: &TableCore<E>,
+        shard: usize,
+        image: u64,
+        slot: Slot,
+        wish: u32,
+    ) -> usize {
+        let part = table.part(shard);
+        let offset = table.cache(shard).expect("a slot of a cache").offset(slot) as u64;
+        let record = SlotRecord { image, slot: offset, table: part.id, wish };
+        self.core.wish(shard, Wish { record, table: table.number(), slot })
+    }
+
+    /// A hot row, torn time and again: the server, its one writer, pushes it (invariant 11).
+    fn ask<E: Element>(
+        &mut self,
+        table: &TableCore<E>,
+        row: u64,
+        (shard, index): (usize, u64),
+        place: usize,
+        into: &mut [E],
+    ) -> Result<u64, Error> {
+        self.stats.asked += 1;
+        let (core, image) = (self.core.clone(), table.layout().image(index));
+        loop {
+            let before = self.before(shard);
+            // Where rows are pushed anyway the first push is the answer: a copy that is not kept up to date has no place
+            // in the cache of such a table.
+            let eager = table.schema().eager();
+            let state = if eager { State::Subscribed } else { State::Asked };
+            let stamp = Stamp { clock: before.clock, as_of: before.as_of };
+            let slot = match (self.take(table, (shard, row), image, state), table.cache(shard)) {
+                (Some(Taken::New(slot)), _) if !eager => Some(slot),
+                (Some(Taken::Present(slot)), Some(cache))
+                    if !eager && cache.ask_again(slot, image, stamp) =>
+                {
+                    self.wish(table, shard, image, slot, PUSH_ONCE);
+                    Some(slot)
+                }
+                _ => None,
+            };
+            if let (Some(slot), Some(cache)) = (slot, table.cache(shard)) {
+                let mut answer = None;
+                core.wait(For::Memory, || {
+                    answer = table.verified(index, into, |data| cache.copy(slot, data)).ok();
+                    answer.is_some()
+                })?;
+                let stamp = cache.stamp(slot);
+                cache.answered(slot, image);
+                let lsn = answer.expect("it was waited for").version.lsn();
+                let found = Found { clock: stamp.clock, lsn, as_of: stamp.as_of };
+                if self.complete(table, shard, index, &found, into)? {
+                    return Ok(found.clock);
+                }
+            } else {
+                // Somebody else's answer, the first push, or a free slot: one of them comes.
+                let needed = clock::needed(table.schema().model, self.clock);
+                if let Some(clock) = self.read_held(table, shard, index, needed, into)? {
+                    return Ok(clock);
+                }
+                core.progress();
+                self.may_read()?;
+                self.read_into(table, shard, index, place)?;
+                if self.accept(table, row, (shard, index), place, before, into)? {
+                    return Ok(before.clock);
+                }
+            }
+        }
+    }
+}
