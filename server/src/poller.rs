@@ -242,7 +242,9 @@ impl<T: Transport> Poller<T> {
     fn worked(&mut self, id: ClientId, work: u64, ok: bool) {
         if work == PROOF_ID {
             self.core.proof_done(id, ok);
-            return self.posting.proof_done(id, ok);
+            self.posting.proof_done(id, ok);
+            // Something was pushed meanwhile: the next proof is due.
+            return self.posting.list(id);
         }
         self.posting.completed(id, work);
         if work == FAULT_ID
