@@ -151,31 +151,38 @@ impl<E: Element> ShardUpdates<E> {
         }
     }
 
-    /// Adds to a copy of `row` what it lacks.
+    /// Adds to a copy of the columns of `row` from `start` on what it lacks.
     ///
     /// # Errors
     /// [`Incomplete`]; the copy is as it was.
-    pub fn complete(&self, row: u32, copied: &Copied, copy: &mut [E]) -> Result<(), Incomplete> {
+    pub fn complete(
+        &self,
+        row: u32,
+        start: usize,
+        copied: &Copied,
+        copy: &mut [E],
+    ) -> Result<(), Incomplete> {
         if copied.lsn < self.floor && copied.as_of < self.floor {
             return Err(Incomplete::Stale);
         }
-        // Batches are applied in order, so what a copy contains is a beginning of the list.
-        let mut lacking = self.outstanding.len();
+        // Batches are applied in order, so what a copy contains is a beginning of the list, and of the columns of the next.
+        let (mut lacking, mut columns) = (self.outstanding.len(), 0);
         for (number, Outstanding { slab, .. }) in self.outstanding.iter().enumerate() {
             let entry = slab.find(row);
             if entry == 0 {
                 continue;
             }
-            let lsn = match slab.progress(entry) {
-                Progress::Unsent => {
-                    lacking = number;
-                    break;
+            let contains = match slab.progress(entry) {
+                Progress::Unsent => Contained::No,
+                Progress::Sent(_) => contained(None, copied.below, copied.lsn),
+                Progress::Applied(lsn) => contained(Some(lsn), copied.below, copied.lsn),
+                Progress::InRanges => {
+                    columns = columns_of(slab, entry, copied).ok_or(Incomplete::Unknown(number))?;
+                    if columns == self.width { Contained::Yes } else { Contained::No }
                 }
-                Progress::Sent(_) => None,
-                Progress::Applied(lsn) => Some(lsn),
             };
-            match contained(lsn, copied.below, copied.lsn) {
-                Contained::Yes => {}
+            match contains {
+                Contained::Yes => columns = 0,
                 Contained::Unknown => return Err(Incomplete::Unknown(number)),
                 Contained::No => {
                     lacking = number;
@@ -183,48 +190,74 @@ impl<E: Element> ShardUpdates<E> {
                 }
             }
         }
-        for Outstanding { slab, .. } in self.outstanding.iter().skip(lacking) {
-            slab.add_to(row, copy);
+        let mut lack = self.outstanding.iter().skip(lacking);
+        if let Some(Outstanding { slab, .. }) = lack.next() {
+            // Rows that go in ranges do not share an image: their columns are all of the copy.
+            slab.add_to(row, start + columns, &mut copy[columns..]);
         }
-        self.current.add_to(row, copy);
+        lack.for_each(|Outstanding { slab, .. }| _ = slab.add_to(row, start, copy));
+        self.current.add_to(row, start, copy);
         Ok(())
     }
 
-    /// As [`ShardUpdates::complete`], for a copy of `row` that was taken in place from an image with LSN `lsn`: `announced`
+    /// As [`ShardUpdates::complete`], for a copy that was taken in place from an image with LSN `lsn`: `announced`
     /// loads the word that announces a batch, after the image was copied.
     #[inline]
-    pub fn complete_in_place(&self, row: u32, lsn: u64, announced: impl Fn(u64) -> u64, copy: &mut [E]) {
+    pub fn complete_in_place(
+        &self,
+        row: u32,
+        start: usize,
+        lsn: u64,
+        announced: impl Fn(u64) -> u64,
+        copy: &mut [E],
+    ) {
+        let word = |batch| acknowledged(announced(batch), batch);
         for Outstanding { slab, .. } in &self.outstanding {
             let entry = slab.find(row);
             if entry == 0 {
                 continue;
             }
+            let mut columns = 0;
             let applied = match slab.progress(entry) {
                 Progress::Unsent => None,
                 Progress::Applied(lsn) => Some(lsn),
-                Progress::Sent(batch) => acknowledged(announced(batch), batch).or_else(|| {
+                Progress::Sent(batch) => word(batch).or_else(|| {
                     // Not announced, or so long ago that the word is used again: it was acknowledged before that.
                     match slab.progress(entry) {
                         Progress::Applied(lsn) => Some(lsn),
-                        Progress::Sent(_) | Progress::Unsent => None,
+                        _ => None,
                     }
                 }),
+                Progress::InRanges => {
+                    columns = slab.columns_applied(entry, lsn, word);
+                    None
+                }
             };
-            let contains = match applied {
-                Some(applied) => contained(Some(applied), 0, lsn) == Contained::Yes,
-                None => false,
-            };
+            let contains = applied.is_some_and(|applied| contained(Some(applied), 0, lsn) == Contained::Yes);
             if !contains {
-                slab.add_entry(entry, copy);
+                slab.add_entry(entry, start + columns, &mut copy[columns..]);
             }
         }
-        self.current.add_to(row, copy);
+        self.current.add_to(row, start, copy);
     }
 
     /// Whether the `number`-th slab handed over is acknowledged.
     pub fn is_applied(&self, number: usize) -> bool {
         self.outstanding[number].slab.applied().is_some()
     }
+}
+
+/// How many columns of an entry that goes in ranges a copy contains. `None`: that is not known yet.
+fn columns_of<E: Element>(slab: &Slab<E>, entry: u32, copied: &Copied) -> Option<usize> {
+    let mut columns = 0;
+    for (end, lsn) in slab.ranges(entry) {
+        match contained(lsn, copied.below, copied.lsn) {
+            Contained::Yes => columns = end,
+            Contained::No => break,
+            Contained::Unknown => return None,
+        }
+    }
+    Some(columns)
 }
 
 /// A worker's updates of one table, whatever its element type.
@@ -250,10 +283,12 @@ pub struct Updates<E: Element> {
 impl<E: Element> Updates<E> {
     /// Of `table`, with a pool for each shard whose server sees it.
     pub fn new(table: &TableCore<E>, pool: impl Fn(usize) -> Option<Arc<Pool>>) -> Self {
-        let width = table.schema().width as usize;
+        let layout = table.layout();
+        let width = layout.image_bytes() / size_of::<E>();
+        let images = |shard| layout.images(table.rows_in(shard));
         let shards = 0..table.shards();
         Self {
-            shards: shards.map(|shard| ShardUpdates::new(table.rows_in(shard), width, pool(shard))).collect(),
+            shards: shards.map(|shard| ShardUpdates::new(images(shard), width, pool(shard))).collect(),
             transit: table.schema().model.value_bounded().then(Transit::default),
         }
     }
@@ -303,7 +338,7 @@ mod tests {
 
     fn get(updates: &ShardUpdates<i64>, lsn: u64, as_of: u64, below: u64) -> Result<i64, Incomplete> {
         let mut copy = [0];
-        updates.complete(3, &Copied { lsn, as_of, below }, &mut copy).map(|()| copy[0])
+        updates.complete(3, 0, &Copied { lsn, as_of, below }, &mut copy).map(|()| copy[0])
     }
 
     #[test]
@@ -330,7 +365,7 @@ mod tests {
                 let word = words.iter().find(|(number, _)| *number == batch);
                 word.map_or(0, |(number, lsn)| fervor_protocol::ack::ack_word(*number, *lsn))
             };
-            updates.complete_in_place(3, lsn, announced, &mut copy);
+            updates.complete_in_place(3, 0, lsn, announced, &mut copy);
             copy[0]
         };
         assert_eq!(get(5, &[]), 11, "somebody else's change");

@@ -1,4 +1,5 @@
-//! A worker's updates of one clock for the rows of one table in one shard, in the form in which they are sent.
+//! A worker's updates of one clock for the rows of one table in one shard, in the form in which they are sent. (A *row* is an
+//! [image](fervor_protocol::row) here: a row of the table, or the block of small ones that share an image.)
 //!
 //! ```text
 //!  inc, inc_at          clock()                        acknowledged, and every copy contains it
@@ -31,6 +32,7 @@ use std::{
 use fervor_protocol::{
     Element,
     batch::{CELLS, ROWS, SectionHeader},
+    limits::BLOCK_BYTES,
 };
 use fervor_verbs::Piece;
 use zerocopy::{FromBytes, IntoBytes};
@@ -49,6 +51,8 @@ const SPARSE: u32 = 1 << 31;
 const FEW_CELLS: usize = 32;
 /// What `parts` says of an update that has not been sent.
 const UNSENT: u16 = u16::MAX;
+/// What `parts` says of an update that goes in several batches.
+const IN_RANGES: u16 = u16::MAX - 1;
 
 /// Memory that servers on this host see, in pieces.
 #[derive(Debug, Default)]
@@ -203,6 +207,17 @@ pub enum Progress {
     Sent(u64),
     /// It was applied at this LSN.
     Applied(u64),
+    /// It goes in several batches: see [`Slab::ranges`].
+    InRanges,
+}
+
+/// Consecutive elements of a row that is longer than a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct SentRange {
+    entry: u32,
+    /// The first column behind it.
+    end: usize,
+    part: usize,
 }
 
 /// Single elements of a row.
@@ -231,9 +246,12 @@ pub struct Slab<E> {
     encoded: Vec<Block>,
     /// What to send instead of the contents, if all of it is in named memory.
     sections: Option<Vec<SectionHeader>>,
+    greatest: OnceLock<f64>,
     delivery: OnceLock<Arc<Delivery>>,
     /// Per whole row, then per row of cells: which batch of the delivery. Empty: there is one.
     parts: OnceLock<Box<[AtomicU16]>>,
+    /// Of rows that are longer than a message, which columns have been written into which batch, in their order.
+    ranges: Mutex<Vec<SentRange>>,
 }
 
 impl<E> fmt::Debug for Slab<E> {
@@ -257,14 +275,22 @@ impl<E: Element> Slab<E> {
             pool,
             encoded: Vec::new(),
             sections: None,
+            greatest: OnceLock::new(),
             delivery: OnceLock::new(),
             parts: OnceLock::new(),
+            ranges: Mutex::default(),
         }
     }
 
     /// Whether there is no update.
     pub fn is_empty(&self) -> bool {
         self.rows == 0 && self.cells.is_empty()
+    }
+
+    /// Elements of a row.
+    #[inline]
+    pub fn width(&self) -> usize {
+        self.width
     }
 
     /// Number of whole rows.
@@ -417,24 +443,47 @@ impl<E: Element> Slab<E> {
         at
     }
 
-    /// Adds what it has of `row` to a copy of it. Whether it has anything.
+    /// Adds to the elements of `row` from column `start` on, as [`Slab::add`]: to one of the small rows that share an image.
+    pub fn add_small(&mut self, row: u32, start: usize, delta: &[E], finite: bool) -> bool {
+        let entry = self.index.get(row);
+        if entry != 0 && entry & SPARSE == 0 {
+            let values = &mut self.values_mut(entry as usize - 1)[start..start + delta.len()];
+            if finite && !E::sums_are_finite(values, delta) {
+                return false;
+            }
+            E::add_all(values, delta);
+            return true;
+        }
+        let mut pairs = [(0, E::default()); BLOCK_BYTES / 4];
+        let pairs = &mut pairs[..delta.len()];
+        for ((pair, column), value) in pairs.iter_mut().zip(start as u32..).zip(delta) {
+            *pair = (column, *value);
+        }
+        self.add_at(row, pairs, finite)
+    }
+
+    /// Adds what it has of `row`, from column `start` on, to a copy of those columns. Whether it has anything of the row.
     #[inline]
-    pub fn add_to(&self, row: u32, copy: &mut [E]) -> bool {
+    pub fn add_to(&self, row: u32, start: usize, copy: &mut [E]) -> bool {
         let entry = self.index.get(row);
         if entry == 0 {
             return false;
         }
-        self.add_entry(entry, copy);
+        self.add_entry(entry, start, copy);
         true
     }
 
     /// As [`Slab::add_to`], for what [`Slab::find`] found.
     #[inline]
-    pub fn add_entry(&self, entry: u32, copy: &mut [E]) {
+    pub fn add_entry(&self, entry: u32, start: usize, copy: &mut [E]) {
         if entry & SPARSE == 0 {
-            E::add_all(copy, self.values(entry as usize - 1));
-        } else {
-            add_pairs(copy, &self.cells[(entry & !SPARSE) as usize - 1].pairs);
+            E::add_all(copy, &self.values(entry as usize - 1)[start..start + copy.len()]);
+            return;
+        }
+        for (column, value) in &self.cells[(entry & !SPARSE) as usize - 1].pairs {
+            if let Some(element) = (*column as usize).checked_sub(start).and_then(|at| copy.get_mut(at)) {
+                *element = element.plus(*value);
+            }
         }
     }
 
@@ -452,6 +501,7 @@ impl<E: Element> Slab<E> {
             None => 0,
             Some(parts) => match parts[self.part_of(entry)].load(Ordering::Acquire) {
                 UNSENT => return Progress::Unsent,
+                IN_RANGES => return Progress::InRanges,
                 part => part as usize,
             },
         };
@@ -541,13 +591,21 @@ impl<E: Element> Slab<E> {
         Some(next)
     }
 
+    /// No element of what was handed over is greater, in magnitude: cells of one column taken together.
+    pub fn greatest(&self) -> f64 {
+        let of = |values: &[E]| values.iter().map(|value| value.to_f64().abs()).fold(0.0, f64::max);
+        *self.greatest.get_or_init(|| {
+            let rows = (0..self.rows).map(|at| of(self.values(at)));
+            let sum = |cells: &Cells<E>| cells.pairs.iter().map(|pair| pair.1.to_f64().abs()).sum();
+            rows.chain(self.cells.iter().map(sum)).fold(0.0, f64::max)
+        })
+    }
+
     /// Empty again, its memory kept.
     pub fn reset(&mut self) {
-        for at in 0..self.rows {
-            let row = self.row(at);
-            self.index.clear(std::iter::once(row));
-        }
-        self.index.clear(self.cells.iter().map(|cells| cells.row));
+        let mut index = std::mem::replace(&mut self.index, RowIndex::new(0));
+        index.clear((0..self.rows).map(|at| self.row(at)).chain(self.cells.iter().map(|cells| cells.row)));
+        self.index = index;
         // What a single great clock needed is given back.
         self.blocks.truncate(1);
         self.rows = 0;
@@ -555,8 +613,10 @@ impl<E: Element> Slab<E> {
         self.emptied = 0;
         self.encoded.clear();
         self.sections = None;
+        self.greatest = OnceLock::new();
         self.delivery = OnceLock::new();
         self.parts = OnceLock::new();
+        self.ranges = Mutex::default();
     }
 
     /// The greatest LSN at which any of it was applied, when all of it is acknowledged.
@@ -572,9 +632,40 @@ impl<E: Element> Slab<E> {
     /// Which batch of its delivery carries the update of an entry.
     pub fn goes_with(&self, entry: u32, part: usize) {
         let parts = self.parts.get().expect("its delivery has parts");
-        assert!(part < UNSENT as usize, "a delivery of {part} batches");
+        assert!(part < IN_RANGES as usize, "a delivery of {part} batches");
         // SYNC POINT: before the batch is posted; see the module.
         parts[self.part_of(entry)].store(part as u16, Ordering::Release);
+    }
+
+    /// Which batch of its delivery carries the columns of an entry up to `end`, from where the last range ended.
+    pub fn range_goes_with(&self, entry: u32, end: usize, part: usize) {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner).push(SentRange { entry, end, part });
+        let parts = self.parts.get().expect("its delivery has parts");
+        // SYNC POINT: as above.
+        parts[self.part_of(entry)].store(IN_RANGES, Ordering::Release);
+    }
+
+    /// How many columns of an entry that goes in ranges are in an image with LSN `lsn`, which was copied in place: `announced` tells the
+    /// LSN at which a batch was applied, if it has been announced.
+    pub fn columns_applied(&self, entry: u32, lsn: u64, announced: impl Fn(u64) -> Option<u64>) -> usize {
+        let delivery = self.delivery.get().expect("some of it has been sent");
+        let ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        let contained = |range: &&SentRange| {
+            let known = || delivery.lsn(range.part);
+            let applied = known().or_else(|| announced(delivery.first + range.part as u64)).or_else(known);
+            applied.is_some_and(|applied| applied <= lsn)
+        };
+        let of_it = ranges.iter().filter(|range| range.entry == entry);
+        of_it.take_while(contained).last().map_or(0, |range| range.end)
+    }
+
+    /// The ranges of an entry that have been sent, in their order: the first column behind each, and the LSN at which it was
+    /// applied if that is known.
+    pub fn ranges(&self, entry: u32) -> Vec<(usize, Option<u64>)> {
+        let delivery = self.delivery.get().expect("some of it has been sent");
+        let ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_it = ranges.iter().filter(|range| range.entry == entry);
+        of_it.map(|range| (range.end, delivery.lsn(range.part))).collect()
     }
 
     #[inline]

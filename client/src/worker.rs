@@ -178,7 +178,13 @@ impl<T: Transport> Worker<T> {
             self.admit(table, row, || delta.iter().copied().enumerate())?;
         }
         let (shard, index) = self.core.router.locate(row);
-        let added = self.updates(core).shards[shard].current().add(index as u32, delta, finite);
+        let (image, start) = place(core, index);
+        let slab = self.updates(core).shards[shard].current();
+        let added = if delta.len() == slab.width() {
+            slab.add(image, delta, finite)
+        } else {
+            slab.add_small(image, start, delta, finite)
+        };
         if added { Ok(()) } else { Err(self.too_great(core, row, delta.iter().copied().enumerate())) }
     }
 
@@ -211,7 +217,14 @@ impl<T: Transport> Worker<T> {
             self.admit(table, row, each)?;
         }
         let (shard, index) = self.core.router.locate(row);
-        let added = self.updates(core).shards[shard].current().add_at(index as u32, pairs, finite);
+        let (image, start) = place(core, index);
+        let slab = self.updates(core).shards[shard].current();
+        let added = if start == 0 {
+            slab.add_at(image, pairs, finite)
+        } else {
+            let pairs: Vec<_> = pairs.iter().map(|(column, value)| (column + start as u32, *value)).collect();
+            slab.add_at(image, &pairs, finite)
+        };
         if added { Ok(()) } else { Err(self.too_great(core, row, each())) }
     }
 
@@ -383,7 +396,8 @@ impl<T: Transport> Worker<T> {
         let updates: &mut Updates<E> =
             updates.as_any().downcast_mut().expect("a table's number stands for its element type");
         let lsn = Version::from_bits(version).lsn();
-        updates.shards[shard].complete_in_place(index as u32, lsn, |batch| place.announced(batch), into);
+        let (image, start) = (layout.image(index) as u32, layout.within(index) / size_of::<E>());
+        updates.shards[shard].complete_in_place(image, start, lsn, |batch| place.announced(batch), into);
         Ok(())
     }
 
@@ -447,7 +461,8 @@ impl<T: Transport> Worker<T> {
     ) -> Error {
         let (shard, index) = self.core.router.locate(row);
         let mut sum = vec![E::default(); table.schema().width as usize];
-        self.updates(table).shards[shard].current().add_to(index as u32, &mut sum);
+        let (image, start) = place(table, index);
+        self.updates(table).shards[shard].current().add_to(image, start, &mut sum);
         let sums = values.map(|(column, value)| {
             sum[column] = sum[column].plus(value);
             (column, sum[column])
@@ -469,6 +484,13 @@ impl<T: Transport> Drop for Worker<T> {
         }
         self.core.drive();
     }
+}
+
+/// The image of the `index`-th row of a shard, and the row's first column in it.
+#[inline]
+fn place<E: Element>(table: &TableCore<E>, index: u64) -> (u32, usize) {
+    let layout = table.layout();
+    (layout.image(index) as u32, layout.within(index) / size_of::<E>())
 }
 
 #[cold]

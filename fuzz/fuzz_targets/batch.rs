@@ -19,7 +19,7 @@ const TYPES: [ElementType; 4] = [ElementType::F32, ElementType::F64, ElementType
 
 fn shape(table: u32) -> Option<Shape> {
     let element = *TYPES.get(table as usize / 2)?;
-    Some(Shape { element, rows: ROWS, width: WIDTH, non_finite: table % 2 == 1 })
+    Some(Shape { element, images: ROWS, width: WIDTH, non_finite: table % 2 == 1 })
 }
 
 fuzz_target!(|data: &[u8]| {

@@ -7,9 +7,13 @@
 //!
 //! | section | at `rows_at` (`u32`s) | at `values_at` |
 //! |---|---|---|
-//! | [`ROWS`] | `count` indices of rows in the shard | a whole row for each |
+//! | [`ROWS`] | `count` indices of images in the shard | a whole image for each |
 //! | [`CELLS`] | `count` indices, `count` numbers of cells, then `total` columns | an element for each column |
 //! | [`PART`] | one index | `count` elements, from column `total` on |
+//!
+//! What is called a row here is an [image](crate::row): a row, or the block of small rows that share one, with the columns of all of them.
+//! **A batch names an image once.** An image has the batch's LSN as soon as the first update of the batch is in it, and who sees that LSN
+//! takes all of the batch's for contained. (A row that is longer than a message comes in several batches, each with an LSN of its own.)
 //!
 //! Bodies start at multiples of 8 bytes: from the start of the message, or (by reference) of the memory that the client has
 //! named. The values of a reference are read where they lie, by a server on the same host.
@@ -78,9 +82,9 @@ pub const SECTION: usize = size_of::<SectionHeader>();
 pub struct Shape {
     /// Type of the elements.
     pub element: ElementType,
-    /// Rows in this shard.
-    pub rows: u64,
-    /// Elements of a row.
+    /// Images in this shard.
+    pub images: u64,
+    /// Elements of an image.
     pub width: u32,
     /// Whether NaN and infinity are allowed.
     pub non_finite: bool,
@@ -452,8 +456,8 @@ impl Batch {
         let lists = &self.lists[first..];
         // The greatest decides: one pass without branches.
         let greatest = lists[..rows].iter().copied().max().map_or(0, |row| u64::from(row) + 1);
-        if greatest > shape.rows {
-            return bad("row", greatest - 1, shape.rows, "rows are in this shard");
+        if greatest > shape.images {
+            return bad("row", greatest - 1, shape.images, "rows are in this shard");
         }
         let width = u64::from(shape.width);
         match kind {

@@ -119,7 +119,8 @@ pub struct Merge<'a, E> {
     width: usize,
     /// The shard's number of the table.
     table: u32,
-    finite: bool,
+    /// All sums are finite for sure, or need not be.
+    safe: bool,
 }
 
 /// A row as it goes out.
@@ -136,7 +137,10 @@ impl<'a, E: Element> Merge<'a, E> {
         let typed = |slab: &'a Arc<dyn AnySlab>| {
             slab.as_any().downcast_ref::<Slab<E>>().expect("a table's number stands for its element type")
         };
-        Self { slabs: slabs.iter().map(typed).collect(), width, table, finite }
+        let slabs: Vec<_> = slabs.iter().map(typed).collect();
+        let safe =
+            !finite || slabs.len() < 2 || slabs.iter().map(|slab| slab.greatest()).sum::<f64>() < E::SAFE_SUM;
+        Self { slabs, width, table, safe }
     }
 
     /// The row at the cursor: its index.
@@ -153,10 +157,6 @@ impl<'a, E: Element> Merge<'a, E> {
 
     /// Who contributes to `row`, which the cursor's slab has.
     fn merged(&self, slab: usize, row: u32) -> Merged {
-        if self.finite && self.slabs.len() > 1 && !self.sum_is_finite(row) {
-            let entry = self.slabs[slab].find(row);
-            return Merged::From(vec![(slab, entry)], Slab::<E>::is_cells(entry));
-        }
         if self.slabs[..slab].iter().any(|earlier| earlier.find(row) != 0) {
             return Merged::Carried;
         }
@@ -167,14 +167,36 @@ impl<'a, E: Element> Merge<'a, E> {
         Merged::From(from, cells)
     }
 
-    fn sum_is_finite(&self, row: u32) -> bool {
-        let having = self.slabs.iter().filter(|slab| slab.find(row) != 0).count();
-        if having < 2 {
-            return true;
+    /// Whether the updates of the row at the cursor go one by one: their sum would not be finite.
+    fn is_divided(&self, cursor: &Cursor) -> bool {
+        if self.safe {
+            return false;
         }
+        let Some(row) = self.row(cursor).filter(|_| cursor.column == 0) else { return false };
         let mut sum = vec![E::default(); self.width];
-        self.slabs.iter().for_each(|slab| _ = slab.add_to(row, &mut sum));
-        E::all_finite(&sum)
+        let having = self.slabs.iter().filter(|slab| slab.add_to(row, 0, &mut sum)).count();
+        having > 1 && !E::all_finite(&sum)
+    }
+
+    /// Writes the cursor's slab's own update of a row whose updates are divided, alone in a batch: an image must not have the
+    /// batch's LSN before all of the batch is in it.
+    fn write_alone(&self, cursor: &mut Cursor, writer: &mut BatchWriter<'_>, part: usize) -> bool {
+        if writer.sections() > 0 {
+            return false;
+        }
+        let slab = self.slabs[cursor.slab];
+        let row = self.row(cursor).expect("a divided row is there");
+        let from = [(cursor.slab, slab.find(row))];
+        self.write_whole(cursor, writer, part, row, &from);
+        *cursor = self.forward(*cursor);
+        cursor.slab == self.slabs.len()
+    }
+
+    /// The cursor, at the next slab if this one is done.
+    fn forward(&self, cursor: Cursor) -> Cursor {
+        let slab = self.slabs[cursor.slab];
+        let done = cursor.row == slab.rows() + slab.cell_rows();
+        if done { Cursor { slab: cursor.slab + 1, ..Cursor::default() } } else { cursor }
     }
 
     fn goes_with(&self, from: &[(usize, u32)], part: usize) {
@@ -187,9 +209,13 @@ impl<'a, E: Element> Merge<'a, E> {
     pub fn write(&self, cursor: &mut Cursor, writer: &mut BatchWriter<'_>, part: usize) -> bool {
         while cursor.slab < self.slabs.len() {
             let slab = self.slabs[cursor.slab];
-            if cursor.row == slab.rows() + slab.cell_rows() {
-                *cursor = Cursor { slab: cursor.slab + 1, ..Cursor::default() };
+            let next = self.forward(*cursor);
+            if next.slab > cursor.slab {
+                *cursor = next;
                 continue;
+            }
+            if self.is_divided(cursor) {
+                return self.write_alone(cursor, writer, part);
             }
             let more = if cursor.row < slab.rows() {
                 self.write_rows(cursor, writer, part)
@@ -212,7 +238,7 @@ impl<'a, E: Element> Merge<'a, E> {
         let slab = self.slabs[cursor.slab];
         let room = writer.room_for_rows(row_bytes);
         let (mut rows, mut from) = (Vec::new(), Vec::new());
-        while cursor.row < slab.rows() && rows.len() < room {
+        while cursor.row < slab.rows() && rows.len() < room && !self.is_divided(cursor) {
             let row = slab.row(cursor.row);
             if let Merged::From(contributors, ..) = self.merged(cursor.slab, row) {
                 self.goes_with(&contributors, part);
@@ -227,10 +253,10 @@ impl<'a, E: Element> Merge<'a, E> {
                 let into = <[E]>::mut_from_bytes(into).expect("sections are aligned");
                 let ((first, entry), others) = contributors.split_first().expect("a row has a contributor");
                 self.slabs[*first].copy_entry(*entry, into);
-                others.iter().for_each(|(slab, entry)| self.slabs[*slab].add_entry(*entry, into));
+                others.iter().for_each(|(slab, entry)| self.slabs[*slab].add_entry(*entry, 0, into));
             }
         }
-        cursor.row == slab.rows()
+        cursor.row == slab.rows() || self.is_divided(cursor)
     }
 
     /// Writes a row that is longer than a message, as far as there is room.
@@ -245,9 +271,10 @@ impl<'a, E: Element> Merge<'a, E> {
             return false;
         }
         let mut sum = vec![E::default(); self.width];
-        from.iter().for_each(|(slab, entry)| self.slabs[*slab].add_entry(*entry, &mut sum));
-        // The last part decides: a copy that contains it contains those before it, too, unless it is torn between two of them.
-        self.goes_with(&from, part);
+        from.iter().for_each(|(slab, entry)| self.slabs[*slab].add_entry(*entry, 0, &mut sum));
+        for (slab, entry) in &from {
+            self.slabs[*slab].range_goes_with(*entry, cursor.column + count, part);
+        }
         let values = &sum[cursor.column..cursor.column + count];
         writer.part(self.table, row, cursor.column as u32, count, values.as_bytes());
         cursor.column += count;
@@ -265,7 +292,7 @@ impl<'a, E: Element> Merge<'a, E> {
         let end = slab.rows() + slab.cell_rows();
         let mut section = CellSection::default();
         let mut more = true;
-        while cursor.row < end {
+        while cursor.row < end && !self.is_divided(cursor) {
             let merged = self.row(cursor).map(|row| (row, self.merged(cursor.slab, row)));
             let Some((row, Merged::From(from, cells))) = merged else {
                 cursor.row += 1;
@@ -329,7 +356,7 @@ impl<'a, E: Element> Merge<'a, E> {
         let into = writer.rows(self.table, &[row], row_bytes);
         let into = <[E]>::mut_from_bytes(into).expect("sections are aligned");
         into.fill(E::default());
-        from.iter().for_each(|(slab, entry)| self.slabs[*slab].add_entry(*entry, into));
+        from.iter().for_each(|(slab, entry)| self.slabs[*slab].add_entry(*entry, 0, into));
         cursor.row += 1;
         true
     }

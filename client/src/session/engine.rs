@@ -263,6 +263,8 @@ impl<T: Transport> Engine<T> {
             link.waiting.store(queue.len() as u64, Ordering::Release);
             (taken, queue.taken())
         };
+        // Slabs of the clock that is to end may be left.
+        let clock = clock.filter(|clock| !named || !link.outgoing().has_below(*clock));
         if taken.is_empty() && clock.is_none() {
             link.flushed.fetch_max(flushed, Ordering::Release);
             return Ok(false);

@@ -74,10 +74,15 @@ impl Queue {
     }
 
     /// Takes the slabs for which `wanted`, in their order.
-    pub fn take(&mut self, wanted: impl Fn(&Outgoing) -> bool) -> Vec<Outgoing> {
+    pub fn take(&mut self, wanted: impl FnMut(&Outgoing) -> bool) -> Vec<Outgoing> {
         let (taken, left) = self.slabs.drain(..).partition(wanted);
         self.slabs = left;
         Vec::from(taken)
+    }
+
+    /// Whether there is one stamped below `clock`.
+    pub fn has_below(&self, clock: u64) -> bool {
+        self.slabs.iter().any(|entry| entry.slab.stamp() < clock)
     }
 
     /// How many wait.

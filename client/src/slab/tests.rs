@@ -10,7 +10,7 @@ use super::*;
 
 fn row(slab: &Slab<f32>, row: u32, width: usize) -> Vec<f32> {
     let mut copy = vec![0.0; width];
-    slab.add_to(row, &mut copy);
+    slab.add_to(row, 0, &mut copy);
     copy
 }
 
@@ -43,7 +43,7 @@ fn cells_of_few_columns_stay_few() {
     let (_, pairs) = slab.cells(0);
     assert!(pairs.len() <= 2 * FEW_CELLS, "{} pairs for 7 columns", pairs.len());
     let mut copy = vec![0.0; 1000];
-    slab.add_to(3, &mut copy);
+    slab.add_to(3, 0, &mut copy);
     assert_eq!((copy[0], copy.iter().sum::<f64>()), (2858.0, 20_000.0));
 }
 
@@ -98,7 +98,7 @@ fn what_a_slab_names_is_what_is_in_it() {
     sections.into_iter().for_each(|section| writer.refer(section));
     let length = writer.finish(Kind::Reference, 1, 0, 1, None);
     let message = &buffer[..length];
-    let shape = Shape { element: ElementType::F32, rows: 100, width: 8, non_finite: false };
+    let shape = Shape { element: ElementType::F32, images: 100, width: 8, non_finite: false };
     let mut batch = Batch::default();
     batch
         .read(&MessageHeader::parse(message).unwrap(), message, Some(&Seen(&slab)), |_| Some(shape))
@@ -162,7 +162,7 @@ proptest! {
         }
         for (row, sums) in model.iter().enumerate() {
             let mut copy = vec![0; width];
-            slab.add_to(row as u32, &mut copy);
+            slab.add_to(row as u32, 0, &mut copy);
             prop_assert_eq!(&copy, sums);
         }
     }

@@ -12,7 +12,7 @@ use fervor_protocol::{
 use fervor_verbs::transport::{PostError, Transport};
 use zerocopy::IntoBytes;
 
-use super::Worker;
+use super::{Worker, place};
 use crate::{
     cache::{Slot, Stamp, State, Taken},
     error::Error,
@@ -246,6 +246,7 @@ impl<T: Transport> Worker<T> {
         into: &mut [E],
     ) -> Result<bool, Error> {
         let core = self.core.clone();
+        let (image, start) = place(table, index);
         let Some(updates) = self.known_updates(table) else { return Ok(true) };
         let updates = &updates.shards[shard];
         loop {
@@ -253,7 +254,7 @@ impl<T: Transport> Worker<T> {
             let below = core.links[shard].below();
             pause();
             let copied = Copied { lsn: found.lsn, as_of: found.as_of, below };
-            match updates.complete(index as u32, &copied, into) {
+            match updates.complete(image, start, &copied, into) {
                 Ok(()) => return Ok(true),
                 Err(Incomplete::Stale) => return Ok(false),
                 Err(Incomplete::Unknown(slab)) => core.wait(For::Memory, || updates.is_applied(slab))?,

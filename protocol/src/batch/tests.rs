@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-const SHAPE: Shape = Shape { element: ElementType::F32, rows: 10, width: 8, non_finite: false };
+const SHAPE: Shape = Shape { element: ElementType::F32, images: 10, width: 8, non_finite: false };
 
 fn shape(table: u32) -> Option<Shape> {
     (table == 3).then_some(SHAPE)
@@ -179,7 +179,7 @@ proptest! {
                     Target::Rows(rows) | Target::Cells { rows, .. } => rows.to_vec(),
                     Target::Part { row, .. } => vec![row],
                 };
-                prop_assert!(rows.iter().all(|row| u64::from(*row) < SHAPE.rows));
+                prop_assert!(rows.iter().all(|row| u64::from(*row) < SHAPE.images));
                 prop_assert!(section.values_at as usize <= near.len());
             }
         }

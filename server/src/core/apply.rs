@@ -7,7 +7,9 @@
 //!   there, and added from there. What is not finite is left out; the client is told and put out. It spoils what it may
 //!   write anyway, and nothing else: what decides (table, rows, columns, lengths) was copied before it was checked.
 //!
-//! **One image, one rewrite.** Adjacent entries of a section that lie in one image are one rewrite of it. A rewrite is done under
+//! **One image, one rewrite.** A batch names images, each at most once, so that an image has the batch's LSN exactly if all that the batch has for it
+//! is in it: that is what a reader concludes from the LSN. (A client that names one twice deceives itself, about its own
+//! updates.) A rewrite is done under
 //! the image's sequence lock, with the next version of the batch's LSN, and makes the check anew if the table is sealed. It is made
 //! within the lock rather than once a turn: a READ that falls between the two would find a check that does not fit, and try again, for as long
 //! as a turn lasts.
@@ -111,7 +113,7 @@ fn typed<E: Element + KnownLayout, S: Source + ?Sized>(
                 width,
                 |first| rows[first],
                 |first, values| {
-                    writer.add_rows(&rows[first..first + values.len() / width], values);
+                    writer.add_images(&rows[first..first + values.len() / width], values);
                 },
             );
         }
@@ -120,15 +122,18 @@ fn typed<E: Element + KnownLayout, S: Source + ?Sized>(
             for (row, count) in rows.iter().zip(counts) {
                 let columns = &columns[start..start + *count as usize];
                 let at = at + (start * size_of::<E>()) as u64;
-                pieces.each::<E>(
-                    at,
-                    columns.len(),
-                    1,
-                    |_| *row,
-                    |first, values| {
-                        writer.add_cells(*row, &columns[first..first + values.len()], values);
-                    },
-                );
+                // All of a row's at once: between two rewrites somebody would take one for both.
+                if !columns.is_empty() {
+                    pieces.each::<E>(
+                        at,
+                        1,
+                        columns.len(),
+                        |_| *row,
+                        |_, values| {
+                            writer.add_cells(*row, columns, values);
+                        },
+                    );
+                }
                 start += columns.len();
             }
         }
@@ -199,7 +204,7 @@ struct Writer<'a> {
     memory: &'a mut Exclusive,
     offset: usize,
     layout: Layout,
-    /// Elements of a row.
+    /// Elements of an image.
     width: usize,
     lsn: u64,
     /// Makes the checks, if the table is sealed.
@@ -214,7 +219,7 @@ impl<'a> Writer<'a> {
             memory: region.memory(),
             offset: table.offset,
             layout: table.layout,
-            width: table.schema.width as usize,
+            width: table.layout.image_bytes() / table.schema.element.size(),
             lsn,
             seal: (table.sealing != Sealing::No).then_some(table.seal),
             written: &mut table.written,
@@ -222,48 +227,26 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Adds `values`, a row's for each of `rows`.
-    fn add_rows<E: Element + KnownLayout>(&mut self, rows: &[u32], values: &[E]) {
-        let (layout, width) = (self.layout, self.width);
-        if layout.rows_per_image() == 1 {
-            for (row, values) in rows.iter().zip(values.chunks_exact(width)) {
-                self.rewrite(u64::from(*row), values, |data| E::add_all(data, values));
-            }
-            return;
-        }
-        let mut start = 0;
-        while let Some(row) = rows.get(start) {
-            let image = layout.image(u64::from(*row));
-            let same = rows[start..].iter().take_while(|row| layout.image(u64::from(**row)) == image).count();
-            let values = &values[start * width..(start + same) * width];
-            self.rewrite(image, values, |data| {
-                for (row, values) in rows[start..start + same].iter().zip(values.chunks_exact(width)) {
-                    let at = layout.within(u64::from(*row)) / size_of::<E>();
-                    E::add_all(&mut data[at..at + width], values);
-                }
-            });
-            start += same;
+    /// Adds `values`, an image's for each of `images`.
+    fn add_images<E: Element + KnownLayout>(&mut self, images: &[u32], values: &[E]) {
+        for (image, values) in images.iter().zip(values.chunks_exact(self.width)) {
+            self.rewrite(u64::from(*image), values, |data| E::add_all(data, values));
         }
     }
 
-    /// Adds `values` to the elements of `row` in `columns`.
-    fn add_cells<E: Element + KnownLayout>(&mut self, row: u32, columns: &[u32], values: &[E]) {
-        let row = u64::from(row);
-        let start = self.layout.within(row) / size_of::<E>();
-        self.rewrite(self.layout.image(row), values, |data: &mut [E]| {
-            let data = &mut data[start..];
+    /// Adds `values` to the elements of `image` in `columns`.
+    fn add_cells<E: Element + KnownLayout>(&mut self, image: u32, columns: &[u32], values: &[E]) {
+        self.rewrite(u64::from(image), values, |data: &mut [E]| {
             for (column, value) in columns.iter().zip(values) {
                 data[*column as usize] = data[*column as usize].plus(*value);
             }
         });
     }
 
-    /// Adds `values` to the elements of `row` from column `column` on.
-    fn add_part<E: Element + KnownLayout>(&mut self, row: u32, column: usize, values: &[E]) {
-        let row = u64::from(row);
-        let start = self.layout.within(row) / size_of::<E>() + column;
-        self.rewrite(self.layout.image(row), values, |data| {
-            E::add_all(&mut data[start..start + values.len()], values);
+    /// Adds `values` to the elements of `image` from column `column` on.
+    fn add_part<E: Element + KnownLayout>(&mut self, image: u32, column: usize, values: &[E]) {
+        self.rewrite(u64::from(image), values, |data| {
+            E::add_all(&mut data[column..column + values.len()], values);
         });
     }
 

@@ -104,7 +104,6 @@ pub struct Table {
     pub layout: Layout,
     /// Byte offset of the first image.
     pub offset: usize,
-    pub rows: u64,
     pub images: u64,
     pub seal: Seal,
     pub sealing: Sealing,
@@ -135,7 +134,7 @@ impl Table {
             part: (open.shard, open.shards),
             layout,
             offset,
-            rows,
+
             images,
             seal: Seal::new(layout.image_bytes()),
             sealing: Sealing::No,
@@ -150,8 +149,8 @@ impl Table {
     pub fn shape(&self) -> Shape {
         Shape {
             element: self.schema.element,
-            rows: self.rows,
-            width: self.schema.width,
+            images: self.images,
+            width: self.schema.width << self.layout.rows_per_image().ilog2(),
             non_finite: self.schema.non_finite,
         }
     }
@@ -182,8 +181,9 @@ impl Table {
     }
 
     /// Number of a row over all shards.
-    pub fn row(&self, index: u64) -> u64 {
-        Router::new(self.part.1 as usize).row(self.part.0 as usize, index)
+    pub fn row(&self, image: u64) -> u64 {
+        let first = image * self.layout.rows_per_image();
+        Router::new(self.part.1 as usize).row(self.part.0 as usize, first)
     }
 
     /// Bytes to remember what has changed.

@@ -26,7 +26,7 @@ fn send(
     };
     slabs.iter().for_each(|slab| slab.goes_out(&combining.delivery, true));
     let shape =
-        Shape { element: ElementType::I64, rows: ROWS as u64, width: width as u32, non_finite: false };
+        Shape { element: ElementType::I64, images: ROWS as u64, width: width as u32, non_finite: false };
     let mut rows = vec![vec![0i64; width]; ROWS];
     loop {
         let mut buffer = vec![0; message];
@@ -123,7 +123,7 @@ proptest! {
                 for slab in &typed {
                     let entry = slab.find(row);
                     if entry != 0 && !matches!(slab.progress(entry), Progress::Applied(lsn) if lsn <= part as u64 + 10) {
-                        slab.add_entry(entry, &mut copy);
+                        slab.add_entry(entry, 0, &mut copy);
                     }
                 }
                 assert!(!whole || copy == sums[row as usize], "row {row} after batch {part}: {copy:?}");
