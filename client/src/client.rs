@@ -69,6 +69,8 @@ pub struct Client<T: Transport = Host> {
     core: Arc<Core<T>>,
     /// The part of the region that mirrors and slots lie in.
     space: Mutex<Space>,
+    /// A thread is opening a table: others wait, lest one table is held twice.
+    opening: AtomicBool,
     /// The memory of slabs is exported as long as there are connections.
     _slabs: Option<T::Export>,
 }
@@ -162,7 +164,12 @@ impl<T: Transport> Client<T> {
         };
         core.join()?;
         let export = slabs.map(|slabs| (slabs.region, slabs.export));
-        let client = Self { core: Arc::new(core), space: Mutex::new(space), _slabs: None };
+        let client = Self {
+            core: Arc::new(core),
+            space: Mutex::new(space),
+            opening: AtomicBool::new(false),
+            _slabs: None,
+        };
         let Some((region, export)) = export else { return Ok(client) };
         client.see(region)?;
         Ok(Self { _slabs: Some(export), ..client })
@@ -226,6 +233,7 @@ impl<T: Transport> Client<T> {
             continuous: options.continuous,
         };
         schema.check().map_err(|error| refused(error.to_string()))?;
+        let _turn = self.turn()?;
         if let Some(table) = find(&self.core.tables.read().unwrap_or_else(PoisonError::into_inner), &schema) {
             return Ok(table);
         }
@@ -238,10 +246,6 @@ impl<T: Transport> Client<T> {
             }
         };
         let mut tables = self.core.tables.write().unwrap_or_else(PoisonError::into_inner);
-        // Another thread may have been faster.
-        if let Some(table) = find(&tables, &schema) {
-            return Ok(table);
-        }
         let memory = self.core.region.memory();
         let parts = parts.into_iter().zip(holdings).zip(&self.core.links);
         let parts = parts
@@ -256,6 +260,13 @@ impl<T: Transport> Client<T> {
         let table = Arc::new(table);
         tables.push(table.clone());
         Ok(Table(table))
+    }
+
+    /// Waits until no other thread opens a table. It is this one's turn until what is returned is dropped.
+    fn turn(&self) -> Result<Turn<'_>, Error> {
+        let take = || self.opening.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        self.core.wait(For::Memory, take)?;
+        Ok(Turn(&self.opening))
     }
 
     /// Opens a table at every shard, or at none; the inner error is the refusal of one.
@@ -274,8 +285,11 @@ impl<T: Transport> Client<T> {
             };
             for (shard, reply) in opened.iter().enumerate() {
                 let body = ReleaseHeader { table: reply.table, reserved: 0 };
-                // Its answer comes behind all that was pushed: the space may be used again.
-                let _ = self.request(shard, Kind::Release, body.as_bytes())?;
+                let send = |engine: &mut Engine<T>| engine.request(shard, Kind::Release, body.as_bytes());
+                let sequence = self.core.with_engine(For::Memory, send)?;
+                // All that was pushed is visible then: the space may be used again.
+                let closed = |engine: &mut Engine<T>| (engine.closed(shard) >= sequence).then_some(());
+                self.core.with_engine(For::Event, closed)?;
             }
             return Ok(Err(reason));
         }
@@ -380,6 +394,15 @@ impl<T: Transport> Client<T> {
 fn find<E: Element>(tables: &[Arc<dyn AnyTable>], schema: &Schema) -> Option<Table<E>> {
     let table = tables.iter().find(|table| table.schema() == schema)?;
     Some(Table(table.clone().as_any().downcast().expect("the schema says the element type")))
+}
+
+/// A thread's turn to open a table.
+struct Turn<'a>(&'a AtomicBool);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 /// How the rows of a table in one shard will be held.

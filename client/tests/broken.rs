@@ -154,7 +154,11 @@ fn comes_again(nth: u64, fate: Fate) {
         non_finite: false,
         continuous: 0,
     };
-    let create = raw.message(Kind::CreateTable, 0, &OpenTable { schema, shard: 0, shards: 1, hold: Hold::Slots }.encode());
+    let create = raw.message(
+        Kind::CreateTable,
+        0,
+        &OpenTable { schema, shard: 0, shards: 1, hold: Hold::Slots }.encode(),
+    );
     raw.send(&create);
     while raw.answer(raw.sequence).is_some() {
         let mut buffer = vec![0; 4096];

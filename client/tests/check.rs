@@ -14,7 +14,7 @@ fn late_read(check: bool, model: Model, many: bool) -> (Result<(), Error>, u64) 
     let address = folder.address("s.sock");
     let host = Host::for_addresses(std::slice::from_ref(&address)).unwrap();
     let server = Server::start(&host, &config(&address, 1)).unwrap();
-    let options = ClientOptions { check, ..ClientOptions::default() };
+    let options = ClientOptions { check, copies: true, ..ClientOptions::default() };
     let client = Client::connect_on(&host, &[address], options).unwrap();
     let table = client.table::<i64>("weights", 8, 4, model).unwrap();
     let mut worker = client.worker().unwrap();

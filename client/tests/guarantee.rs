@@ -52,16 +52,16 @@ fn work<T: Transport>(mut worker: Worker<T>, table: &Table<i64>, me: usize, adde
     }
 }
 
-fn job(model: Model) -> Job {
-    Job { clients: CLIENTS, each: EACH, width: WIDTH, model, check: true }
+fn job(model: Model, copies: bool) -> Job {
+    Job { clients: CLIENTS, each: EACH, width: WIDTH, model, check: true, copies }
 }
 
 /// One client of a job in which nobody has added anything yet when it is made.
-fn client<T: Transport>(model: Model, clocks: u64) -> impl Fn(&T, &Address, usize) {
+fn client<T: Transport>(model: Model, copies: bool, clocks: u64) -> impl Fn(&T, &Address, usize) {
     let added = Added::new(std::array::from_fn(|_| AtomicU64::new(0)));
     move |transport, server, number| {
         let added = added.clone();
-        job(model).client(transport, server, number, move |worker, table, me| {
+        job(model, copies).client(transport, server, number, move |worker, table, me| {
             work(worker, table, me, &added, clocks);
         });
     }
@@ -69,8 +69,10 @@ fn client<T: Transport>(model: Model, clocks: u64) -> impl Fn(&T, &Address, usiz
 
 fn over_shared_memory(model: Model) {
     const CLOCKS: u64 = 5000;
-    let after = |host: &_, server: &_| job(model).sums(host, server, |_| CLOCKS);
-    rows::over_shared_memory(CLIENTS, client(model, CLOCKS), after);
+    for copies in [false, true] {
+        let after = |host: &_, server: &_| job(model, copies).sums(host, server, |_| CLOCKS);
+        rows::over_shared_memory(CLIENTS, client(model, copies, CLOCKS), after);
+    }
 }
 
 #[test]
@@ -94,8 +96,8 @@ fn async_over_shared_memory() {
 }
 
 fn simulated(model: Model, seed: u64, clocks: u64) -> u64 {
-    let after = move |node: &_, server: &_| job(model).sums(node, server, |_| clocks);
-    rows::simulated(seed, CLIENTS, client(model, clocks), after)
+    let after = move |node: &_, server: &_| job(model, false).sums(node, server, |_| clocks);
+    rows::simulated(seed, CLIENTS, client(model, false, clocks), after)
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use std::{fs, thread, time::Duration};
 
-use fervor_client::{Client, Model};
+use fervor_client::{Client, ClientOptions, Model};
 use fervor_server::{Config, Server};
 use fervor_verbs::{Address, transport::any::Host};
 
@@ -19,6 +19,12 @@ fn scheduled(name: &str) -> String {
 
 #[test]
 fn a_parked_poller_sleeps_through_a_million_reads() {
+    for copies in [false, true] {
+        reads(copies);
+    }
+}
+
+fn reads(copies: bool) {
     const POLLER: &str = "fervor-poll-0";
     let folder = std::env::temp_dir().join(format!("fervor-parked-{}", std::process::id()));
     fs::create_dir_all(&folder).unwrap();
@@ -27,7 +33,8 @@ fn a_parked_poller_sleeps_through_a_million_reads() {
     let mut config = Config::new(address.clone());
     config.memory = 16 << 20;
     let server = Server::start(&host, &config).unwrap();
-    let client = Client::connect(&[address.to_string()]).unwrap();
+    let options = ClientOptions { copies, ..ClientOptions::default() };
+    let client = Client::connect_with(&[address.to_string()], options).unwrap();
     let table = client.table::<f32>("t", 1000, 16, Model::Async).unwrap();
     let mut worker = client.worker().unwrap();
 
@@ -44,7 +51,9 @@ fn a_parked_poller_sleeps_through_a_million_reads() {
     for i in 0..1_000_000 {
         worker.get(&table, i % 1000, &mut row).unwrap();
     }
-    assert_eq!(worker.stats().misses, 1_000_000);
+    let stats = worker.stats();
+    let expected = if copies { (0, 1_000_000) } else { (1_000_000, 0) };
+    assert_eq!((stats.in_place, stats.misses), expected);
     assert_eq!(scheduled(POLLER), before, "the poller ran");
 
     // It is alive: a clock wakes it.

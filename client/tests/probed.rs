@@ -7,10 +7,7 @@ use std::{
 
 use fervor_client::{Client, ClientOptions, Error, Model, Table, TableOptions, Worker};
 use fervor_server::Server;
-use fervor_verbs::{
-    Address,
-    transport::any::Host,
-};
+use fervor_verbs::{Address, transport::any::Host};
 use support::{Folder, config};
 
 mod support;
@@ -26,7 +23,8 @@ struct Site {
 impl Site {
     fn new(servers: usize, shards: usize, memory: impl Fn(usize) -> usize) -> Self {
         let folder = Folder::new("probed");
-        let addresses: Vec<_> = (0..servers).map(|number| folder.address(&format!("{number}.sock"))).collect();
+        let addresses: Vec<_> =
+            (0..servers).map(|number| folder.address(&format!("{number}.sock"))).collect();
         let host = Host::for_addresses(&addresses).unwrap();
         let start = |(number, address)| {
             let mut config = config(address, shards);
@@ -128,7 +126,8 @@ fn a_table_that_a_shard_refuses_is_on_none() {
         let options = ClientOptions { cache_bytes: 32 * page, ..options };
         let client = site.client(options);
         for rows in [16_000, 16_001, 16_002, 16_003, 16_004, 16_005] {
-            let error = client.table::<f32>("t", rows, 32, Model::Essp { staleness: 1 }).unwrap_err().to_string();
+            let error =
+                client.table::<f32>("t", rows, 32, Model::Essp { staleness: 1 }).unwrap_err().to_string();
             assert!(error.contains("--memory"), "{rows}: {error}");
         }
         // The name, the servers' memory and the cache are free for it.
@@ -187,7 +186,9 @@ fn updates_whose_sum_is_not_finite_are_refused_at_once() {
         let most = [3e38, 0.0, 0.0, 0.0];
         worker.inc(&table, 0, &most).unwrap();
         for again in [worker.inc(&table, 0, &most), worker.inc_at(&table, 0, &[(0, 3e38)])] {
-            let Err(Error::NonFinite { table, row: 0, column: 0, value }) = again else { panic!("{again:?}") };
+            let Err(Error::NonFinite { table, row: 0, column: 0, value }) = again else {
+                panic!("{again:?}")
+            };
             assert_eq!((table.as_str(), value.as_str()), ("t", "inf"));
         }
         worker.inc(&infinite, 0, &most).unwrap();

@@ -30,7 +30,7 @@ const WORKERS: usize = CLIENTS * EACH;
 const WIDTH: usize = 40;
 const V0: f32 = 9.0;
 const MODEL: Model = Model::Vap { v0: V0 };
-const JOB: Job = Job { clients: CLIENTS, each: EACH, width: WIDTH, model: MODEL, check: true };
+const JOB: Job = Job { clients: CLIENTS, each: EACH, width: WIDTH, model: MODEL, check: true, copies: true };
 /// The greatest single update.
 const GREATEST: u64 = 3;
 

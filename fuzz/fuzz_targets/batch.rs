@@ -1,16 +1,15 @@
 //! A batch of any bytes is refused as a whole or can be applied: no panic, nothing outside a row.
 //!
-//! The tables are one of each element type, with `non_finite` on and off; a record names one by its number. What the
-//! checks accept is applied to rows of exactly the shape that was checked, and then has to come out the same when
-//! it is written again.
+//! The tables are one of each element type, with `non_finite` on and off; a section names one by its number. The input is a message,
+//! or (by reference) a message of so many bytes and then the memory that it names. What the checks accept is looked at element by
+//! element, at exactly the places that were checked.
 
 #![no_main]
 
 use fervor_protocol::{
-    Element, ElementType,
-    batch::{Batch, BatchWriter, Shape, Update},
-    pending::Delta,
-    wire::MessageHeader,
+    ElementType,
+    batch::{Batch, Shape, Target, finite},
+    wire::{Kind, MessageHeader},
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -23,55 +22,40 @@ fn shape(table: u32) -> Option<Shape> {
     Some(Shape { element, rows: ROWS, width: WIDTH, non_finite: table % 2 == 1 })
 }
 
-/// Applies the update to a row, and again after it went through the writer: both come to the same.
-fn apply<E: Element>(table: u32, row: u64, update: &Update<'_>, non_finite: bool) {
-    let mut once = [E::default(); WIDTH as usize];
-    update.apply(&mut once);
-    let values = |bytes: &[u8]| -> Vec<E> {
-        bytes.chunks_exact(size_of::<E>()).map(|chunk| E::read_from_bytes(chunk).unwrap()).collect()
-    };
-    let delta = match update {
-        Update::Dense { start, values: bytes } => Delta::Dense { start: *start, values: values(bytes) },
-        Update::Sparse { columns, values: bytes } => {
-            let columns = columns.chunks_exact(4).map(|c| u32::from_le_bytes(c.try_into().unwrap()));
-            Delta::Sparse(columns.zip(values(bytes)).collect())
-        }
-    };
-    let elements = match &delta {
-        Delta::Dense { values, .. } => values.len(),
-        Delta::Sparse(pairs) => pairs.len(),
-    };
-    let mut buffer = vec![0; 64 << 10];
-    let mut writer = BatchWriter::new(&mut buffer);
-    assert_eq!(writer.push(table, row, &delta), elements);
-    let length = writer.finish(1, 0, 1, None);
-    let header = MessageHeader::parse(&buffer[..length]).unwrap();
-    let batch = Batch::parse(&header, &buffer[..length]).unwrap();
-    batch.check(shape).expect("what was accepted once is accepted again");
-    let mut twice = [E::default(); WIDTH as usize];
-    for record in batch.records(|table| shape(table).unwrap().element.size()) {
-        assert_eq!((record.table, record.row), (table, row));
-        record.update.apply(&mut twice);
-    }
-    // NaN is not equal to itself: its bytes are.
-    let bytes = |row: &[E]| row.iter().flat_map(|e| e.as_bytes().to_vec()).collect::<Vec<u8>>();
-    assert!(bytes(&once) == bytes(&twice) || non_finite);
-}
-
-fuzz_target!(|message: &[u8]| {
+fuzz_target!(|data: &[u8]| {
+    let Some((&length, data)) = data.split_first() else { return };
+    let Ok(header) = MessageHeader::parse(data) else { return };
+    let by_reference = header.kind == Kind::Reference as u8;
+    let (message, slabs) =
+        if by_reference { data.split_at(usize::from(length).min(data.len())) } else { (data, &[][..]) };
     let Ok(header) = MessageHeader::parse(message) else { return };
-    let Ok(batch) = Batch::parse(&header, message) else { return };
-    if batch.check(shape).is_err() {
+    let mut batch = Batch::default();
+    if batch.read(&header, message, Some(slabs), shape).is_err() {
         return;
     }
-    for record in batch.records(|table| shape(table).unwrap().element.size()) {
-        let Shape { element, non_finite, .. } = shape(record.table).unwrap();
-        assert!(record.row < ROWS);
-        match element {
-            ElementType::F32 => apply::<f32>(record.table, record.row, &record.update, non_finite),
-            ElementType::F64 => apply::<f64>(record.table, record.row, &record.update, non_finite),
-            ElementType::I32 => apply::<i32>(record.table, record.row, &record.update, non_finite),
-            ElementType::I64 => apply::<i64>(record.table, record.row, &record.update, non_finite),
-        }
+    let source = if by_reference { slabs } else { message };
+    for section in batch.sections() {
+        let Shape { element, non_finite, .. } = shape(section.table).expect("the table was looked up");
+        let size = element.size();
+        let elements = match section.target {
+            Target::Rows(rows) => {
+                assert!(rows.iter().all(|row| u64::from(*row) < ROWS));
+                rows.len() * WIDTH as usize
+            }
+            Target::Cells { rows, counts, columns } => {
+                assert!(rows.iter().all(|row| u64::from(*row) < ROWS));
+                assert!(columns.iter().all(|column| *column < WIDTH));
+                assert_eq!(counts.iter().map(|count| *count as usize).sum::<usize>(), columns.len());
+                columns.len()
+            }
+            Target::Part { row, start, count } => {
+                assert!(u64::from(row) < ROWS && start + count <= WIDTH);
+                count as usize
+            }
+        };
+        let at = section.values_at as usize;
+        let values = &source[at..at + elements * size];
+        assert!(at.is_multiple_of(8), "values are aligned in the message");
+        assert!(by_reference || non_finite || finite(element, values));
     }
 });

@@ -1,11 +1,11 @@
-//! The other decoders take any bytes: handshakes, slot records, schemas, refusals. No panic; and what is accepted is
+//! The other decoders take any bytes: handshakes, slot records, opened tables, refusals. No panic; and what is accepted is
 //! what its encoder writes.
 
 #![no_main]
 
 use fervor_protocol::{
     ack::{Immediate, Told},
-    wire::{self, Hello, Kind, MessageHeader, Refusal, Welcome},
+    wire::{self, Hello, Kind, MemoryHeader, MessageHeader, OpenTable, Refusal, ReleaseHeader, Welcome},
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -25,12 +25,14 @@ fuzz_target!(|data: &[u8]| {
             if let Ok(records) = wire::slot_records(&header, data) {
                 assert_eq!(records.len(), header.records as usize);
             }
-            if let Ok((schema, shard, shards)) = wire::decode_table(data) {
-                schema.check().expect("a decoded schema is a possible one");
-                assert!(shard < shards);
-                let again = wire::reply(Kind::CreateTable, 1, &wire::encode_table(&schema, shard, shards));
-                assert_eq!(wire::decode_table(&again), Ok((schema, shard, shards)));
+            if let Ok(open) = OpenTable::decode(data) {
+                open.schema.check().expect("a decoded schema is a possible one");
+                assert!(open.shard < open.shards);
+                let again = wire::reply(Kind::CreateTable, 1, &open.encode());
+                assert_eq!(OpenTable::decode(&again), Ok(open));
             }
+            let _ = wire::body::<MemoryHeader>(data, "memory");
+            let _ = wire::body::<ReleaseHeader>(data, "release");
         }
         _ => {
             let Some((bits, rest)) = data.split_first_chunk::<4>() else { return };

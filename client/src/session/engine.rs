@@ -394,6 +394,11 @@ impl<T: Transport> Engine<T> {
         self.channels[shard].replies.remove(&sequence)
     }
 
+    /// Everything that `shard` wrote because of messages up to this one is visible.
+    pub fn closed(&self, shard: usize) -> u64 {
+        self.channels[shard].heard.closed
+    }
+
     /// The memory of `shard` that it exports, if it is on this host.
     pub fn view(&self, shard: usize, link: &Link<T::View>) -> Option<T::View> {
         self.channels[shard].connection.view(link.region())

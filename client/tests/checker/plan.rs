@@ -285,8 +285,11 @@ impl Plan {
         }
         if random.one_in(3) {
             let mut before = |end: u64| end.saturating_sub(random.among(0..=60));
-            self.origin =
-                Origin { lsn: before(1 << 20), clock: before(1 << IMMEDIATE_BITS), number: before(1 << ACK_SEQUENCE_BITS) };
+            self.origin = Origin {
+                lsn: before(1 << 20),
+                clock: before(1 << IMMEDIATE_BITS),
+                number: before(1 << ACK_SEQUENCE_BITS),
+            };
         }
     }
 

@@ -79,7 +79,10 @@ pub struct Tally {
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { gets, in_place, hits, reads, torn, asked, deaths, rogues, late, harmed, delayed } = self;
-        writeln!(f, "{gets} gets checked: {in_place} in place, {hits} hits, {reads} READs, {torn} torn, {asked} rows asked for")?;
+        writeln!(
+            f,
+            "{gets} gets checked: {in_place} in place, {hits} hits, {reads} READs, {torn} torn, {asked} rows asked for"
+        )?;
         writeln!(
             f,
             "in {deaths} jobs a client was killed, in {rogues} one did wrong, in {late} they came late"

@@ -34,6 +34,8 @@ pub struct Job {
     pub model: Model,
     /// Whether a copy that is too old is an error.
     pub check: bool,
+    /// Whether copies are insisted on, though the server is on the same host.
+    pub copies: bool,
 }
 
 impl Job {
@@ -54,8 +56,8 @@ impl Job {
     where
         W: Fn(Worker<T>, &Table<i64>, usize) + Clone + Send + 'static,
     {
-        let (clients, check) = (self.clients as u16, self.check);
-        let options = ClientOptions { clients, check, ..ClientOptions::default() };
+        let (clients, check, copies) = (self.clients as u16, self.check, self.copies);
+        let options = ClientOptions { clients, check, copies, ..ClientOptions::default() };
         let (client, table) = self.connect(transport, server, options);
         // All of them before one begins: a worker that joined later would begin at a later clock.
         let workers: Vec<_> = (0..self.each).map(|_| client.worker().unwrap()).collect();
@@ -108,7 +110,7 @@ pub fn over_shared_memory(
     assert!(server.stop());
 }
 
-/// The same in the simulator, each a node of its own. The hash of the history.
+/// The same in the simulator, each a node of its own; every second client is on the server's host. The hash of the history.
 pub fn simulated(
     seed: u64,
     clients: usize,
@@ -120,6 +122,7 @@ pub fn simulated(
     let up = Arc::new(AtomicBool::new(false));
     let left = Arc::new(AtomicUsize::new(clients));
     let host = sim.node("server");
+    let server = host.clone();
     sim.spawn(&host.clone(), "main", {
         let (sim, address, up, left) = (sim.clone(), address.clone(), up.clone(), left.clone());
         move || {
@@ -134,7 +137,8 @@ pub fn simulated(
     });
     let client = Arc::new(client);
     for number in 0..clients {
-        let host = sim.node(&format!("client-{number}"));
+        let name = format!("client-{number}");
+        let host = if number % 2 == 1 { sim.node_on(&server, &name) } else { sim.node(&name) };
         sim.spawn(&host.clone(), "main", {
             let (sim, address, up, left) = (sim.clone(), address.clone(), up.clone(), left.clone());
             let client = client.clone();
