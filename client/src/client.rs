@@ -253,6 +253,7 @@ impl<T: Transport> Client<T> {
                 id: reply.table,
                 offset: reply.offset as usize,
                 base: link.region().at(reply.offset),
+                opened: link.round(),
                 holding: held.make(&schema, memory),
             })
             .collect();

@@ -52,6 +52,8 @@ pub struct Part {
     pub offset: usize,
     /// The first image, for READs.
     pub base: RemoteAddress,
+    /// The clock of the last round that was polled when it was opened: a mirror was filled after that.
+    pub opened: u64,
     pub holding: Holding,
 }
 
@@ -235,7 +237,9 @@ impl<E: Element> TableCore<E> {
     ) -> Option<Found> {
         match &self.parts[shard].holding {
             Holding::InPlace => None,
-            Holding::Mirror(base) => self.look_into_mirror(*base, index, known, into),
+            Holding::Mirror(base) => {
+                self.look_into_mirror(*base, index, self.parts[shard].opened, known, into)
+            }
             Holding::Slots(cache) if self.schema.cached() => {
                 self.look_into_slots(cache, index, needed, known, into)
             }
@@ -243,7 +247,14 @@ impl<E: Element> TableCore<E> {
         }
     }
 
-    fn look_into_mirror(&self, base: usize, index: u64, known: &Known, into: &mut [E]) -> Option<Found> {
+    fn look_into_mirror(
+        &self,
+        base: usize,
+        index: u64,
+        opened: u64,
+        known: &Known,
+        into: &mut [E],
+    ) -> Option<Found> {
         let at = base + self.layout.offset(self.layout.image(index));
         (0..TORN_COPIES).find_map(|_| {
             pause();
@@ -253,11 +264,11 @@ impl<E: Element> TableCore<E> {
                 self.memory.read(at + ROW_HEADER, data);
                 header
             });
-            copied.ok().map(|header| self.pushed(&header, known.clock, known))
+            copied.ok().map(|header| self.pushed(&header, opened, known))
         })
     }
 
-    /// What is to be said of a copy that was pushed; of a table that rounds do not cover it is good for `clock` in any case.
+    /// What is to be said of a copy that was pushed; it is good for `clock` in any case.
     fn pushed(&self, header: &Header, clock: u64, known: &Known) -> Found {
         let lsn = header.version.lsn();
         // Every push of the rounds up to `known` is visible. (Under Async there are pushes, if they are asked for, but not
@@ -265,7 +276,8 @@ impl<E: Element> TableCore<E> {
         if self.schema.model.eager() {
             return Found { clock: known.clock.max(clock), lsn, as_of: known.round_lsn };
         }
-        Found { clock: if lsn >= known.round_lsn { known.sealed } else { 0 }, lsn, as_of: 0 }
+        let sealed = if lsn >= known.round_lsn { known.sealed } else { 0 };
+        Found { clock: sealed.max(clock), lsn, as_of: 0 }
     }
 
     fn look_into_slots(
@@ -335,7 +347,8 @@ impl<E: Element> AnyTable for TableCore<E> {
         part: usize,
     ) -> bool {
         let finite = !self.schema.non_finite;
-        let merge = Merge::<E>::new(slabs, self.schema.width as usize, self.parts[shard].id, finite);
+        let width = self.layout.image_bytes() / size_of::<E>();
+        let merge = Merge::<E>::new(slabs, width, self.parts[shard].id, finite);
         merge.write(cursor, writer, part)
     }
 

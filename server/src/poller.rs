@@ -243,7 +243,7 @@ impl<T: Transport> Poller<T> {
         if work == PROOF_ID {
             self.core.proof_done(id, ok);
             self.posting.proof_done(id, ok);
-            // Something was pushed meanwhile: the next proof is due.
+            // More may have been pushed behind it: that is to be proved next.
             return self.posting.list(id);
         }
         self.posting.completed(id, work);

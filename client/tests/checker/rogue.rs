@@ -10,6 +10,7 @@ use fervor_client::{ElementType, Schema};
 use fervor_protocol::{
     batch::BatchWriter,
     limits::{ACK_RING, MESSAGE_BYTES},
+    row::Layout,
     wire::{Hold, Kind, OpenTable, TableReply},
 };
 use fervor_verbs::{Address, transport::Transport};
@@ -90,8 +91,12 @@ impl<T: Transport> Link<T> {
         let mut writer = BatchWriter::new(&mut buffer);
         for op in ops {
             let Op::IncAt { table, row, by } = op else { unreachable!("the rogue adds to columns only") };
-            let columns: Vec<_> = plan.columns(*table, plan.lanes.len() - 1).collect();
+            let layout = Layout::new(plan.row_bytes(*table));
             let (id, index) = (self.tables[*table], row / links);
+            let first = layout.within(index) / plan.tables[*table].element.size();
+            let own = plan.columns(*table, plan.lanes.len() - 1);
+            let columns: Vec<_> = own.map(|column| first + column).collect();
+            let index = layout.image(index);
             match plan.tables[*table].element {
                 ElementType::F32 => push::<f32>(&mut writer, id, index, &columns, *by),
                 ElementType::F64 => push::<f64>(&mut writer, id, index, &columns, *by),
@@ -101,7 +106,7 @@ impl<T: Transport> Link<T> {
         }
         if bad {
             // Its first element would be that of a row beyond the last one.
-            let beyond = plan.tables[0].rows / links + 1;
+            let beyond = Layout::new(plan.row_bytes(0)).images(plan.tables[0].rows) + 1;
             match plan.tables[0].element.size() {
                 4 => writer.cells(self.tables[0], &[beyond as u32], &[1], &[0], &[0i32]),
                 _ => writer.cells(self.tables[0], &[beyond as u32], &[1], &[0], &[0i64]),

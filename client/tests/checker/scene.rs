@@ -378,20 +378,6 @@ pub fn simulated(seed: u64, clocks: u64) -> Result<Outcome, Failure> {
 /// # Errors
 /// What went wrong.
 pub fn simulate(plan: Arc<Plan>) -> Result<Outcome, Failure> {
-    if std::env::var_os("SHOW").is_some() {
-        println!(
-            "{:?} {:?} together {} origin {:?} tables {:?} servers {} shards {} credits {} trouble {:?}",
-            plan.kind,
-            plan.places,
-            plan.together,
-            plan.origin,
-            plan.tables,
-            plan.servers,
-            plan.shards,
-            plan.credits,
-            plan.trouble
-        );
-    }
     let sim = Sim::with(plan.seed, Settings { limit: LIMIT, network: plan.network(), ..Settings::default() });
     let parties = plan.clients + usize::from(plan.rogue.is_some());
     let flags = || (0..parties).map(|_| AtomicBool::new(false)).collect();

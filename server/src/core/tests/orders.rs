@@ -199,11 +199,7 @@ impl Story {
             assert!(self.seal.verify(&header, data), "client {client}, image {image}");
             let has = i32::read_from_prefix(data).unwrap().0;
             assert_eq!(has, self.sum(image as u32, header.version.lsn()), "the LSN says what is in it");
-            let last = self
-                .applied
-                .iter()
-                .filter(|update| update.0 <= lsn && u64::from(update.1) == image)
-                .next_back();
+            let last = self.applied.iter().rfind(|update| update.0 <= lsn && u64::from(update.1) == image);
             assert!(last.is_none_or(|last| last.0 <= header.version.lsn()), "client {client}, image {image}");
         }
     }
