@@ -69,6 +69,10 @@ impl<T: Subject> Rig for RdmaRig<T> {
         Address::Rdma { host: host.clone(), port: *port, from: Some("10.7.0.1".to_owned()) }
     }
 
+    fn views(&self) -> bool {
+        false
+    }
+
     fn effort(&self) -> Effort {
         Effort { rounds: 100, in_flight: 10_000 }
     }

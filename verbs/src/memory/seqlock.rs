@@ -49,3 +49,93 @@ pub(crate) fn read<W: Word>(look: impl Fn() -> u64, copy: impl FnOnce()) -> Opti
     W::fence(Ordering::Acquire);
     (look() == version).then_some(version)
 }
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use std::cell::Cell;
+
+    use loom::{
+        model::Builder,
+        sync::{Arc, atomic::AtomicU64},
+        thread,
+    };
+
+    use super::*;
+
+    /// What the lock guards: words, written and read without an order of their own, as the bytes of an image are.
+    #[derive(Default)]
+    struct Image {
+        lock: AtomicU64,
+        data: [AtomicU64; 2],
+    }
+
+    impl Image {
+        fn rewrite(&self, version: u64) {
+            write(&self.lock, version, || {
+                self.data.iter().for_each(|word| word.store(version, Ordering::Relaxed));
+            });
+        }
+
+        /// The version and the words of a copy, made from this word on.
+        fn snapshot(&self, first: usize) -> Option<(u64, [u64; 2])> {
+            let copy = Cell::new([0; 2]);
+            let look = || self.lock.load(Ordering::Acquire);
+            let version = read::<AtomicU64>(look, || {
+                let mut words = [0; 2];
+                for at in [first, 1 - first] {
+                    words[at] = self.data[at].load(Ordering::Relaxed);
+                }
+                copy.set(words);
+            });
+            version.map(|version| (version, copy.get()))
+        }
+    }
+
+    /// A reader copies twice, in the order of the words or against it, while the owner rewrites twice.
+    fn snapshots_are_of_one_version(first: usize) {
+        let mut builder = Builder::new();
+        builder.preemption_bound = Some(3);
+        builder.check(move || {
+            let image = Arc::new(Image::default());
+            let owner = thread::spawn({
+                let image = image.clone();
+                move || [2, 4].into_iter().for_each(|version| image.rewrite(version))
+            });
+            let mut last = 0;
+            for _ in 0..2 {
+                if let Some((version, data)) = image.snapshot(first) {
+                    assert_eq!(data, [version; 2], "a mixture");
+                    assert!(version % 2 == 0 && version >= last, "{version} after {last}");
+                    last = version;
+                }
+            }
+            owner.join().unwrap();
+            assert_eq!(image.snapshot(first), Some((4, [4; 2])));
+        });
+    }
+
+    #[test]
+    fn loom_snapshots_are_of_one_version() {
+        snapshots_are_of_one_version(0);
+        snapshots_are_of_one_version(1);
+    }
+
+    /// Whoever has a copy of a version sees what the owner wrote before it: what it announced, say.
+    #[test]
+    fn loom_what_comes_before_a_version_is_seen_with_it() {
+        loom::model(|| {
+            let both = Arc::new((AtomicU64::new(0), Image::default()));
+            let owner = thread::spawn({
+                let both = both.clone();
+                move || {
+                    both.0.store(7, Ordering::Relaxed);
+                    both.1.rewrite(2);
+                }
+            });
+            if both.1.snapshot(0).is_some_and(|(version, _)| version == 2) {
+                assert_eq!(both.0.load(Ordering::Relaxed), 7);
+            }
+            owner.join().unwrap();
+        });
+    }
+}

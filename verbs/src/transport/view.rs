@@ -7,7 +7,8 @@ use crate::memory::seqlock;
 /// Memory of a peer, mapped here: read without a request, a completion, or an instruction of the peer. It is of this
 /// host, and of a region that the peer granted remote READ of. See rule 7 of the [contract](super).
 ///
-/// Cheap to clone. It stays readable when its connection is over and when the peer is dead; then nothing changes it.
+/// Cheap to clone. It stays readable, and shows what its owner writes, when its connection is over; and is readable when the
+/// peer is dead.
 ///
 /// Its calls panic when what they are asked for is outside of it.
 pub trait View: Clone + Send + Sync + fmt::Debug + 'static {

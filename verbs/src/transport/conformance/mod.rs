@@ -34,6 +34,7 @@ mod queues;
 mod rights;
 mod threads;
 mod victim;
+mod views;
 
 pub use victim::{Role, VictimProcess, victim, victim_main};
 
@@ -102,6 +103,9 @@ pub trait Rig: Sized + Send + Sync + 'static {
     fn dial(&self, listening: &Address) -> Address {
         listening.clone()
     }
+
+    /// Whether the hosts have views of each other's memory, and of a victim's: whether they must, or must not.
+    fn views(&self) -> bool;
 
     /// How much to do.
     fn effort(&self) -> Effort {
@@ -182,6 +186,12 @@ macro_rules! conformance {
             rights_writes_without_the_right_are_refused = rights::writes_without_the_right;
             rights_wrong_keys_are_refused = rights::wrong_keys;
             rights_too_long_messages_are_refused = rights::too_long_messages;
+            views_bounds_and_rights = views::bounds_and_rights;
+            views_show_what_was_published = views::published;
+            views_show_what_a_message_announced = views::announced;
+            views_snapshots_are_of_one_version = views::snapshots;
+            views_outlive_their_connection = views::after_the_end;
+            views_outlive_their_peer = views::after_death;
             queues_full_send_queue_refuses_and_loses_nothing = queues::full_send_queue;
             queues_unsignalled_chains = queues::unsignalled_chains;
             queues_unsignalled_without_end = queues::unsignalled_without_end;

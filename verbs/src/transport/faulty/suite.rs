@@ -88,6 +88,10 @@ impl<R: Rig, P: Planned> Rig for FaultyRig<R, P> {
         self.inner.dial(listening)
     }
 
+    fn views(&self) -> bool {
+        self.inner.views()
+    }
+
     fn effort(&self) -> Effort {
         self.inner.effort()
     }

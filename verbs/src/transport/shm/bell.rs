@@ -1,8 +1,11 @@
 //! The doorbell of an endpoint: which of its connections have something, and whether its thread sleeps.
 //!
 //! One page of words, mapped by the endpoint's process and by all its peers. Bit `s % 64` of leaf `s / 64`
-//! says "connection `s` has something"; bit `g` of the summary says "leaf `g` has a bit", so that a poll that
-//! finds nothing is one load and one that finds something touches only what is ready.
+//! says "connection `s` has something"; bit `g` of the summary says "a leaf of group `g` has a bit", so that a poll that
+//! finds nothing is one load and one that finds something touches only what is ready. There are as many groups as the
+//! summary has bits to spare, and leaf `l` is of group `l % 62`: up to 3,968 connections each group has one leaf, and for
+//! each further 3,968 it has one more, in another *layer*. The owner looks at the layers that it has connections in; a
+//! ringer need not know how many there are.
 //!
 //! | word | written by | read by |
 //! |---|---|---|
@@ -31,7 +34,7 @@ use std::{
 
 use rustix::thread::futex;
 
-use super::mapping::{Mapping, PAGE};
+use super::mapping::{Mapping, Mappings, PAGE};
 use crate::{error::Error, memory::atomic::Word};
 
 /// The owner sleeps, or is about to.
@@ -40,14 +43,30 @@ pub(super) const PARKED: u64 = 1 << 63;
 const NOTIFIED: u64 = 1 << 62;
 const GROUPS: u64 = NOTIFIED - 1;
 
-/// Connections that one bell serves.
-pub(super) const SLOTS: usize = 62 * 64;
+const GROUP_COUNT: usize = GROUPS.count_ones() as usize;
+/// Leaves of a group: what fits the page.
+const LAYERS: usize = 8;
+/// Connections that a layer serves, and all of them.
+const LAYER_SLOTS: usize = GROUP_COUNT * 64;
+pub(super) const SLOTS: usize = LAYERS * LAYER_SLOTS;
+
+/// Layers of a bell for this many connections.
+pub(super) fn layers(connections: usize) -> usize {
+    connections.div_ceil(LAYER_SLOTS)
+}
+
+/// The leaf of a slot, and the bit of its group in the summary.
+#[inline]
+fn place(slot: u32) -> (usize, u64) {
+    let leaf = slot as usize / 64;
+    (leaf, 1 << (leaf % GROUP_COUNT))
+}
 
 /// The words of a bell, and how to sleep on it.
 pub(super) trait Bell {
     type Word: Word;
     fn summary(&self) -> &Self::Word;
-    fn leaf(&self, group: usize) -> &Self::Word;
+    fn leaf(&self, leaf: usize) -> &Self::Word;
     /// Sleeps while `PARKED` is set, at most for `timeout`; may return early.
     fn sleep(&self, timeout: Duration);
     /// Ends a present sleep.
@@ -57,9 +76,9 @@ pub(super) trait Bell {
 /// Tells the owner that connection `slot` has something, which the caller has written before.
 #[inline]
 pub(super) fn ring(bell: &impl Bell, slot: u32) {
-    let group = 1 << (slot / 64);
+    let (leaf, group) = place(slot);
     // SYNC POINT: releases the news to `take`.
-    bell.leaf(slot as usize / 64).fetch_or(1 << (slot % 64), Ordering::AcqRel);
+    bell.leaf(leaf).fetch_or(1 << (slot % 64), Ordering::AcqRel);
     // The group bit is already set: then the owner's next look at the leaf is still to come. (Had that look
     // been before our `fetch_or`, we would have acquired it, and with it the clearing of the group bit
     // before.) If the owner is parked all the same, whoever set the bit is about to wake it; or was killed,
@@ -75,8 +94,9 @@ pub(super) fn ring(bell: &impl Bell, slot: u32) {
 
 /// As [`ring`], but wakes the owner even if somebody else seems to have done so.
 pub(super) fn poke(bell: &impl Bell, slot: u32) {
-    bell.leaf(slot as usize / 64).fetch_or(1 << (slot % 64), Ordering::AcqRel);
-    bell.summary().fetch_or(1 << (slot / 64), Ordering::AcqRel);
+    let (leaf, group) = place(slot);
+    bell.leaf(leaf).fetch_or(1 << (slot % 64), Ordering::AcqRel);
+    bell.summary().fetch_or(group, Ordering::AcqRel);
     unpark(bell);
 }
 
@@ -92,10 +112,10 @@ fn unpark(bell: &impl Bell) {
     bell.wake();
 }
 
-/// Hands all slots that have something to `each`, at most once each; returns whether [`notify`] was called.
-/// For the owner.
+/// Hands all slots of the first `layers` layers that have something to `each`, at most once each; returns whether
+/// [`notify`] was called. For the owner.
 #[inline]
-pub(super) fn take(bell: &impl Bell, mut each: impl FnMut(u32)) -> bool {
+pub(super) fn take(bell: &impl Bell, layers: usize, mut each: impl FnMut(u32)) -> bool {
     if bell.summary().load(Ordering::Relaxed) == 0 {
         return false;
     }
@@ -103,12 +123,15 @@ pub(super) fn take(bell: &impl Bell, mut each: impl FnMut(u32)) -> bool {
     let seen = bell.summary().swap(0, Ordering::AcqRel);
     let mut groups = seen & GROUPS;
     while groups != 0 {
-        let group = groups.trailing_zeros();
+        let group = groups.trailing_zeros() as usize;
         groups &= groups - 1;
-        let mut slots = bell.leaf(group as usize).swap(0, Ordering::AcqRel);
-        while slots != 0 {
-            each(group * 64 + slots.trailing_zeros());
-            slots &= slots - 1;
+        for leaf in (0..layers).map(|layer| layer * GROUP_COUNT + group) {
+            // Also where it finds nothing it is a swap: see `ring`.
+            let mut slots = bell.leaf(leaf).swap(0, Ordering::AcqRel);
+            while slots != 0 {
+                each(leaf as u32 * 64 + slots.trailing_zeros());
+                slots &= slots - 1;
+            }
         }
     }
     seen & NOTIFIED != 0
@@ -139,9 +162,9 @@ impl Page {
         Ok((Self(file), fd))
     }
 
-    /// A peer's.
-    pub(super) fn open(fd: &OwnedFd) -> Result<Self, Error> {
-        Mapping::open(fd, PAGE, true).map(Self)
+    /// A peer's. The connections of this process to one endpoint share it.
+    pub(super) fn open(mappings: &Mappings, fd: &OwnedFd) -> Result<Self, Error> {
+        Mapping::open_shared(mappings, fd, PAGE, true).map(Self)
     }
 }
 
@@ -154,8 +177,8 @@ impl Bell for Page {
     }
 
     #[inline]
-    fn leaf(&self, group: usize) -> &Self::Word {
-        self.0.word(LEAVES + 8 * group)
+    fn leaf(&self, leaf: usize) -> &Self::Word {
+        self.0.word(LEAVES + 8 * leaf)
     }
 
     fn sleep(&self, timeout: Duration) {

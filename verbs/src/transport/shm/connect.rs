@@ -253,7 +253,11 @@ pub(super) fn connect_to(
     {
         return Err(bad_ring(ring::Corrupt));
     }
-    let peer = Peer { opening, bell: Page::open(&bell)?, regions: RemoteTable::new(incoming.regions) };
+    let peer = Peer {
+        opening,
+        bell: Page::open(&shared.inner.mappings, &bell)?,
+        regions: RemoteTable::new(incoming.regions),
+    };
     Ok((peer.connection(shared, seat, socket, inbox, outbox)?, private_data))
 }
 
@@ -335,7 +339,7 @@ impl ShmListener {
         let now = Instant::now();
         for mut stranger in std::mem::take(&mut self.strangers) {
             match stranger.incoming.advance(&stranger.socket, &self.inner.mappings) {
-                Progress::Complete => self.complete.extend(ShmRequest::new(stranger)),
+                Progress::Complete => self.complete.extend(ShmRequest::new(stranger, &self.inner.mappings)),
                 Progress::Unfinished if now < stranger.deadline => self.strangers.push_back(stranger),
                 Progress::Unfinished | Progress::Bad(_) => {}
             }
@@ -425,13 +429,13 @@ pub struct ShmRequest {
 
 impl ShmRequest {
     /// `None`: it is no request.
-    fn new(stranger: Stranger) -> Option<Self> {
+    fn new(stranger: Stranger, mappings: &Mappings) -> Option<Self> {
         let (opening, fds) = stranger.incoming.opening?;
         let [bell] = <[OwnedFd; 1]>::try_from(fds).ok()?;
         if opening.kind != Kind::Hello {
             return None;
         }
-        let bell = Page::open(&bell).ok()?;
+        let bell = Page::open(mappings, &bell).ok()?;
         let private_data = opening.data.clone();
         let peer = Peer { opening, bell, regions: RemoteTable::new(stranger.incoming.regions) };
         Some(Self { peer: Some((peer, stranger.socket)), private_data })

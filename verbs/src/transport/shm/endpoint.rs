@@ -187,6 +187,8 @@ impl Buffers {
 pub struct ShmEndpoint {
     shared: Arc<Shared>,
     buffers: Buffers,
+    /// Of the bell.
+    layers: usize,
     slots: Vec<Option<Polled>>,
     /// Slots to visit, in turn.
     ready: VecDeque<u32>,
@@ -216,6 +218,7 @@ impl ShmEndpoint {
         let buffers = Buffers::new(config.receive_buffers, config.receive_size)?;
         let (bell, bell_file) = Page::create()?;
         let seats = Seats { free: (0..config.connections as u32).rev().collect(), ..Seats::default() };
+        let layers = bell::layers(config.connections);
         let slots = (0..config.connections).map(|_| None).collect();
         Ok(Self {
             shared: Arc::new(Shared {
@@ -226,6 +229,7 @@ impl ShmEndpoint {
                 seats: Mutex::new(seats),
             }),
             buffers,
+            layers,
             slots,
             ready: VecDeque::new(),
             blocked: Vec::new(),
@@ -234,11 +238,13 @@ impl ShmEndpoint {
         })
     }
 
-    /// Seats those who have connected since the last look. Called when a bell rings for an empty slot.
+    /// Seats those who have connected since the last look, and visits them: what they rang for may be forgotten.
+    /// Called when a bell rings for an empty slot.
+    #[cold]
     fn welcome(&mut self) {
         for Arrival { link, inbox, peer_bell, peer_slot } in self.shared.seats().arrivals.drain(..) {
-            let slot = link.slot as usize;
-            self.slots[slot] = Some(Polled {
+            let slot = link.slot;
+            let polled = self.slots[slot as usize].insert(Polled {
                 link,
                 inbox,
                 peer_bell,
@@ -248,31 +254,22 @@ impl ShmEndpoint {
                 blocked: false,
                 linger: None,
             });
+            polled.enqueue(slot, &mut self.ready);
         }
     }
 
     /// Queues the connections whose bell rang.
     #[inline]
     fn answer_bell(&mut self) {
-        let Self { shared, slots, ready, .. } = self;
+        let Self { shared, layers, slots, ready, .. } = self;
         let mut strangers = false;
-        let notified = bell::take(&shared.bell, |slot| match slots.get_mut(slot as usize) {
+        let notified = bell::take(&shared.bell, *layers, |slot| match slots.get_mut(slot as usize) {
             Some(Some(polled)) => polled.enqueue(slot, ready),
             _ => strangers = true,
         });
         self.notified |= notified;
         if strangers {
-            self.welcome_strangers();
-        }
-    }
-
-    #[cold]
-    fn welcome_strangers(&mut self) {
-        self.welcome();
-        for (slot, polled) in self.slots.iter_mut().enumerate() {
-            if let Some(polled) = polled {
-                polled.enqueue(slot as u32, &mut self.ready);
-            }
+            self.welcome();
         }
     }
 

@@ -30,12 +30,12 @@ fn check(model: impl Fn() + Send + Sync + 'static) {
     builder.check(model);
 }
 
-/// A doorbell with two leaves. The mutex and the condition variable are the kernel's futex: it compares and
+/// A doorbell with two groups of two leaves. The mutex and the condition variable are the kernel's futex: it compares and
 /// falls asleep in one step.
 #[derive(Default)]
 struct Model {
     summary: AtomicU64,
-    leaves: [AtomicU64; 2],
+    leaves: [[AtomicU64; 2]; 2],
     futex: Mutex<()>,
     woken: Condvar,
 }
@@ -47,8 +47,8 @@ impl Bell for Model {
         &self.summary
     }
 
-    fn leaf(&self, group: usize) -> &AtomicU64 {
-        &self.leaves[group]
+    fn leaf(&self, leaf: usize) -> &AtomicU64 {
+        &self.leaves[leaf / 62][leaf % 62]
     }
 
     fn sleep(&self, _: Duration) {
@@ -90,7 +90,7 @@ impl Cell {
 
 /// Ringers of these slots write their news, ring, and the owner, which sleeps when it finds nothing, sees
 /// all.
-fn no_wake_is_lost(slots: &'static [u32]) {
+fn no_wake_is_lost(slots: &'static [u32], layers: usize) {
     check(move || {
         let bell = Arc::new(Model::default());
         let news: Arc<Vec<Cell>> = Arc::new(slots.iter().map(|_| Cell::new()).collect());
@@ -104,7 +104,7 @@ fn no_wake_is_lost(slots: &'static [u32]) {
         let mut seen = 0;
         while seen < slots.len() {
             let mut found = false;
-            bell::take(&*bell, |slot| {
+            bell::take(&*bell, layers, |slot| {
                 let number = slots.iter().position(|&s| s == slot).expect("a slot that was rung");
                 assert_eq!(news[number].get(), 1);
                 found = true;
@@ -119,17 +119,22 @@ fn no_wake_is_lost(slots: &'static [u32]) {
 
 #[test]
 fn loom_one_ringer() {
-    no_wake_is_lost(&[3]);
+    no_wake_is_lost(&[3], 1);
 }
 
 #[test]
 fn loom_two_ringers_of_one_leaf() {
-    no_wake_is_lost(&[0, 1]);
+    no_wake_is_lost(&[0, 1], 1);
 }
 
 #[test]
 fn loom_two_ringers_of_two_leaves() {
-    no_wake_is_lost(&[0, 64]);
+    no_wake_is_lost(&[0, 64], 1);
+}
+
+#[test]
+fn loom_two_ringers_of_two_layers() {
+    no_wake_is_lost(&[0, 62 * 64], 2);
 }
 
 #[test]
@@ -149,7 +154,7 @@ fn loom_a_slot_rung_twice() {
         let mut seen = 0;
         while seen < 2 {
             let mut found = false;
-            bell::take(&*bell, |_| {
+            bell::take(&*bell, 1, |_| {
                 found = true;
                 seen = news.load(Ordering::Relaxed);
             });
@@ -169,7 +174,7 @@ fn loom_a_notification_ends_the_next_wait() {
             let bell = bell.clone();
             thread::spawn(move || bell::notify(&*bell))
         };
-        if !bell::take(&*bell, |_| panic!("nobody rang")) {
+        if !bell::take(&*bell, 1, |_| panic!("nobody rang")) {
             bell::wait(&*bell, Duration::MAX);
         }
         notifier.join().unwrap();
@@ -288,7 +293,7 @@ fn loom_a_sender_without_room_is_rung() {
                 // It sleeps on its bell alone: if nobody rings, this is a deadlock.
                 while !ring.push(&mut producer, 3) {
                     bell::wait(&ring.bell, Duration::MAX);
-                    bell::take(&ring.bell, |_| ());
+                    bell::take(&ring.bell, 1, |_| ());
                 }
             })
         };

@@ -22,7 +22,7 @@ use crate::{error::Error, memory::copy::from_shared};
 /// Bytes of a page; of the header of every mapping that this module creates.
 pub(super) const PAGE: usize = 4096;
 
-/// The mappings of peers' regions, by device, inode and right: the connections of this process to one peer
+/// The mappings of peers' regions and doorbells, by device, inode and right: the connections of this process to one peer
 /// share them, so that each page is faulted in once. While a mapping lives, so does its inode: no other file
 /// has its number.
 #[derive(Debug, Default)]

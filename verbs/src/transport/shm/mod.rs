@@ -34,6 +34,21 @@
 //!   peer was stopped in the middle of one for more than a second).
 //! - A peer that is alive and does nothing is no error.
 //!
+//! **What a connection costs,** in each of the two processes: one descriptor (its socket) and two mappings (its rings; the
+//! peer's doorbell is mapped once for all connections to one endpoint). A ring is as large as the contract asks, but a page
+//! of it is memory only once it has been touched. So a connection that only READs, or has views, takes 8 KiB for both rings
+//! and 4 KiB of page tables in each process; one that has sent a message takes 20 KiB.
+//!
+//! **How many there may be.**
+//!
+//! | limit | of | why |
+//! |---|---|---|
+//! | 31,744 connections | an endpoint | the bits in its doorbell, which is one page |
+//! | about 21,000 connections | a process | Linux allows 65,530 mappings (`vm.max_map_count`) |
+//! | `RLIMIT_NOFILE`, less what else is open | a process | the sockets. [`Shm::new`] raises the soft limit, usually 1,024, to the hard one |
+//!
+//! So a server thread has room for 1,000 clients of 20 worker connections each, if it may open 20,000 files (`ulimit -Hn`).
+//!
 //! **Trust.** A peer can write the rings and bells that it shares with this process, and what was registered
 //! for it to write. Whatever it writes there, this process stays sound: it may end that connection, or look
 //! in vain.
@@ -42,6 +57,8 @@
 //! [`WorkError::RemoteInvalid`]: super::WorkError::RemoteInvalid
 
 use std::{sync::Arc, time::Duration};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use self::{mapping::Mappings, region::Registry, watch::Watch};
 use crate::{
@@ -99,16 +116,27 @@ impl Drop for Inner {
 pub struct Shm(Arc<Inner>);
 
 impl Shm {
-    /// A new transport. Its regions are offered to the peers of its own connections alone.
+    /// A new transport. Its regions are offered to the peers of its own connections alone. Lets this process have as many
+    /// open files as the system allows it.
     ///
     /// # Errors
     /// The system's, when it has no descriptor left.
     pub fn new() -> Result<Self, Error> {
+        raise_file_limit();
         Ok(Self(Arc::new(Inner {
             registry: Arc::default(),
             mappings: Mappings::default(),
             watch: Watch::new()?,
         })))
+    }
+}
+
+/// Raises the soft limit of open files to the hard one.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        // If it cannot be raised it stays as it is, and who comes to it is told.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     }
 }
 

@@ -48,6 +48,10 @@ impl<T: Subject> Rig for LocalRig<T> {
         Address::Shm(std::env::temp_dir().join(name))
     }
 
+    fn views(&self) -> bool {
+        true
+    }
+
     fn effort(&self) -> Effort {
         // A round takes a microsecond here: many, so that the races have time to happen.
         Effort { rounds: 3000, ..Effort::default() }

@@ -420,6 +420,44 @@ fn exported_memory_is_read_and_cannot_be_mapped_writable() {
 }
 
 #[test]
+fn connections_of_every_layer_of_the_bell_work() {
+    let (address, _) = socket();
+    let (server, client) = (Shm::new().unwrap(), Shm::new().unwrap());
+    let config = EndpointConfig { connections: bell::SLOTS, ..EndpointConfig::default() };
+    let mut ends = [server.endpoint(&config).unwrap(), client.endpoint(&config).unwrap()];
+    let more = EndpointConfig { connections: bell::SLOTS + 1, ..config };
+    assert!(matches!(server.endpoint(&more), Err(Error::Limit { limit: 31_744, .. })));
+    let mut listener = server.listen(&address).unwrap();
+    let attaches = [ends[0].attach(), ends[1].attach()];
+    let (mut seats, mut connections) = (Vec::new(), Vec::new());
+    for slot in [0, 1, 63, 64, 3_967, 3_968, 7_936, 15_000, 31_743] {
+        // The slots before are taken, without a connection.
+        while seats.len() / 2 + connections.len() / 2 < slot {
+            seats.extend(attaches.each_ref().map(|attach| endpoint::Seat::reserve(&attach.0).unwrap()));
+        }
+        assert!(seats.last().is_none_or(|seat: &endpoint::Seat| seat.slot < slot as u32));
+        let (to_client, to_server) = std::thread::scope(|scope| {
+            let connecting = scope.spawn(|| client.connect(&attaches[1], &address, b"", PATIENCE).unwrap().0);
+            let request = listener.accept(PATIENCE).unwrap().expect("a request");
+            (request.accept(&attaches[0], b"").unwrap(), connecting.join().unwrap())
+        });
+        let ids = [to_client.id(), to_server.id()];
+        connections.extend([to_server, to_client]);
+        let last = connections.len() - 2;
+        for (side, connection) in connections[last..].iter_mut().enumerate() {
+            connection.send(Payload::Inline(b"hello"), Some(slot as u32), None).unwrap();
+            connection.ring().unwrap();
+            let Completion::Received { connection, buffer, immediate } = next(&mut ends[side]) else {
+                panic!("expected a message")
+            };
+            assert_eq!((connection, immediate), (ids[side], Some(slot as u32)));
+            ends[side].release(buffer);
+        }
+    }
+    assert!(endpoint::Seat::reserve(&attaches[0].0).is_err(), "every slot is taken");
+}
+
+#[test]
 fn connections_to_one_peer_share_their_mappings() {
     let mappings = mapping::Mappings::default();
     let (_own, fd) = mapping::Mapping::create("test", 4096).unwrap();

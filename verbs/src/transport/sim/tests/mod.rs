@@ -29,6 +29,17 @@ pub(in crate::transport) struct SimRig {
     pub(in crate::transport) sim: Sim,
     nodes: [Node; 2],
     victims: AtomicU32,
+    /// Whether all nodes are on one host.
+    together: bool,
+}
+
+impl SimRig {
+    /// On one host, or each on one of its own.
+    fn over(sim: Sim, together: bool) -> Self {
+        let client = sim.node("client");
+        let server = if together { sim.node_on(&client, "server") } else { sim.node("server") };
+        Self { sim, nodes: [client, server], victims: AtomicU32::new(0), together }
+    }
 }
 
 impl Rig for SimRig {
@@ -40,9 +51,7 @@ impl Rig for SimRig {
     }
 
     fn new(_case: &'static str, repeat: u64) -> Self {
-        let sim = Sim::new(repeat);
-        let nodes = [sim.node("client"), sim.node("server")];
-        Self { sim, nodes, victims: AtomicU32::new(0) }
+        Self::over(Sim::new(repeat), repeat % 2 == 1)
     }
 
     fn run(&self, body: Box<dyn FnOnce() + Send>) {
@@ -58,13 +67,18 @@ impl Rig for SimRig {
         Address::Sim(format!("server-{number}"))
     }
 
+    fn views(&self) -> bool {
+        self.together
+    }
+
     fn effort(&self) -> conformance::Effort {
         conformance::Effort { rounds: 60, in_flight: 10_000 }
     }
 
     fn start(&self, role: Role, address: &Address) -> Node {
         let number = self.victims.fetch_add(1, Ordering::Relaxed);
-        let node = self.sim.node(&format!("victim {number}"));
+        let name = format!("victim {number}");
+        let node = if self.together { self.sim.node_on(&self.nodes[0], &name) } else { self.sim.node(&name) };
         let (inside, address) = (node.clone(), address.clone());
         let body = move || conformance::victim(&inside, role, &address);
         node.spawn("main", None, body).expect("spawn");

@@ -33,14 +33,13 @@ impl Rig for TimedRig {
     type Victim = Node;
 
     fn repeats() -> u64 {
-        3
+        6
     }
 
     fn new(_case: &'static str, repeat: u64) -> Self {
         let fabrics = [Fabric::ethernet_1g(), Fabric::roce_25g(), Fabric::infiniband_100g()];
         let sim = timed(repeat, fabrics[repeat as usize % 3].clone());
-        let nodes = [sim.node("client"), sim.node("server")];
-        Self(SimRig { sim, nodes, victims: AtomicU32::new(0) })
+        Self(SimRig::over(sim, repeat >= 3))
     }
 
     fn run(&self, body: Box<dyn FnOnce() + Send>) {
@@ -53,6 +52,10 @@ impl Rig for TimedRig {
 
     fn address(&self, number: u32) -> Address {
         self.0.address(number)
+    }
+
+    fn views(&self) -> bool {
+        self.0.views()
     }
 
     fn effort(&self) -> Effort {
@@ -98,8 +101,7 @@ fn equal_seeds_make_equal_histories_and_others_make_others() {
 /// How long it takes on a fabric without jitter until `count` requests of `bytes` have completed: READs, or else WRITEs.
 fn takes(fabric: Fabric, read: bool, count: u64, bytes: usize) -> Duration {
     let sim = timed(1, Fabric { jitter: Duration::ZERO, ..fabric });
-    let nodes = [sim.node("client"), sim.node("server")];
-    let rig = Arc::new(TimedRig(SimRig { sim, nodes, victims: AtomicU32::new(0) }));
+    let rig = Arc::new(TimedRig(SimRig::over(sim, false)));
     let took = Arc::new(Mutex::new(Duration::ZERO));
     let (inside, result) = (Arc::clone(&rig), Arc::clone(&took));
     rig.run(Box::new(move || {
@@ -163,8 +165,7 @@ fn threads_compute_for_as_long_as_their_machine_needs() {
 #[test]
 fn who_waits_sleeps_until_it_comes() {
     let sim = timed(3, Fabric::roce_25g());
-    let nodes = [sim.node("client"), sim.node("server")];
-    let rig = Arc::new(TimedRig(SimRig { sim, nodes, victims: AtomicU32::new(0) }));
+    let rig = Arc::new(TimedRig(SimRig::over(sim, false)));
     let inside = Arc::clone(&rig);
     let turns = Arc::new(AtomicU32::new(0));
     let counted = Arc::clone(&turns);

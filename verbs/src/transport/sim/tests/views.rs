@@ -13,8 +13,10 @@ use super::*;
 use crate::{
     Exclusive,
     transport::{
-        Connection as _, Endpoint as _, EndpointConfig, Export as _, Listener as _, RemoteRegion,
-        Request as _, View as _,
+        Access, Connection as _, Endpoint as _, EndpointConfig, Export as _, Listener as _, Payload,
+        PostError, Region as _, RemoteRegion, Request as _, View as _,
+        conformance::pair::Pair,
+        faulty::{Fault, Plan},
     },
 };
 
@@ -168,4 +170,25 @@ fn in_a_simulation_of_time_a_copy_costs_time_and_nobody_runs_meanwhile() {
         short > Duration::from_micros(10) && long > short && long < Duration::from_micros(100),
         "{short:?} {long:?}"
     );
+}
+
+#[test]
+fn a_faulty_node_that_is_dead_still_has_its_views() {
+    let inner = SimRig::over(Sim::new(5), true);
+    let plans = [Plan::one(Fault::Die { operation: 1 }), Plan::default()];
+    let rig = Arc::new(FaultyRig::<SimRig, Nothing>::over(inner, plans));
+    let inside = Arc::clone(&rig);
+    rig.run(Box::new(move || {
+        let mut pair = Pair::alike(&*inside, &EndpointConfig::default());
+        let region = pair.region(Side::Server, LEN, Access::RemoteRead);
+        pair.connect();
+        let view = pair.to_server[0].view(region.remote()).expect("the nodes are on one host");
+        let post = pair.to_server[0].send(Payload::Inline(b"dies here"), None, None);
+        assert_eq!(post, Err(PostError::Disconnected));
+        let id = pair.to_server[0].id();
+        pair.end_of(Side::Client, id);
+        assert_eq!(view.load(8), u64::from_ne_bytes([0xee; 8]));
+        pair.to_server.clear();
+        view.copy(0, &mut [0; LEN]);
+    }));
 }
