@@ -175,6 +175,9 @@ pub struct LatencyOptions {
     /// The server that is started if none is named.
     #[command(flatten)]
     pub embedded: EmbeddedOptions,
+    /// Fail if the ratio to perftest is greater
+    #[arg(long, value_name = "RATIO", requires = "beside_perftest")]
+    pub max_ratio: Option<f64>,
     /// Measuring beside perftest.
     #[command(flatten)]
     pub perftest: PerftestOptions,
@@ -222,7 +225,7 @@ impl LatencyOptions {
 
     /// Compares the ratios with perftest's with the bound.
     fn judge(&self, figures: &[Figures]) -> Result<()> {
-        let Some(most) = self.perftest.max_ratio else { return Ok(()) };
+        let Some(most) = self.max_ratio else { return Ok(()) };
         for figures in figures {
             if let Some(Beside { tool, ratio, .. }) =
                 figures.beside.as_ref().filter(|beside| beside.ratio > most)
