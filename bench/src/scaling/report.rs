@@ -10,7 +10,7 @@ use super::{
     settings::{Setting, title},
 };
 use crate::{
-    figures::{Axis, Curve, curves},
+    figures::{Axis, Curve, rising_curves},
     machine::Machine,
     report::{TextTable, percent},
 };
@@ -126,7 +126,7 @@ pub(super) fn draw(scaling: &Scaling, options: &ScalingOptions, settings: &[Sett
             all.push(Curve::new(name, points));
         }
     }
-    curves(Axis::even("workers"), Axis::even("speed-up over one plain thread"), &all)
+    rising_curves(Axis::even("workers"), Axis::even("speed-up over one plain thread"), &all)
 }
 
 #[cfg(test)]
