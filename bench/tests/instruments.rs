@@ -90,7 +90,7 @@ fn throughput_has_a_row_for_each_setting() {
     let folder = Folder::new();
     let json = format!("--json={}", folder.file("throughput.json"));
     let quick =
-        ["throughput", "--duration=0.05", "--size=64", "--workers=1,2", "--outstanding=1,8", "--batch=32"];
+        ["throughput", "--duration=0.2", "--size=64", "--workers=1,2", "--outstanding=1,8", "--batch=32"];
     let out = succeed(&[&quick[..], &["--shards=2", &json]].concat());
     assert!(out.contains("BW average[MB/sec]") && out.contains("MsgRate[Mpps]"), "{out}");
     let results = folder.json("throughput.json");
