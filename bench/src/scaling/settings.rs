@@ -63,13 +63,16 @@ pub(super) fn in_words(options: &ScalingOptions) -> String {
         Job::Mf => format!("--rank {}", options.rank),
         Job::Lda => format!("--topics {}", options.topics),
     };
+    let rounds = match options.rounds {
+        1 => "one round".into(),
+        rounds => format!("medians of {rounds} rounds"),
+    };
     let copies = if options.reads.copies { " --copies" } else { "" };
     format!(
-        "{} --generate {data} {size} --clocks-per-epoch {} --epochs {epochs} --seed {}{copies}, medians of {} rounds",
+        "{} --generate {data} {size} --clocks-per-epoch {} --epochs {epochs} --seed {}{copies}, {rounds}",
         options.job.name(),
         options.clocks_per_epoch,
-        options.seed,
-        options.rounds
+        options.seed
     )
 }
 
