@@ -5,6 +5,8 @@
 //! made, its own exactly, and each row as a snapshot. Under VAP it must see all that had been made before its read (`made`,
 //! raised after they were) but those that the bound lets be in transit. At the end every addition is there once.
 //!
+//! Clocks are counted here, by the application: nothing rests on what the client says of itself.
+//!
 //! A row has an element for each worker, several times over: element `i` belongs to worker `i mod workers`. Rows are dealt to
 //! the shards in turn, so several rows test several shards. All clients live in this process, so that what has
 //! been added is known to everyone (`added`, which a worker raises before it adds).
@@ -25,6 +27,7 @@ use clap::{Args, value_parser};
 use fervor_client::{Client, ClientOptions, Model, Table, TableOptions, Worker, value_bound};
 
 use crate::{
+    connect::{self, ReadOptions},
     model::ModelOptions,
     report::TextTable,
     server::{EmbeddedOptions, EmbeddedServer},
@@ -51,6 +54,9 @@ pub struct CheckOptions {
     /// The consistency model
     #[command(flatten)]
     pub model: ModelOptions,
+    /// How rows are read.
+    #[command(flatten)]
+    pub reads: ReadOptions,
     /// Check a running server instead of starting one; may be repeated
     #[arg(long, value_name = "URL")]
     pub server: Vec<String>,
@@ -126,6 +132,7 @@ pub fn run(options: &CheckOptions) -> Result<Checked> {
         name,
         staleness: options.model.bounded_by().map(Into::into),
         model: options.model.model(),
+        reads: options.reads,
         table: options.model.table(),
         rows: options.rows.into(),
         width: options.width.into(),
@@ -169,6 +176,7 @@ pub fn run(options: &CheckOptions) -> Result<Checked> {
 struct Job {
     name: String,
     model: Model,
+    reads: ReadOptions,
     table: TableOptions,
     staleness: Option<u64>,
     rows: u64,
@@ -194,8 +202,10 @@ struct Counts {
 
 fn client(job: &Job, urls: &[String], index: u16, clients: u16, workers: u16) -> Result<Vec<Counts>> {
     let made = || -> Result<_> {
-        let client =
-            Client::connect_with(urls, ClientOptions { clients, check: true, ..ClientOptions::default() })?;
+        let client = Client::connect_with(
+            urls,
+            ClientOptions { check: true, ..connect::client_options(clients, job.reads) },
+        )?;
         let table = client.table_with::<i64>(&job.name, job.rows, job.width, job.model, job.table)?;
         let workers = (0..workers).map(|_| client.worker()).collect::<Result<Vec<_>, _>>()?;
         Ok((client, table, workers))

@@ -1,9 +1,6 @@
 //! Latencies of several runs side by side: percentiles of the logs that `fervor-bench latency --hlog` writes.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Args;
@@ -37,7 +34,7 @@ pub struct CompareOptions {
 /// A log that cannot be read; logs that have nothing in common; a median above the bound.
 pub fn run(options: &CompareOptions) -> Result<()> {
     let logs = options.logs.iter().map(|path| hlog::read(path)).collect::<Result<Vec<_>>>()?;
-    let names: Vec<String> = options.logs.iter().map(|path| name(path)).collect();
+    let names = names(&options.logs);
     let (table, medians) = compare(&names, &logs)?;
     print!("{table}");
     if let Some(path) = &options.svg {
@@ -58,8 +55,15 @@ pub fn run(options: &CompareOptions) -> Result<()> {
     Ok(())
 }
 
-fn name(path: &Path) -> String {
-    path.file_stem().map_or_else(|| path.display().to_string(), |stem| stem.to_string_lossy().into_owned())
+/// The names of the files without their folders, if these tell them apart.
+fn names(paths: &[PathBuf]) -> Vec<String> {
+    let stem = |path: &PathBuf| {
+        path.file_stem()
+            .map_or_else(|| path.display().to_string(), |stem| stem.to_string_lossy().into_owned())
+    };
+    let stems: Vec<String> = paths.iter().map(stem).collect();
+    let unlike = stems.iter().enumerate().all(|(at, stem)| !stems[..at].contains(stem));
+    if unlike { stems } else { paths.iter().map(|path| path.display().to_string()).collect() }
 }
 
 /// The table, and each ratio of medians with its name.
@@ -113,6 +117,13 @@ mod tests {
         let mut histogram = ops::histogram();
         (0..100).for_each(|_| histogram.record(value).unwrap());
         Recording { name: name.into(), histogram, length: Duration::from_secs(1) }
+    }
+
+    #[test]
+    fn files_are_called_by_what_tells_them_apart() {
+        let names = |paths: [&str; 2]| names(&paths.map(PathBuf::from));
+        assert_eq!(names(["a/before.hlog", "a/after.hlog"]), ["before", "after"]);
+        assert_eq!(names(["a/run.hlog", "b/run.hlog"]), ["a/run.hlog", "b/run.hlog"]);
     }
 
     #[test]

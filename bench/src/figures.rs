@@ -124,10 +124,10 @@ fn chart<'a, 'b>(area: &'a Area<'b>, x: Range<f64>, y: Range<f64>) -> Result<Cha
 }
 
 /// Says which series is which.
-fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>) -> Result<()> {
+fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>, position: SeriesLabelPosition) -> Result<()> {
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(position)
         .label_font((FONT, 13))
         .background_style(WHITE.mix(0.8))
         .border_style(RGBColor(200, 200, 200))
@@ -143,11 +143,29 @@ pub fn curves(x: Axis<'_>, y: Axis<'_>, curves: &[Curve]) -> Result<String> {
     svg(SIZE, |area| panel(area, x, y, curves))
 }
 
+/// Draws curves that rise: the legend is on the left, where they are low.
+///
+/// # Errors
+/// When there is nothing to draw.
+pub fn rising_curves(x: Axis<'_>, y: Axis<'_>, curves: &[Curve]) -> Result<String> {
+    svg(SIZE, |area| panel_with(area, x, y, curves, SeriesLabelPosition::UpperLeft))
+}
+
 /// Draws curves on `area`. What has no place on an axis (0 on one of logarithms) is left out.
 ///
 /// # Errors
 /// When there is nothing to draw.
 pub fn panel(area: &Area<'_>, x: Axis<'_>, y: Axis<'_>, curves: &[Curve]) -> Result<()> {
+    panel_with(area, x, y, curves, SeriesLabelPosition::UpperRight)
+}
+
+fn panel_with(
+    area: &Area<'_>,
+    x: Axis<'_>,
+    y: Axis<'_>,
+    curves: &[Curve],
+    position: SeriesLabelPosition,
+) -> Result<()> {
     let placed: Vec<(&str, Vec<(f64, f64)>)> = curves
         .iter()
         .map(|curve| {
@@ -185,7 +203,7 @@ pub fn panel(area: &Area<'_>, x: Axis<'_>, y: Axis<'_>, curves: &[Curve]) -> Res
             .label(*name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
     }
-    legend(&mut chart)
+    legend(&mut chart, position)
 }
 
 /// Draws bars.
@@ -236,7 +254,7 @@ pub fn bars(x: &str, y: &str, bars: &Bars) -> Result<String> {
                 .label(name)
                 .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 14, y + 5)], fill));
         }
-        legend(&mut chart)
+        legend(&mut chart, SeriesLabelPosition::UpperRight)
     })
 }
 

@@ -18,6 +18,7 @@
 //! | [`devices`] | the RDMA devices of this machine |
 //! | [`latency`] | what each operation takes, one by one |
 //! | [`compare`] | latencies of several runs side by side |
+//! | [`throughput`] | how many rows a second |
 //! | [`limits`], [`perftest`] | what the machine and its network allow |
 //! | [`model`] | consistency models on the command line |
 //! | [`server`] | starting and stopping a server of our own |
@@ -44,3 +45,4 @@ pub mod perftest;
 pub mod report;
 pub mod scaling;
 pub mod server;
+pub mod throughput;

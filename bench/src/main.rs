@@ -6,7 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use fervor_bench::{check, compare, demo, devices, latency, lda, limits, mf, paper, report, scaling, server};
+use fervor_bench::{
+    check, compare, demo, devices, latency, lda, limits, mf, paper, report, scaling, server, throughput,
+};
 
 /// Applications and measurements of the Fervor parameter server.
 #[derive(Debug, Parser)]
@@ -28,6 +30,8 @@ enum Command {
     Limits(limits::LimitsOptions),
     /// How long single operations take: hits, misses, updates, clocks, barriers
     Latency(Box<latency::LatencyOptions>),
+    /// How many rows a second are read, updated and pushed
+    Throughput(Box<throughput::ThroughputOptions>),
     /// Compare the latencies of several runs
     Compare(compare::CompareOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
@@ -68,6 +72,7 @@ fn run(command: Command) -> Result<()> {
         Command::Scaling(options) => scaling::run(&options),
         Command::Limits(options) => limits::run(&options),
         Command::Latency(options) => latency::run(&options),
+        Command::Throughput(options) => throughput::run(&options),
         Command::Compare(options) => compare::run(&options),
         Command::Devices => devices::run().map(|text| print!("{text}")),
         Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),

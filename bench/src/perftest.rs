@@ -47,9 +47,6 @@ pub struct PerftestOptions {
     /// How many turns; the best of each counts
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = value_parser!(u32).range(1..=100))]
     pub rounds: u32,
-    /// Fail if the ratio is worse: greater for latencies, less for throughput
-    #[arg(long, value_name = "RATIO", requires = "beside_perftest")]
-    pub max_ratio: Option<f64>,
     /// The ends of perftest.
     #[command(flatten)]
     pub ends: Ends,

@@ -1,4 +1,4 @@
-//! What is measured beside a limit, as a user runs it: `scaling`, `limits`.
+//! What is measured beside a limit, as a user runs it: `scaling`, `limits`, `throughput`.
 
 mod common;
 
@@ -83,4 +83,49 @@ fn limits_are_figures_of_this_machine() {
     let copies = |bytes: u64| limits.iter().filter(|limit| limit["bytes"] == bytes).count();
     assert_eq!((copies(64), copies(4096), copies(512)), (2, 2, 0));
     assert!(fail(&["limits", "--size=0"]).contains("--size 0: write 1 to"));
+}
+
+#[test]
+fn throughput_has_a_row_for_each_setting() {
+    let folder = Folder::new();
+    let json = format!("--json={}", folder.file("throughput.json"));
+    let quick =
+        ["throughput", "--duration=0.2", "--size=64", "--workers=1,2", "--outstanding=1,8", "--batch=32"];
+    let out = succeed(&[&quick[..], &["--shards=2", &json]].concat());
+    assert!(out.contains("BW average[MB/sec]") && out.contains("MsgRate[Mpps]"), "{out}");
+    let results = folder.json("throughput.json");
+    let rows = results["rows"].as_array().expect("rows");
+    // Two numbers of workers; READs of many rows with two depths.
+    assert_eq!(rows.len(), 2 * 8);
+    for op in ["hit", "in-place", "read", "many-hit", "many-read", "inc", "push"] {
+        let of = rows.iter().filter(|row| row["op"] == op);
+        assert_eq!(of.count(), if op == "many-read" { 4 } else { 2 }, "{op}");
+    }
+    for row in rows {
+        let [seconds, rows, bytes, peak] =
+            ["seconds", "rows_per_second", "bytes_per_second", "peak_bytes_per_second"]
+                .map(|name| number(&row[name]));
+        let iterations = number(&row["iterations"]);
+        assert!(iterations > 0.0 && (rows - iterations / seconds).abs() < 1e-6 * rows, "{row}");
+        assert!((bytes - 64.0 * rows).abs() < 1e-6 * bytes && peak > 0.0, "{row}");
+        assert!(number(&row["limit"]["ns"]) > 0.0 && row["shards"] == 2, "{row}");
+    }
+}
+
+#[test]
+fn throughput_refuses_nonsense_with_the_cure() {
+    for (arguments, message) in [
+        (&["--size=6"][..], "--size 6: an element has 4 bytes"),
+        (&["--duration=0"], "--duration 0: it is above 0"),
+        (
+            &["--op=hit", "--beside-perftest", "--server=rdma://x:1"],
+            "--op read, --op many-read and --op push",
+        ),
+        (&["--op=read", "--beside-perftest"], "Start one with `fervor-server --listen rdma://ADDRESS:7471`"),
+        (&["--min-ratio=1"], "--beside-perftest"),
+        (&["--op=inc", "--size=4", "--server=shm:///nonexistent/s.sock"], "/nonexistent/s.sock"),
+    ] {
+        let said = fail(&[&["throughput"][..], arguments].concat());
+        assert!(said.contains(message), "{arguments:?}: {said}");
+    }
 }

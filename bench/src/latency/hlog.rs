@@ -17,7 +17,7 @@ use hdrhistogram::{
     },
 };
 
-use crate::figures::{Axis, Curve, curves};
+use crate::figures::{Axis, Curve, rising_curves};
 
 /// A histogram of nanoseconds with a name.
 #[derive(Debug, Clone)]
@@ -121,7 +121,7 @@ pub fn draw(recordings: &[Recording]) -> Result<String> {
     };
     let slower = "one operation in so many is slower (10: 90 %, 100: 99 %, 1000: 99.9 %)";
     let all: Vec<Curve> = recordings.iter().map(curve).collect();
-    curves(Axis::logarithmic(slower), Axis::logarithmic("latency [µs]"), &all)
+    rising_curves(Axis::logarithmic(slower), Axis::logarithmic("latency [µs]"), &all)
 }
 
 #[cfg(test)]

@@ -143,12 +143,12 @@ pub struct LatencyOptions {
     #[arg(long, short = 's', value_name = "BYTES", value_delimiter = ',')]
     pub size: Vec<Sizes>,
     /// How many operations of each kind and size [default: 1,000,000 of hit, in-place and inc, 100,000 of miss and clock, 10,000 of the others]
-    #[arg(long, short = 'n', visible_alias = "count", value_parser = value_parser!(u64).range(100..))]
+    #[arg(long, short = 'n', visible_aliases = ["iters", "count"], value_parser = value_parser!(u64).range(100..))]
     pub iterations: Option<u64>,
     /// Measure each kind and size for so many seconds, instead of a number of operations
     #[arg(long, short = 'D', value_name = "SECONDS", conflicts_with_all = ["iterations", "beside_perftest"])]
     pub duration: Option<f64>,
-    /// Begin so many operations a second, whether or not earlier ones have ended. A sample then counts from the time its operation was due
+    /// Have so many operations due in a second. A sample then counts from when its operation was due, even if the one before it ended later
     #[arg(long, value_name = "PER_SECOND", conflicts_with = "beside_perftest")]
     pub rate: Option<f64>,
     /// Write the figures to this file: an object if there is one operation and one size, else an array of them
@@ -175,6 +175,9 @@ pub struct LatencyOptions {
     /// The server that is started if none is named.
     #[command(flatten)]
     pub embedded: EmbeddedOptions,
+    /// Fail if the ratio to perftest is greater
+    #[arg(long, value_name = "RATIO", requires = "beside_perftest")]
+    pub max_ratio: Option<f64>,
     /// Measuring beside perftest.
     #[command(flatten)]
     pub perftest: PerftestOptions,
@@ -222,7 +225,7 @@ impl LatencyOptions {
 
     /// Compares the ratios with perftest's with the bound.
     fn judge(&self, figures: &[Figures]) -> Result<()> {
-        let Some(most) = self.perftest.max_ratio else { return Ok(()) };
+        let Some(most) = self.max_ratio else { return Ok(()) };
         for figures in figures {
             if let Some(Beside { tool, ratio, .. }) =
                 figures.beside.as_ref().filter(|beside| beside.ratio > most)

@@ -50,7 +50,8 @@ pub fn section() -> Result<Section> {
     let mut reports: [Vec<Report>; MODELS.len()] = Default::default();
     for _ in 0..TURNS {
         for (model, reports) in MODELS.iter().zip(&mut reports) {
-            let common = ["mf", "--generate", SIZE, "--clients=2", "--clocks-per-epoch=4", "--epochs=12"];
+            let common =
+                ["mf", "--generate", SIZE, "--clients=2", "--clocks-per-epoch=4", "--epochs=12", "--copies"];
             let matches = command.clone().try_get_matches_from(common.iter().chain(*model))?;
             reports.extend(mf::run(&MfOptions::from_arg_matches(&matches)?)?);
         }

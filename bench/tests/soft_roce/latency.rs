@@ -1,4 +1,4 @@
-//! Latency beside perftest's, on the same two devices, in turns.
+//! Latency and throughput beside perftest's, on the same two devices, in turns.
 
 use std::time::Duration;
 
@@ -23,4 +23,16 @@ fn a_miss_takes_at_most_twice_a_bare_read() {
 #[test]
 fn an_update_becomes_visible() {
     beside_perftest("visible", &["--size", "64", "--count", "100", "--rounds", "3"]);
+}
+
+/// Given without a bound, for the same reason.
+#[test]
+fn rows_are_read_and_pushed() {
+    let server = Server::start(1);
+    let arguments =
+        ["throughput", "--beside-perftest", "--server", server.url(), "--op", "read,many-read,push"];
+    let more = ["--size", "4096", "--batch", "64", "--duration", "0.5", "--rounds", "2"];
+    let said = Program::bench(&[&arguments[..], &more].concat()).finish(LIMIT);
+    println!("\n{said}");
+    assert!(said.contains("ib_read_bw") && said.contains("ib_write_bw"));
 }

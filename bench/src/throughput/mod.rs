@@ -1,0 +1,332 @@
+//! Throughput: how many rows a second, and how many bytes.
+//!
+//! | operation | what each worker does | a row counts when |
+//! |---|---|---|
+//! | `hit` | `get` of rows that the cache has | it was read |
+//! | `in-place` | `get` on the server's own host, as the client reads unless it is told to copy | it was read |
+//! | `read` | `get` of rows that no cache keeps (Async): one READ at a time | it was read |
+//! | `many-hit` | `get_many` of `--batch` rows that the cache has | it was read |
+//! | `many-read` | `get_many` of `--batch` rows, with `--outstanding` READs in flight | it was read |
+//! | `inc` | `inc` of `--batch` rows of its own, then `clock` | its update was applied: the time until the servers have acknowledged all of them counts |
+//! | `push` | the same under ESSP(3), while a second client holds all rows | the server has pushed it to that client |
+//!
+//! The workers are threads of one client. Bytes are those of the rows, without headers. Each setting has a server of its own, unless one is
+//! named, and runs for `--duration`; `BW peak` is the best tenth of a second.
+//!
+//! Columns are those of perftest: `MB/sec` is 2^20 bytes a second, and a message is a row.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`workers`] | the threads that move rows, and the one that watches them |
+//! | [`report`] | the figures, and perftest's beside them |
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::{Args, ValueEnum, value_parser};
+use fervor_client::Model;
+
+use crate::{
+    connect::ReadOptions,
+    latency::{
+        ops,
+        sizes::{Sizes, expand},
+    },
+    limits::Limit,
+    machine::Machine,
+    perftest::{Perftest, PerftestOptions},
+    report::write_json,
+    server::{EmbeddedOptions, EmbeddedServer},
+};
+
+pub mod report;
+mod workers;
+
+use report::{Beside, Row, Throughput, judge};
+use workers::{Moved, move_rows};
+
+/// WRITEs that perftest has outstanding beside pushes.
+const WRITES: u32 = 128;
+
+/// An operation whose throughput is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Op {
+    /// `get` from the cache
+    Hit,
+    /// `get` on the server's own host, in place where the client can do that, else from the cache
+    InPlace,
+    /// `get`, one READ at a time
+    Read,
+    /// `get_many` from the cache
+    ManyHit,
+    /// `get_many`, several READs at a time
+    ManyRead,
+    /// `inc` of many rows, then `clock`
+    Inc,
+    /// The same, and the server pushes the rows to another client
+    Push,
+}
+
+impl Op {
+    /// All of them.
+    pub const ALL: [Op; 7] = [Op::Hit, Op::InPlace, Op::Read, Op::ManyHit, Op::ManyRead, Op::Inc, Op::Push];
+
+    /// Its name on the command line and in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Op::Hit => "hit",
+            Op::InPlace => "in-place",
+            Op::Read => "read",
+            Op::ManyHit => "many-hit",
+            Op::ManyRead => "many-read",
+            Op::Inc => "inc",
+            Op::Push => "push",
+        }
+    }
+
+    fn model(self) -> Model {
+        match self {
+            // Nobody is ever too far behind to read.
+            Op::Hit | Op::InPlace | Op::ManyHit => Model::Essp { staleness: 1 << 20 },
+            Op::Read | Op::ManyRead | Op::Inc => Model::Async,
+            Op::Push => Model::Essp { staleness: 3 },
+        }
+    }
+
+    fn reads(self) -> ReadOptions {
+        // All but one are about what happens over a network.
+        ReadOptions { copies: self != Op::InPlace }
+    }
+
+    /// Whether each worker has rows of its own.
+    fn writes(self) -> bool {
+        matches!(self, Op::Inc | Op::Push)
+    }
+
+    /// The program of perftest that does the same over the network, and how much it has outstanding.
+    fn perftest(self, outstanding: u32) -> Option<(&'static str, u32)> {
+        match self {
+            Op::Read => Some(("ib_read_bw", 1)),
+            Op::ManyRead => Some(("ib_read_bw", outstanding)),
+            Op::Push => Some(("ib_write_bw", WRITES)),
+            _ => None,
+        }
+    }
+}
+
+/// Options of `fervor-bench throughput`.
+#[derive(Debug, Clone, Args)]
+pub struct ThroughputOptions {
+    /// What to measure; may be repeated, or separated by commas [default: all]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub op: Vec<Op>,
+    /// Bytes of a row, a multiple of 4, or a sweep as in 2..65536, which doubles; may be repeated, or separated by commas [default: 64,512,4096]
+    #[arg(long, short = 's', value_name = "BYTES", value_delimiter = ',')]
+    pub size: Vec<Sizes>,
+    /// Numbers of workers, separated by commas
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1", value_parser = value_parser!(u16).range(1..=1024))]
+    pub workers: Vec<u16>,
+    /// Numbers of shards of the server that is started, separated by commas
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1", conflicts_with = "server", value_parser = value_parser!(u32).range(1..=256))]
+    pub shards: Vec<u32>,
+    /// Numbers of READs in flight to one shard, of many-read, separated by commas
+    #[arg(long, short = 'o', value_name = "LIST", value_delimiter = ',', default_value = "16", value_parser = value_parser!(u32).range(1..=1024))]
+    pub outstanding: Vec<u32>,
+    /// Rows of one get_many, and rows that are updated in a clock
+    #[arg(long, default_value_t = 256, value_name = "ROWS", value_parser = value_parser!(u32).range(1..=1 << 20))]
+    pub batch: u32,
+    /// How long each setting is measured
+    #[arg(long, short = 'D', default_value_t = 0.5, value_name = "SECONDS")]
+    pub duration: f64,
+    /// Use this running server instead of starting one; may be repeated
+    #[arg(long, value_name = "URL")]
+    pub server: Vec<String>,
+    /// Memory of the server that is started
+    #[arg(long, default_value = "512M", value_name = "SIZE", conflicts_with = "server")]
+    pub memory: String,
+    /// Do not measure what the machine allows beside the figures
+    #[arg(long)]
+    pub no_limits: bool,
+    /// Write the figures to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Fail if the ratio to perftest is less
+    #[arg(long, value_name = "RATIO", requires = "beside_perftest")]
+    pub min_ratio: Option<f64>,
+    /// Measuring beside perftest.
+    #[command(flatten)]
+    pub perftest: PerftestOptions,
+}
+
+impl ThroughputOptions {
+    fn ops(&self) -> &[Op] {
+        if self.op.is_empty() { &Op::ALL } else { &self.op }
+    }
+
+    fn validate(&self) -> Result<()> {
+        ensure!(
+            self.duration > 0.0 && self.duration <= 86_400.0,
+            "--duration {}: it is above 0 and at most 86400 seconds",
+            self.duration
+        );
+        if self.perftest.beside_perftest
+            && let Some(odd) = self.ops().iter().find(|op| op.perftest(1).is_none())
+        {
+            bail!(
+                "perftest has nothing like {}: --beside-perftest goes with --op read, --op many-read and --op push",
+                odd.name()
+            );
+        }
+        self.perftest.validate(&self.server)
+    }
+}
+
+/// What is measured at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Setting {
+    op: Op,
+    size: u32,
+    workers: u16,
+    shards: u32,
+    outstanding: u32,
+    batch: u32,
+}
+
+impl Setting {
+    /// Rows of the table.
+    fn rows(&self) -> u64 {
+        let batch = u64::from(self.batch);
+        match self.op {
+            Op::Read | Op::ManyRead => {
+                let size = self.size as usize;
+                ((ops::miss_bytes(size) / size) as u64).next_multiple_of(batch)
+            }
+            op if op.writes() => batch * u64::from(self.workers),
+            _ => batch,
+        }
+    }
+
+    /// What one worker can do at best, for a row.
+    fn limit(&self) -> Limit {
+        let size = self.size as usize;
+        Limit::copy(size, size * self.rows().min(self.batch.into()) as usize)
+    }
+}
+
+/// Runs `fervor-bench throughput`.
+///
+/// # Errors
+/// Options that make no sense, a server or perftest that fails, a ratio below the bound.
+pub fn run(options: &ThroughputOptions) -> Result<()> {
+    options.validate()?;
+    let rows = settings(options)?
+        .into_iter()
+        .map(|setting| {
+            measure(options, setting).with_context(|| {
+                format!("measuring {} with rows of {} bytes", setting.op.name(), setting.size)
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let throughput = Throughput { machine: Machine::this(), rows };
+    print!("{throughput}");
+    if let Some(path) = &options.json {
+        write_json(path, &throughput)?;
+    }
+    judge(&throughput.rows, options.min_ratio)
+}
+
+fn settings(options: &ThroughputOptions) -> Result<Vec<Setting>> {
+    let sizes = expand(&options.size, &[64, 512, 4096])?;
+    let mut settings = Vec::new();
+    for &op in options.ops() {
+        for &size in &sizes {
+            for &workers in &options.workers {
+                for &shards in &options.shards {
+                    let several = if op == Op::ManyRead { &options.outstanding[..] } else { &[16] };
+                    settings.extend(several.iter().map(|&outstanding| Setting {
+                        op,
+                        size,
+                        workers,
+                        shards,
+                        outstanding,
+                        batch: options.batch,
+                    }));
+                }
+            }
+        }
+    }
+    Ok(settings)
+}
+
+/// Measures one setting: in one go, or in turns with perftest.
+fn measure(options: &ThroughputOptions, setting: Setting) -> Result<Row> {
+    let Setting { op, size, workers, shards, outstanding, batch } = setting;
+    let embedded = match options.server.is_empty() {
+        true => {
+            let server = EmbeddedOptions { shards, memory: options.memory.clone() };
+            Some(EmbeddedServer::start(&server, 2, workers)?)
+        }
+        false => None,
+    };
+    let urls = embedded.as_ref().map_or(options.server.clone(), |server| vec![server.url().to_owned()]);
+    let duration = Duration::from_secs_f64(options.duration);
+    let bytes = f64::from(size);
+    let mut beside = None;
+    let moved = match op.perftest(outstanding).filter(|_| options.perftest.beside_perftest) {
+        None => move_rows(&urls, setting, duration)?,
+        Some((tool, depth)) => {
+            let (mut best, mut rounds) = (None::<Moved>, Vec::new());
+            for _ in 0..options.perftest.rounds {
+                let moved = move_rows(&urls, setting, duration)?;
+                let rate = |moved: &Moved| moved.rows as f64 / moved.seconds;
+                let count = (rate(&moved) * options.duration) as u64;
+                let perftest = Perftest::new(tool, &options.perftest.ends);
+                let theirs = perftest.bandwidth(size, count.clamp(100, 1_000_000), depth)?;
+                rounds.push((rate(&moved) * bytes, theirs.average));
+                if best.is_none_or(|best| rate(&best) < rate(&moved)) {
+                    best = Some(moved);
+                }
+            }
+            let best_of = |of: fn(&(f64, f64)) -> f64| rounds.iter().map(of).fold(0.0, f64::max);
+            let (best_ours, best_theirs) = (best_of(|round| round.0), best_of(|round| round.1));
+            let ratio = best_ours / best_theirs;
+            beside = Some(Beside { tool: tool.into(), best_ours, best_theirs, ratio, rounds });
+            best.context("there was no round")?
+        }
+    };
+    let here = options.server.iter().all(|url| url.starts_with("shm://"));
+    let rows_per_second = moved.rows as f64 / moved.seconds;
+    Ok(Row {
+        op: op.name().into(),
+        size,
+        workers,
+        shards: embedded.is_some().then_some(shards),
+        outstanding: (op == Op::ManyRead).then_some(outstanding),
+        batch,
+        iterations: moved.rows,
+        seconds: moved.seconds,
+        rows_per_second,
+        bytes_per_second: rows_per_second * bytes,
+        peak_bytes_per_second: moved.peak * bytes,
+        limit: (here && !options.no_limits).then(|| setting.limit()),
+        beside,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(super) fn setting(op: Op) -> Setting {
+        Setting { op, size: 64, workers: 3, shards: 1, outstanding: 16, batch: 100 }
+    }
+
+    #[test]
+    fn tables_are_as_large_as_the_operation_needs() {
+        assert_eq!(setting(Op::Hit).rows(), 100);
+        assert_eq!(setting(Op::ManyHit).rows(), 100);
+        assert_eq!(setting(Op::Inc).rows(), 300);
+        let rows = setting(Op::ManyRead).rows();
+        assert!(rows.is_multiple_of(100) && rows >= (4 << 20) / 64, "{rows}");
+    }
+}
