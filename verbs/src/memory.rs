@@ -12,12 +12,20 @@
 //! | type | written by | read by |
 //! |---|---|---|
 //! | [`Memory`] | any thread, the NIC, peers with the right | any thread, the NIC, peers with the right |
-//! | [`Exclusive`] | its one owner, through `&mut` | its owner; peers, by one-sided READ only |
+//! | [`Exclusive`] | its one owner, through `&mut` | its owner; peers, by one-sided READ and by views |
+//! | [`Piece`] of an [`Exclusive`] | its one owner, through `&mut` | as the whole |
 //!
 //! [`Exclusive`] can be a slice because nothing but its owner ever *writes* it: it can be registered for
 //! remote read only ([`Transport::export`](crate::transport::Transport::export)), it cannot be the target of a
 //! READ, a WRITE or a SEND (it is no [`Region`](crate::transport::Region)), and a reader from outside sees it
 //! through a mapping or a NIC of its own, which no reference of this program covers.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | `copy` | the copy that keeps words whole |
+//! | `exclusive` | [`Exclusive`]: how one writer tells its readers what is whole |
+//! | `seqlock` | the sequence lock between [`Exclusive::rewrite`] and [`View::snapshot`](crate::transport::View::snapshot) |
+//! | `atomic` | atomic words, for the model checker and for use |
 
 use std::{
     fmt,

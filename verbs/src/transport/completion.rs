@@ -41,7 +41,7 @@ pub enum WorkError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnectionId(pub u32);
 
-/// A receive buffer with a message in it. Give it back with [`Endpoint::release`]: a buffer that is dropped
+/// A receive buffer with a message in it. Give it back with [`Endpoint::release`](super::Endpoint::release): a buffer that is dropped
 /// is lost to the endpoint.
 #[derive(Debug)]
 #[must_use = "a receive buffer that is not released is lost to the endpoint"]
@@ -62,7 +62,7 @@ impl ReceiveBuffer {
     }
 }
 
-/// What [`Endpoint::poll`] reports.
+/// What [`Endpoint::poll`](super::Endpoint::poll) reports.
 #[derive(Debug)]
 pub enum Completion {
     /// A signalled request is done, and with it every earlier one of the connection.

@@ -7,13 +7,15 @@
 //!      │                            └─attach──▶ Attach   handle of other threads: connect, accept, wake
 //!      ├──────listen────────────▶ Listener ──▶ Request ──accept(attach)──▶ Connection
 //!      └──────connect(attach)───▶ Connection    a reliable, ordered queue pair; owned by one posting thread
+//!                                      └─view──▶ View   memory of a peer of this host: read without a request
 //! ```
 //!
 //! # What a user may assume, and no more
 //!
 //! **Memory.**
-//! 1. An aligned 8-byte word is read and written whole. Nothing larger is: inside one READ or WRITE, cache
-//!    lines come in any order, and a READ may mix old and new lines.
+//! 1. An aligned 8-byte word of the peer is read and written whole and once, wherever the payload lies in the
+//!    poster's memory. Nothing larger is: inside one READ or WRITE, cache lines come in any order, and a READ may
+//!    mix old and new lines.
 //! 2. Two WRITEs of one connection may be seen in either order by code that only looks at memory. When the
 //!    completion of a SEND or of a WRITE with immediate ([`Completion::Received`],
 //!    [`Completion::WriteImmediate`]) has been polled at the receiver, every earlier WRITE of that connection

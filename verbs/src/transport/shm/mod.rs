@@ -3,6 +3,7 @@
 //! ```text
 //!  process A                                                         process B
 //!  ShmConnection::read/write ──── copy ────▶ B's region (memfd, mapped here)      no instruction of B
+//!  ShmView::load/copy ◀───────── copy ──── B's region, the same mapping            no instruction of B, no request
 //!  ShmConnection::send ── copy ──▶ ring (memfd) ── copy by B's poll ──▶ receive buffer of B
 //!                 └─ ring() ──▶ bell of B's endpoint (memfd): a bit; a futex wake if B sleeps
 //!  thread `fervor-shm-watch` ◀── end of the Unix socket: B disconnected or died

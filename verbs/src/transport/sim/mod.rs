@@ -22,6 +22,9 @@
 //! the same ([`Sim::hash`]), if the program decides nothing by addresses, by the iteration order of a
 //! `HashMap`, or by real time.
 //!
+//! Each node is on a host of its own, or on that of another node ([`Sim::node_on`]): then the two have views of each
+//! other's memory.
+//!
 //! **It delivers everything that the contract allows**, and nothing more (`connection`): the lines of a
 //! READ or a WRITE move one by one in any order; a WRITE is complete long before it lands, and WRITEs land
 //! in any order until a later message, immediate or READ of the same connection proves them; SENDs and
