@@ -77,18 +77,20 @@ fn addresses_that_lead_nowhere() {
 fn tables_that_cannot_be() {
     let scene = Scene::new("tables", 2);
     let client = scene.client(1);
-    // Two shards with 8 MiB each; a row of 1000 f64 takes 8064 bytes.
+    // Two shards with 8 MiB each; a row of 1000 f64 takes 8016 bytes.
     let large = client.table::<f64>("large", 10_000, 1000, Model::Async);
-    refused(large, &["`large`", "10000 rows of 1000 f64", "needs 40320000 bytes", "8388608", "--memory"]);
+    refused(large, &["`large`", "10000 rows of 1000 f64", "needs 40080000 bytes", "8388608", "--memory"]);
     refused(client.table::<f32>("", 1, 1, Model::Bsp), &["name", "1 to 64 bytes, not 0"]);
     refused(client.table::<f32>(&"x".repeat(65), 1, 1, Model::Bsp), &["not 65"]);
     refused(client.table::<f32>("t", 0, 1, Model::Bsp), &["1 to 4294967296 rows, not 0"]);
     refused(client.table::<f32>("t", 1, 0, Model::Bsp), &["1 to 262144 elements, not 0"]);
     refused(client.table::<f64>("t", 1, 131_073, Model::Bsp), &["1 to 131072 elements, not 131073"]);
     refused(client.table::<f32>("t", 1, usize::MAX, Model::Bsp), &["columns are too many"]);
-    let options = TableOptions { cache_bytes: Some(4 * 448 - 1), ..TableOptions::default() };
-    let small = client.table_with::<f32>("small", 100, 100, Model::Bsp, options);
-    refused(small, &["1791 bytes of cache", "448 bytes each", "at least 4", "ClientOptions::cache_bytes"]);
+    let copies = scene.try_client(ClientOptions { copies: true, ..ClientOptions::default() }).unwrap();
+    let options = TableOptions { cache_bytes: Some(2 * 4 * 416 - 1), ..TableOptions::default() };
+    let small = copies.table_with::<f32>("small", 100, 100, Model::Bsp, options);
+    refused(small, &["1663 bytes of cache", "416 bytes each", "at least 4", "ClientOptions::cache_bytes"]);
+    copies.close().unwrap();
     // The same name with anything else is shown both ways; the same schema joins.
     let table = client.table::<f32>("t", 10, 4, Model::Essp { staleness: 3 }).unwrap();
     let mine = "`t`: 10 rows of 4 f32, ESSP(3)";
@@ -212,8 +214,9 @@ fn a_job_has_one_size_and_a_broken_one_binds_nobody() {
 #[test]
 fn slots_that_were_given_up_come_back() {
     let scene = Scene::new("slots", 2);
-    let client = scene.client(1);
-    let options = TableOptions { cache_bytes: Some(6 * 64), ..TableOptions::default() };
+    let client = scene.try_client(ClientOptions { copies: true, ..ClientOptions::default() }).unwrap();
+    // Two rows share an image of 80 bytes; each shard has ten, of which four have a slot.
+    let options = TableOptions { cache_bytes: Some(2 * 320), ..TableOptions::default() };
     let model = Model::Essp { staleness: 1 };
     let table = client.table_with::<i64>("t", 40, 4, model, options).unwrap();
     let mut worker = client.worker().unwrap();
@@ -236,7 +239,7 @@ fn slots_that_were_given_up_come_back() {
         worker.clock().unwrap();
     }
     let hits = worker.stats().hits - before;
-    assert!(hits > 300, "{hits} of 400 gets of two rows were answered by a cache of six");
+    assert!(hits > 300, "{hits} of 400 gets of two rows were answered by a cache of eight images");
     drop(worker);
     client.close().unwrap();
     scene.end();
@@ -349,7 +352,8 @@ fn who_leaves_early_is_not_waited_for() {
     assert_eq!(row, [858; 2]);
     drop(worker);
     client.close().unwrap();
-    run(&[("drop", &[1]), ("drop", &[5, 10]), ("close", &[300])]);
+    // Two clocks at least: the second `get` waits until all have joined. One that is gone before is waited for.
+    run(&[("drop", &[2]), ("drop", &[5, 10]), ("close", &[300])]);
     scene.end();
 }
 

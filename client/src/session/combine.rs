@@ -288,6 +288,9 @@ impl<'a, E: Element> Merge<'a, E> {
     /// Writes rows of cells of the cursor's slab: one section, or a whole row in one of its own where another slab has that.
     /// `false`: there is no more room.
     fn write_cells(&self, cursor: &mut Cursor, writer: &mut BatchWriter<'_>, part: usize) -> bool {
+        if cursor.column > 0 {
+            return self.write_part(cursor, writer, part);
+        }
         let slab = self.slabs[cursor.slab];
         let end = slab.rows() + slab.cell_rows();
         let mut section = CellSection::default();
@@ -305,30 +308,19 @@ impl<'a, E: Element> Merge<'a, E> {
                 break;
             }
             let pairs = from.iter().flat_map(|(slab, entry)| self.slabs[*slab].pairs(*entry));
-            let pairs: Vec<(u32, E)> = pairs.skip(cursor.column).copied().collect();
-            let fits = |cells| {
-                let (rows, columns) = (section.rows.len() + 1, section.columns.len() + cells);
-                writer.has_room_for_cells(rows, columns, size_of::<E>())
-            };
-            // Of a row with more than a message holds, as many as there is room for.
-            let long = section.rows.is_empty() && writer.sections() == 0 && !fits(pairs.len());
-            let count = if long {
-                (1..pairs.len()).take_while(|count| fits(*count)).last().unwrap_or(0)
-            } else {
-                pairs.len()
-            };
-            if count == 0 || !fits(count) {
+            let count = pairs.clone().count();
+            let (rows, columns) = (section.rows.len() + 1, section.columns.len() + count);
+            if !writer.has_room_for_cells(rows, columns, size_of::<E>()) {
+                if section.rows.is_empty() && writer.sections() == 0 {
+                    // More than a message holds: it goes as a whole row, of whose parts it is known what is where.
+                    return self.write_whole(cursor, writer, part, row, &from);
+                }
                 more = false;
                 break;
             }
             self.goes_with(&from, part);
-            section.add(row, &pairs[..count]);
-            if count < pairs.len() {
-                cursor.column += count;
-                more = false;
-                break;
-            }
-            (cursor.row, cursor.column) = (cursor.row + 1, 0);
+            section.add(row, pairs);
+            cursor.row += 1;
         }
         if !section.rows.is_empty() {
             writer.cells(self.table, &section.rows, &section.counts, &section.columns, &section.values);
@@ -377,11 +369,17 @@ impl<E> Default for CellSection<E> {
 }
 
 impl<E: Copy> CellSection<E> {
-    fn add(&mut self, row: u32, pairs: &[(u32, E)]) {
+    fn add<'a>(&mut self, row: u32, pairs: impl Iterator<Item = &'a (u32, E)>)
+    where
+        E: 'a,
+    {
+        let before = self.columns.len();
+        for (column, value) in pairs {
+            self.columns.push(*column);
+            self.values.push(*value);
+        }
         self.rows.push(row);
-        self.counts.push(pairs.len() as u32);
-        self.columns.extend(pairs.iter().map(|pair| pair.0));
-        self.values.extend(pairs.iter().map(|pair| pair.1));
+        self.counts.push((self.columns.len() - before) as u32);
     }
 }
 

@@ -254,11 +254,15 @@ impl<T: Transport> Engine<T> {
             // SYNC POINT: what was handed over before it was asked is in the queue.
             let flush = link.flush.load(Ordering::Acquire);
             let many = queue.len() as u64 > MANY_WAITING;
+            // Named slabs go one of a table at a time: an image must not have a batch's LSN before all of the batch is in it.
+            let mut tables = Vec::new();
             let taken = queue.take(|entry| {
-                named
-                    || many
-                    || entry.ticket <= flush
-                    || clock.is_some_and(|clock| entry.slab.stamp() < clock)
+                if named {
+                    let first = !tables.contains(&entry.table);
+                    tables.push(entry.table);
+                    return first;
+                }
+                many || entry.ticket <= flush || clock.is_some_and(|clock| entry.slab.stamp() < clock)
             });
             link.waiting.store(queue.len() as u64, Ordering::Release);
             (taken, queue.taken())
