@@ -138,15 +138,17 @@ fn typed<E: Element + KnownLayout, S: Source + ?Sized>(
             }
         }
         Target::Part { row, start, count } => {
-            pieces.each::<E>(
-                at,
-                count as usize,
-                1,
-                |_| row,
-                |first, values| {
-                    writer.add_part(row, start as usize + first, values);
-                },
-            );
+            if count > 0 {
+                pieces.each::<E>(
+                    at,
+                    1,
+                    count as usize,
+                    |_| row,
+                    |_, values| {
+                        writer.add_part(row, start as usize, values);
+                    },
+                );
+            }
         }
     }
     pieces.bad.map_or(Ok(()), |row| Err(NotFinite(row)))
@@ -164,7 +166,7 @@ struct Pieces<'a, S: ?Sized> {
 
 impl<S: Source + ?Sized> Pieces<'_, S> {
     /// Calls `add` with pieces of `count` units of `width` elements that begin at byte `at`: number of the first unit, and the
-    /// values. A piece of the client's memory that is not finite comes unit by unit, without those that are not.
+    /// values. A unit is all that a section has for an image: it is added in one rewrite. A piece of the client's memory that is not finite comes unit by unit, without those that are not.
     fn each<E: Element + KnownLayout>(
         &mut self,
         at: u64,
