@@ -466,6 +466,10 @@ impl Batch {
                 if sum != cells {
                     return bad("total", cells, sum, "cells have its rows");
                 }
+                let most = lists[rows..2 * rows].iter().copied().max().unwrap_or(0);
+                if u64::from(most) > width {
+                    return bad("cells", most.into(), width, "columns has the table");
+                }
                 let greatest =
                     lists[2 * rows..].iter().copied().max().map_or(0, |column| u64::from(column) + 1);
                 if greatest > width {

@@ -44,6 +44,10 @@ impl fmt::Display for ElementType {
     }
 }
 
+/// Elements that one turn of a loop takes: as many as the widest vectors have, so that the compiler uses vectors of whatever width there
+/// are, and needs few turns.
+const LANES: usize = 16;
+
 /// An element of a table. Updates are added: floating point as it comes, integers wrapping.
 pub trait Element:
     Copy
@@ -85,8 +89,16 @@ pub trait Element:
     }
 
     /// Adds `deltas` to `sums`, pairwise.
+    #[inline(always)]
     fn add_all(sums: &mut [Self], deltas: &[Self]) {
         assert_eq!(sums.len(), deltas.len());
+        let (wide_sums, sums) = sums.as_chunks_mut::<LANES>();
+        let (wide_deltas, deltas) = deltas.as_chunks::<LANES>();
+        for (sum, delta) in wide_sums.iter_mut().zip(wide_deltas) {
+            for lane in 0..LANES {
+                sum[lane] = sum[lane].plus(delta[lane]);
+            }
+        }
         for (sum, delta) in sums.iter_mut().zip(deltas) {
             *sum = sum.plus(*delta);
         }
@@ -94,7 +106,7 @@ pub trait Element:
 }
 
 macro_rules! float {
-    ($type:ty, $name:ident, $bits:ty, $exponent:expr) => {
+    ($type:ty, $name:ident) => {
         impl Element for $type {
             const TYPE: ElementType = ElementType::$name;
             const SAFE_SUM: f64 = <$type>::MAX as f64 / 2.0;
@@ -105,24 +117,40 @@ macro_rules! float {
                 <$type>::is_finite(self)
             }
             fn sums_are_finite(values: &[Self], deltas: &[Self]) -> bool {
-                const MASK: $bits = $exponent;
                 assert_eq!(values.len(), deltas.len());
-                let sums = values.iter().zip(deltas).map(|(value, delta)| (value + delta).to_bits());
-                sums.fold(0u32, |bad, bits| bad | u32::from(bits & MASK == MASK)) == 0
+                let (wide_values, values) = values.as_chunks::<LANES>();
+                let (wide_deltas, deltas) = deltas.as_chunks::<LANES>();
+                let mut zeros = [0.0; LANES];
+                for (value, delta) in wide_values.iter().zip(wide_deltas) {
+                    for lane in 0..LANES {
+                        zeros[lane] += (value[lane] + delta[lane]) * 0.0;
+                    }
+                }
+                let rest =
+                    values.iter().zip(deltas).fold(0.0, |zero, (value, delta)| zero + (value + delta) * 0.0);
+                zeros.iter().fold(rest, |zero, other| zero + other) == 0.0
             }
             fn to_f64(self) -> f64 {
                 self.into()
             }
+            #[inline]
             fn all_finite(values: &[Self]) -> bool {
-                // The exponent of NaN and infinity is all ones: integer compares, which vectorise.
-                const MASK: $bits = $exponent;
-                values.iter().fold(0u32, |bad, value| bad | u32::from(value.to_bits() & MASK == MASK)) == 0
+                // Neither NaN nor infinity can be added to and become a number again. (That the sum of numbers is none is rare.)
+                let (wide, rest) = values.as_chunks::<LANES>();
+                let mut sums = [0.0; LANES];
+                for value in wide {
+                    for lane in 0..LANES {
+                        sums[lane] += value[lane];
+                    }
+                }
+                let sum = sums.iter().chain(rest).fold(0.0, |sum, value| sum + value);
+                <$type>::is_finite(sum) || values.iter().all(|value| <$type>::is_finite(*value))
             }
         }
     };
 }
-float!(f32, F32, u32, 0x7f80_0000);
-float!(f64, F64, u64, 0x7ff0_0000_0000_0000);
+float!(f32, F32);
+float!(f64, F64);
 
 macro_rules! integer {
     ($type:ty, $name:ident) => {

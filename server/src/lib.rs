@@ -44,6 +44,7 @@ mod accept;
 pub mod budget;
 pub mod config;
 pub mod core;
+pub mod counts;
 mod outbound;
 mod peer;
 mod poller;

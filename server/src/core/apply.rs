@@ -21,7 +21,7 @@ use fervor_protocol::{
     batch::{Section, Source, Target},
     limits::ROW_HEADER,
     mutants::{Mutant, mutant, pause},
-    row::{Layout, Seal, Version},
+    row::{Seal, Version},
 };
 use fervor_verbs::Exclusive;
 use zerocopy::{FromBytes, IntoBytes, KnownLayout};
@@ -106,7 +106,7 @@ fn typed<E: Element + KnownLayout, S: Source + ?Sized>(
     let mut writer = Writer::new(region, table, lsn);
     match section.target {
         Target::Rows(rows) => {
-            let width = writer.width;
+            let width = writer.place.image_bytes / size_of::<E>();
             pieces.each::<E>(
                 at,
                 rows.len(),
@@ -138,15 +138,17 @@ fn typed<E: Element + KnownLayout, S: Source + ?Sized>(
             }
         }
         Target::Part { row, start, count } => {
-            pieces.each::<E>(
-                at,
-                count as usize,
-                1,
-                |_| row,
-                |first, values| {
-                    writer.add_part(row, start as usize + first, values);
-                },
-            );
+            if count > 0 {
+                pieces.each::<E>(
+                    at,
+                    1,
+                    count as usize,
+                    |_| row,
+                    |_, values| {
+                        writer.add_part(row, start as usize, values);
+                    },
+                );
+            }
         }
     }
     pieces.bad.map_or(Ok(()), |row| Err(NotFinite(row)))
@@ -164,7 +166,7 @@ struct Pieces<'a, S: ?Sized> {
 
 impl<S: Source + ?Sized> Pieces<'_, S> {
     /// Calls `add` with pieces of `count` units of `width` elements that begin at byte `at`: number of the first unit, and the
-    /// values. A piece of the client's memory that is not finite comes unit by unit, without those that are not.
+    /// values. A unit is all that a section has for an image: it is added in one rewrite. A piece of the client's memory that is not finite comes unit by unit, without those that are not.
     fn each<E: Element + KnownLayout>(
         &mut self,
         at: u64,
@@ -202,25 +204,30 @@ impl<S: Source + ?Sized> Pieces<'_, S> {
 /// Changes images of one table, all at one LSN.
 struct Writer<'a> {
     memory: &'a mut Exclusive,
-    offset: usize,
-    layout: Layout,
-    /// Elements of an image.
-    width: usize,
-    lsn: u64,
+    place: Place,
+    /// The version of the first rewrite at the batch's LSN.
+    first: Version,
     /// Makes the checks, if the table is sealed.
     seal: Option<Seal>,
     written: &'a mut Bitmap,
     holders: Option<&'a mut Holders>,
 }
 
+/// Where the images of a table are.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    offset: usize,
+    stride: usize,
+    image_bytes: usize,
+}
+
 impl<'a> Writer<'a> {
     fn new(region: &'a mut Region, table: &'a mut Table, lsn: u64) -> Self {
+        let (layout, offset) = (table.layout, table.offset);
         Self {
             memory: region.memory(),
-            offset: table.offset,
-            layout: table.layout,
-            width: table.layout.image_bytes() / table.schema.element.size(),
-            lsn,
+            place: Place { offset, stride: layout.stride(), image_bytes: layout.image_bytes() },
+            first: Version::new(lsn),
             seal: (table.sealing != Sealing::No).then_some(table.seal),
             written: &mut table.written,
             holders: table.holders.as_mut(),
@@ -229,14 +236,29 @@ impl<'a> Writer<'a> {
 
     /// Adds `values`, an image's for each of `images`.
     fn add_images<E: Element + KnownLayout>(&mut self, images: &[u32], values: &[E]) {
-        for (image, values) in images.iter().zip(values.chunks_exact(self.width)) {
-            self.rewrite(u64::from(*image), values, |data| E::add_all(data, values));
+        let width = self.place.image_bytes / size_of::<E>();
+        let pairs = images.iter().zip(values.chunks_exact(width));
+        let mut new = false;
+        // Two loops, so that the one without checks has room for all it needs in registers.
+        if let Some(seal) = self.seal {
+            for (image, values) in pairs {
+                let add = |data: &mut [E]| E::add_all(data, values);
+                new |= rewrite(self.memory, self.place, *image, self.first, add, |version, data| {
+                    Some(seal.check(version, data))
+                });
+            }
+        } else {
+            for (image, values) in pairs {
+                let add = |data: &mut [E]| E::add_all(data, values);
+                new |= rewrite(self.memory, self.place, *image, self.first, add, |_, _| None);
+            }
         }
+        self.mark(images, values, new);
     }
 
     /// Adds `values` to the elements of `image` in `columns`.
     fn add_cells<E: Element + KnownLayout>(&mut self, image: u32, columns: &[u32], values: &[E]) {
-        self.rewrite(u64::from(image), values, |data: &mut [E]| {
+        self.add_to(image, values, |data: &mut [E]| {
             for (column, value) in columns.iter().zip(values) {
                 data[*column as usize] = data[*column as usize].plus(*value);
             }
@@ -245,47 +267,65 @@ impl<'a> Writer<'a> {
 
     /// Adds `values` to the elements of `image` from column `column` on.
     fn add_part<E: Element + KnownLayout>(&mut self, image: u32, column: usize, values: &[E]) {
-        self.rewrite(u64::from(image), values, |data| {
-            E::add_all(&mut data[column..column + values.len()], values);
-        });
+        self.add_to(image, values, |data| E::add_all(&mut data[column..column + values.len()], values));
     }
 
-    /// Changes the data of an image by `change`, which adds `values` to it.
-    #[inline]
-    fn rewrite<E: Element + KnownLayout>(&mut self, image: u64, values: &[E], change: impl FnOnce(&mut [E])) {
-        if values.is_empty() {
-            return;
-        }
-        let lock = self.offset + self.layout.offset(image);
-        let old = self.memory.bytes()[lock..lock + 8].try_into().expect("8 bytes");
-        let old = Version::from_bits(u64::from_le_bytes(old));
-        let version = old.next(self.lsn);
+    /// Changes an image by `add`, which adds `values` to it.
+    fn add_to<E: Element + KnownLayout>(&mut self, image: u32, values: &[E], add: impl FnOnce(&mut [E])) {
         let seal = self.seal;
-        let rewrite = |bytes: &mut [u8]| {
-            let (check, data) = bytes.split_at_mut(ROW_HEADER - 8);
-            change(<[E]>::mut_from_bytes(data).expect("images are aligned"));
-            pause();
-            if let Some(seal) = seal {
-                check.copy_from_slice(&seal.check(version, data).to_le_bytes());
-            }
-        };
-        let range = lock + 8..lock + ROW_HEADER + self.layout.image_bytes();
-        if mutant(Mutant::LockNotTaken) {
-            rewrite(&mut self.memory.bytes_mut()[range]);
-            self.memory.publish(lock, version.bits());
-        } else {
-            self.memory.rewrite(lock, range, version.bits(), rewrite);
+        let check = |version, data: &[u8]| seal.map(|seal| seal.check(version, data));
+        let new = rewrite(self.memory, self.place, image, self.first, add, check);
+        self.mark(&[image], values, new);
+    }
+
+    /// Remembers that images have changed by these values, and maybe were zero before.
+    fn mark<E: Element>(&mut self, images: &[u32], values: &[E], new: bool) {
+        if new {
+            images.iter().for_each(|image| self.written.insert(u64::from(*image)));
         }
-        if old == Version::default() {
-            self.written.insert(image);
-        }
-        if let Some(holders) = &mut self.holders {
-            holders.dirty.insert(image);
-            if let Some(continuous) = &mut holders.continuous {
-                continuous.changed(image, greatest(values));
+        let Some(holders) = &mut self.holders else { return };
+        images.iter().for_each(|image| holders.dirty.insert(u64::from(*image)));
+        if let Some(continuous) = &mut holders.continuous {
+            let width = values.len() / images.len().max(1);
+            for (image, values) in images.iter().zip(values.chunks_exact(width)) {
+                continuous.changed(u64::from(*image), greatest(values));
             }
         }
     }
+}
+
+/// Changes the data of an image by `add`, under its sequence lock, and gives it its next version and the check that `check` makes. Whether
+/// it was zero before.
+#[inline(always)]
+fn rewrite<E: Element + KnownLayout>(
+    memory: &mut Exclusive,
+    place: Place,
+    image: u32,
+    first: Version,
+    add: impl FnOnce(&mut [E]),
+    check: impl FnOnce(Version, &[u8]) -> Option<u64>,
+) -> bool {
+    let lock = place.offset + image as usize * place.stride;
+    let old = memory.bytes()[lock..lock + 8].try_into().expect("8 bytes");
+    let old = Version::from_bits(u64::from_le_bytes(old));
+    // Most often the image is changed for the first time at this LSN.
+    let version = if old < first { first } else { old.next(first.lsn()) };
+    let change = |bytes: &mut [u8]| {
+        let (word, data) = bytes.split_at_mut(ROW_HEADER - 8);
+        add(<[E]>::mut_from_bytes(data).expect("images are aligned"));
+        pause();
+        if let Some(check) = check(version, data) {
+            word.copy_from_slice(&check.to_le_bytes());
+        }
+    };
+    let range = lock + 8..lock + ROW_HEADER + place.image_bytes;
+    if mutant(Mutant::LockNotTaken) {
+        change(&mut memory.bytes_mut()[range]);
+        memory.publish(lock, version.bits());
+    } else {
+        memory.rewrite(lock, range, version.bits(), change);
+    }
+    old == Version::default()
 }
 
 /// The greatest of the values, without their signs: how far an element of a copy may be off.

@@ -69,17 +69,33 @@ enum Update {
 
 const ROWS: u32 = 11;
 
-fn updates(width: u32) -> impl Strategy<Value = Update> {
+/// Updates of images and columns that are yet to be brought into their ranges.
+fn updates() -> impl Strategy<Value = Update> {
+    let cells = proptest::collection::vec((0..ROWS, proptest::collection::vec(any::<u32>(), 0..5)), 0..5);
     prop_oneof![
         proptest::collection::vec(0..ROWS, 0..9).prop_map(Update::Rows),
-        proptest::collection::vec((0..ROWS, proptest::collection::vec(0..width, 0..5)), 0..5)
-            .prop_map(Update::Cells),
-        (0..ROWS, 0..width, 0..width).prop_map(move |(row, a, b)| Update::Part(
-            row,
-            a.min(b),
-            a.max(b) + 1 - a.min(b)
-        )),
+        cells.prop_map(Update::Cells),
+        (0..ROWS, any::<u32>(), any::<u32>()).prop_map(|(image, a, b)| Update::Part(image, a, b)),
     ]
+}
+
+impl Update {
+    /// The same, of a table of so many images of so many elements.
+    fn within(&self, images: u32, width: u32) -> Self {
+        match self {
+            Self::Rows(rows) => Self::Rows(rows.iter().map(|row| row % images).collect()),
+            Self::Cells(cells) => {
+                let cell = |(row, columns): &(u32, Vec<u32>)| {
+                    (row % images, columns.iter().map(|column| column % width).collect())
+                };
+                Self::Cells(cells.iter().map(cell).collect())
+            }
+            Self::Part(row, a, b) => {
+                let (a, b) = (a % width, b % width);
+                Self::Part(row % images, a.min(b), a.max(b) + 1 - a.min(b))
+            }
+        }
+    }
 }
 
 /// Applies updates in every way that there is; the images are as plain vectors are.
@@ -93,17 +109,20 @@ fn check<E: Element + KnownLayout + From<i8>>(
     let hold = if sealed { Hold::Slots } else { Hold::InPlace };
     let table = schema("t", E::TYPE, ROWS.into(), width, Model::Essp { staleness: 0 });
     world.open(0, &table, hold).unwrap();
-    let mut model = vec![vec![E::default(); width as usize]; ROWS as usize];
+    let layout = table.layout();
+    let (images, width) = (layout.images(ROWS.into()) as u32, layout.image_bytes() / size_of::<E>());
+    let mut model = vec![vec![E::default(); width]; images as usize];
     let mut next = 0i8;
     let mut value = || {
         next = (next + 7) % 100;
         E::from(next)
     };
     for (update, by_reference) in updates {
-        let (kind, lists, total, values): (u32, [Vec<u32>; 3], u32, Vec<E>) = match update {
+        let update = update.within(images, width as u32);
+        let (kind, lists, total, values): (u32, [Vec<u32>; 3], u32, Vec<E>) = match &update {
             Update::Rows(rows) => {
-                let values: Vec<E> = (0..rows.len() * width as usize).map(|_| value()).collect();
-                for (row, values) in rows.iter().zip(values.chunks(width as usize)) {
+                let values: Vec<E> = (0..rows.len() * width).map(|_| value()).collect();
+                for (row, values) in rows.iter().zip(values.chunks(width)) {
                     E::add_all(&mut model[*row as usize], values);
                 }
                 (1, [rows.clone(), vec![], vec![]], 0, values)
@@ -136,21 +155,16 @@ fn check<E: Element + KnownLayout + From<i8>>(
             world.refer(section, &slabs).unwrap();
         } else {
             let fill = |writer: &mut BatchWriter<'_>| match kind {
-                1 => writer
-                    .rows(0, &lists[0], width as usize * size_of::<E>())
-                    .copy_from_slice(values.as_bytes()),
+                1 => writer.rows(0, &lists[0], width * size_of::<E>()).copy_from_slice(values.as_bytes()),
                 2 => writer.cells(0, &lists[0], &lists[1], &lists[2], &values),
                 _ => writer.part(0, lists[0][0], total, values.len(), values.as_bytes()),
             };
             world.batch(0, None, fill).unwrap();
         }
     }
-    let layout = table.layout();
-    for row in 0..u64::from(ROWS) {
-        let (header, data) = world.image(0, layout.image(row));
-        let at = layout.within(row);
-        let found = <[E]>::ref_from_bytes(&data[at..at + layout.row_bytes()]).unwrap().to_vec();
-        prop_assert_eq!(&found, &model[row as usize], "row {}", row);
+    for image in 0..u64::from(images) {
+        let (header, data) = world.image(0, image);
+        prop_assert_eq!(<[E]>::ref_from_bytes(&data).unwrap(), &model[image as usize][..], "image {}", image);
         prop_assert!(!header.version.is_busy());
         prop_assert!(!sealed || Seal::new(layout.image_bytes()).verify(&header, &data));
     }
@@ -159,13 +173,9 @@ fn check<E: Element + KnownLayout + From<i8>>(
 
 proptest! {
     #[test]
-    fn all_ways_to_add_are_one(width in 1u32..70, sealed: bool, steps in (1u32..70).prop_flat_map(|w| proptest::collection::vec((updates(w), any::<bool>()), 1..12)), kind in 0u8..4) {
-        let fits = |update: &Update| match update {
-            Update::Rows(_) => true,
-            Update::Cells(cells) => cells.iter().all(|cell| cell.1.iter().all(|column| *column < width)),
-            Update::Part(_, start, count) => start + count <= width,
-        };
-        let steps: Vec<_> = steps.into_iter().filter(|step| fits(&step.0)).collect();
+    fn all_ways_to_add_are_one(
+        width in 1u32..70, sealed: bool, steps in proptest::collection::vec((updates(), any::<bool>()), 1..12), kind in 0u8..4,
+    ) {
         match kind {
             0 => check::<f32>(width, sealed, &steps)?,
             1 => check::<f64>(width, sealed, &steps)?,
@@ -229,14 +239,14 @@ fn a_client_that_writes_while_it_is_read_spoils_its_own_rows_and_nothing_else() 
 fn finite_values_may_add_up_to_infinity() {
     let mut world = World::new(4096);
     world.join(1);
-    world.open(0, &schema("t", ElementType::F32, 3, 1, Model::Bsp), Hold::Slots).unwrap();
+    world.open(0, &schema("t", ElementType::F32, 3, 16, Model::Bsp), Hold::Slots).unwrap();
     for _ in 0..2 {
-        let add = |writer: &mut BatchWriter<'_>| writer.rows(0, &[1], 4).copy_from_slice(3e38f32.as_bytes());
+        let add = |writer: &mut BatchWriter<'_>| writer.part(0, 1, 1, 1, 3e38f32.as_bytes());
         world.batch(0, None, add).unwrap();
     }
-    let (_, data) = world.image(0, 0);
+    let (_, data) = world.image(0, 1);
     assert_eq!(<[f32]>::ref_from_bytes(&data[..12]).unwrap(), [0.0, f32::INFINITY, 0.0]);
-    let bad = |writer: &mut BatchWriter<'_>| writer.rows(0, &[2], 4).copy_from_slice(f32::NAN.as_bytes());
+    let bad = |writer: &mut BatchWriter<'_>| writer.part(0, 2, 0, 1, f32::NAN.as_bytes());
     let fault = world.batch(0, None, bad).unwrap_err().to_string();
     assert_eq!(fault, "table `t`: NaN or infinity in an update of row 2");
 }
