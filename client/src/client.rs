@@ -123,7 +123,8 @@ impl<T: Transport> Client<T> {
         let controls = (shards.len() * CONTROL_BYTES).next_multiple_of(4096);
         let memory = Memory::new("fervor-cache", controls + options.cache_bytes)?;
         let region = transport.register(&memory, Access::RemoteWrite)?;
-        let slabs = if options.copies { None } else { Some(slab_memory(transport, options.slab_bytes)?) };
+        let sees = transport.has_views() && !options.copies;
+        let slabs = sees.then(|| slab_memory(transport, options.slab_bytes)).transpose()?;
         let (mut connections, mut links) = (Vec::new(), Vec::new());
         for (number, (address, shard)) in shards.into_iter().enumerate() {
             let mut hello = Hello::main(shard);
@@ -238,6 +239,8 @@ impl<T: Transport> Client<T> {
             return Ok(table);
         }
         let holdings = self.hold(&schema, options.cache_bytes).map_err(refused)?;
+        // A mirror is filled after this.
+        let rounds: Vec<u64> = self.core.links.iter().map(Link::round).collect();
         let parts = match self.open(&schema, &holdings)? {
             Ok(parts) => parts,
             Err(reason) => {
@@ -247,13 +250,13 @@ impl<T: Transport> Client<T> {
         };
         let mut tables = self.core.tables.write().unwrap_or_else(PoisonError::into_inner);
         let memory = self.core.region.memory();
-        let parts = parts.into_iter().zip(holdings).zip(&self.core.links);
+        let parts = parts.into_iter().zip(holdings).zip(&self.core.links).zip(rounds);
         let parts = parts
-            .map(|((reply, held), link)| Part {
+            .map(|(((reply, held), link), opened)| Part {
                 id: reply.table,
                 offset: reply.offset as usize,
                 base: link.region().at(reply.offset),
-                opened: link.round(),
+                opened,
                 holding: held.make(&schema, memory),
             })
             .collect();
@@ -358,8 +361,8 @@ impl<T: Transport> Client<T> {
         self.core.with_engine(For::Event, |engine| engine.answer(shard, sequence))
     }
 
-    /// A new worker, at the client's clock. Make all workers of this process before the first of them ends a clock: one
-    /// that comes later holds up the others' progress until it has caught up with none of theirs to see.
+    /// A new worker, at the client's clock. Make all workers of this process before the first of them ends a clock. A worker that
+    /// is made later begins where the slowest one stands, and the others wait for it as for any other.
     ///
     /// # Errors
     /// A server is lost, or has no place for the worker's connections.
@@ -452,7 +455,7 @@ struct SlabMemory<X> {
 
 fn slab_memory<T: Transport>(transport: &T, bytes: usize) -> Result<SlabMemory<T::Export>, Error> {
     let bytes = (bytes / PIECE_BYTES).max(1) * PIECE_BYTES;
-    let memory = Exclusive::new("fervor-slabs", bytes)?;
+    let memory = Exclusive::sparse("fervor-slabs", bytes)?;
     let export = transport.export(&memory)?;
     Ok(SlabMemory { region: export.remote(), export, pool: Pool::new(memory.split(PIECE_BYTES)) })
 }

@@ -28,9 +28,10 @@
 //! | [`session`] | what the threads share: connections, the engine that drives them, clocks, waiting |
 //! | [`reader`] | a worker's READs |
 //!
-//! **Invariants.** A `get` that reads in place or hits makes no system call, takes no lock, and writes no word that
-//! another worker reads or writes. A `get` that misses is one READ, posted and polled by the calling thread. An `inc` touches the worker's own memory
-//! alone. There is no thread of the client's own: whoever waits drives the engine.
+//! **Invariants.** A `get` that reads in place or hits makes no system call and takes no lock (but for a row longer than a message,
+//! while its update is on its way), and writes no word that another worker reads, but for the mark of a slot that it is used. A `get` that misses is one
+//! READ, posted and polled by the calling thread. An `inc` touches the worker's own memory alone, but when it needs more of it. There is no
+//! thread of the client's own: whoever waits drives the engine.
 
 #![forbid(unsafe_code)]
 

@@ -14,8 +14,8 @@ pub struct ClientOptions {
     pub cache_share: f64,
     /// Insist on copies, as over a network, though a server's rows could be read in place.
     pub copies: bool,
-    /// Bytes of memory for updates on their way to servers on this host. Only what is used is touched; what does not fit
-    /// is sent by copy.
+    /// Bytes of memory for updates on their way to servers on this host, over `shm://` alone. Only what is used is touched; what does not
+    /// fit is sent by copy.
     pub slab_bytes: usize,
     /// Most READs that one [`get_many`](crate::Worker::get_many) has in flight to one shard.
     pub reads_in_flight: usize,

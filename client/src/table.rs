@@ -52,7 +52,7 @@ pub struct Part {
     pub offset: usize,
     /// The first image, for READs.
     pub base: RemoteAddress,
-    /// The clock of the last round that was polled when it was opened: a mirror was filled after that.
+    /// The clock of the last round that was polled before it was opened: a mirror was filled after that.
     pub opened: u64,
     pub holding: Holding,
 }

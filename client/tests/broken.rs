@@ -163,7 +163,10 @@ fn comes_again(nth: u64, fate: Fate) {
     while raw.answer(raw.sequence).is_some() {
         let mut buffer = vec![0; 4096];
         let mut writer = BatchWriter::new(&mut buffer);
-        writer.rows(0, &[0], 8).copy_from_slice(&1_i64.to_le_bytes());
+        // Eight rows of one element share an image.
+        let image = writer.rows(0, &[0], 64);
+        image.fill(0);
+        image[..8].copy_from_slice(&1_i64.to_le_bytes());
         raw.sequence += 1;
         let length = writer.finish(Kind::Batch, raw.sequence, 0, raw.sequence - 1, None);
         raw.send(&buffer[..length]);

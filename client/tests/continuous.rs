@@ -158,8 +158,8 @@ fn without_it_copies_change_with_the_round_only() {
 
 #[test]
 fn the_budget_is_kept_the_most_changed_rows_go_first_and_none_waits_for_ever() {
-    // A push each millisecond.
-    let rate = BYTES * 1000;
+    // A row each millisecond, to both clients: each has a mirror.
+    let rate = 2 * BYTES * 1000;
     let write = |seat: &mut Seat| {
         seat.sleep(Duration::from_millis(50));
         // Row 0 changes least. A few ranks only.

@@ -122,16 +122,16 @@ fn a_table_that_a_shard_refuses_is_on_none() {
     let page = 1 << 16;
     // The second server has little memory.
     let site = Site::new(2, 1, |number| if number == 0 { 64 * page } else { page });
-    for options in both() {
+    for (name, options) in ["t", "u"].into_iter().zip(both()) {
         let options = ClientOptions { cache_bytes: 32 * page, ..options };
         let client = site.client(options);
         for rows in [16_000, 16_001, 16_002, 16_003, 16_004, 16_005] {
             let error =
-                client.table::<f32>("t", rows, 32, Model::Essp { staleness: 1 }).unwrap_err().to_string();
+                client.table::<f32>(name, rows, 32, Model::Essp { staleness: 1 }).unwrap_err().to_string();
             assert!(error.contains("--memory"), "{rows}: {error}");
         }
         // The name, the servers' memory and the cache are free for it.
-        let table = client.table::<f32>("t", 100, 32, Model::Essp { staleness: 1 }).unwrap();
+        let table = client.table::<f32>(name, 100, 32, Model::Essp { staleness: 1 }).unwrap();
         let mut worker = client.worker().unwrap();
         worker.inc(&table, 99, &[1.0; 32]).unwrap();
         worker.clock().unwrap();

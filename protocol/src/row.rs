@@ -13,8 +13,8 @@
 //! The image says nothing of its reader: one image is right for everybody. What a copy contains of its reader's own batches
 //! follows from the LSN ([`inclusion`](crate::inclusion)), and which clock it is good for from the rounds that the reader has seen closed.
 //!
-//! **Blocks.** Rows of fewer than 64 bytes share an image, so that header and padding stay below half of the data: a power of two
-//! of adjacent rows, at most 64 bytes of data ([`Layout`]). All that is said of a row's image is then said of its block:
+//! **Blocks.** Rows of at most 32 bytes share an image, so that header and padding stay below half of the data: a power of two
+//! of adjacent rows, at most 64 bytes of data together ([`Layout`]). All that is said of a row's image is then said of its block:
 //! the LSN is that of the last batch that changed any of them.
 //!
 //! **Why a checksum.** One READ or WRITE delivers cache lines in any order, so a copy may mix two versions. `check`

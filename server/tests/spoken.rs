@@ -128,7 +128,7 @@ fn a_row_of_any_table_is_pushed_once_when_asked_for() {
     }
 }
 
-/// Rows of 128 bytes, as many as the bar of issue 7 says.
+/// Adjacent rows of 128 bytes.
 const MANY: usize = 1000;
 const STRIDE: usize = ROW_HEADER + 128;
 

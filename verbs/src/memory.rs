@@ -78,6 +78,14 @@ impl Memory {
         Self::map(name, len, len, 0)
     }
 
+    /// As [`Memory::new`], on small pages, each taken when it is first touched: for memory of which perhaps little is used.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn sparse(name: &str, len: usize) -> Result<Self, Error> {
+        Self::map(name, len.max(1), len.max(1), 0)
+    }
+
     fn map(name: &str, file_len: usize, len: usize, flags: libc::c_uint) -> Result<Self, Error> {
         let name = std::ffi::CString::new(name.replace('\0', "?")).expect("no NUL is left");
         // SAFETY: `name` is a NUL-terminated string that outlives the call.

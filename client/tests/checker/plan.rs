@@ -238,7 +238,11 @@ impl Plan {
         let tables = vec![table];
         let lane = |client| Lane::worker(client, &tables, Kind::Few, 8, &mut random);
         let lanes = [0, 0, 1].map(lane).into();
-        Self { shards: 2, ..Self::of(seed, Kind::Few, 2, tables, lanes) }
+        let mut plan = Self { shards: 2, ..Self::of(seed, Kind::Few, 2, tables, lanes) };
+        // One of the clients reads in place: which, depends on the model.
+        let first = matches!(model, Model::Bsp | Model::Essp { .. });
+        plan.places[usize::from(!first)].beside = Some(0);
+        plan
     }
 
     /// A job without trouble, at one server with one shard.

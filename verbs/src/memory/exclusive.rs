@@ -35,6 +35,14 @@ impl Exclusive {
         Memory::new(name, len).map(Self)
     }
 
+    /// As [`Memory::sparse`].
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn sparse(name: &str, len: usize) -> Result<Self, Error> {
+        Memory::sparse(name, len).map(Self)
+    }
+
     /// Size in bytes.
     pub fn len(&self) -> usize {
         self.0.len()

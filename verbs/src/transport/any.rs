@@ -209,6 +209,14 @@ impl Transport for Host {
 
     const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
 
+    fn has_views(&self) -> bool {
+        match self {
+            Host::Shm(_) => true,
+            #[cfg(feature = "rdma")]
+            Host::Rdma(_) => false,
+        }
+    }
+
     fn register(&self, memory: &Memory, access: Access) -> Result<HostRegion, Error> {
         map!(self, Host => HostRegion, t => t.register(memory, access))
     }

@@ -312,6 +312,9 @@ pub trait Transport: Clone + Send + Sync + 'static {
     /// woken would cost more than it saves.
     const AWAKE_TURNS: u32;
 
+    /// Whether connections may have [views](Connection::view): not over a wire.
+    fn has_views(&self) -> bool;
+
     /// Registers `memory` with `access` for peers.
     ///
     /// # Errors

@@ -177,6 +177,10 @@ impl<T: Transport> Transport for Faulty<T> {
 
     const AWAKE_TURNS: u32 = T::AWAKE_TURNS;
 
+    fn has_views(&self) -> bool {
+        self.inner.has_views()
+    }
+
     fn register(&self, memory: &Memory, access: Access) -> Result<T::Region, Error> {
         self.node.alive("register")?;
         self.inner.register(memory, access)

@@ -142,6 +142,10 @@ impl Transport for Rdma {
 
     const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
 
+    fn has_views(&self) -> bool {
+        false
+    }
+
     fn register(&self, memory: &Memory, access: Access) -> Result<RdmaRegion, Error> {
         self.device.register(memory, access)
     }

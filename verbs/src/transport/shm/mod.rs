@@ -155,6 +155,10 @@ impl Transport for Shm {
 
     const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
 
+    fn has_views(&self) -> bool {
+        true
+    }
+
     fn register(&self, memory: &Memory, access: Access) -> Result<ShmRegion, Error> {
         ShmRegion::new(&self.0.registry, memory, access)
     }

@@ -129,6 +129,10 @@ impl transport::Transport for Node {
     // Few: each is a step of the simulation, and sleeping is to be explored, too.
     const AWAKE_TURNS: u32 = 32;
 
+    fn has_views(&self) -> bool {
+        true
+    }
+
     fn register(&self, memory: &Memory, access: Access) -> Result<Region, Error> {
         Ok(Region(Arc::new(self.new_region(memory, access))))
     }
