@@ -27,7 +27,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
     element::{Element, ElementType},
-    limits::MAX_LISTED,
+    limits::{MAX_LISTED, MAX_ROW_BYTES},
     wire::{Fault, Kind, MessageHeader},
 };
 
@@ -467,8 +467,9 @@ impl Batch {
                     return bad("total", cells, sum, "cells have its rows");
                 }
                 let most = lists[rows..2 * rows].iter().copied().max().unwrap_or(0);
-                if u64::from(most) > width {
-                    return bad("cells", most.into(), width, "columns has the table");
+                let limit = MAX_ROW_BYTES as u64 / size;
+                if u64::from(most) > limit {
+                    return bad("cells", most.into(), limit, "may be of one row");
                 }
                 let greatest =
                     lists[2 * rows..].iter().copied().max().map_or(0, |column| u64::from(column) + 1);
