@@ -29,14 +29,16 @@ fn every_model_learns_counts_every_token_once_and_reports() {
     let plain = run(&["--no-server", "--epochs=40"]);
     let reached = number(&plain["log_likelihood"]);
     let models = [("bsp", Some(0)), ("ssp", Some(3)), ("essp", Some(3)), ("async", None), ("vap", None)];
-    for (model, staleness) in models {
+    let both = models.into_iter().flat_map(|model| [(model, false), (model, true)]);
+    for ((model, staleness), copies) in both {
         let name = format!("--model={model}");
         let mut arguments = vec![&*name, "--epochs=40", "--workers=2", "--shards=2"];
+        arguments.extend(copies.then_some("--copies"));
         arguments.extend((model == "vap").then_some("--v0=1000"));
         let results = run(&arguments);
         assert_eq!(results["application"], "lda");
         assert_eq!(results["data"]["tokens"], 20_000);
-        check_report(&results, model, staleness);
+        check_report(&results, model, staleness, copies);
         assert_eq!(counted(&results), 20_000, "{model}");
         let likelihoods = likelihoods(&results);
         assert_eq!(likelihoods.len(), 41, "{model}");

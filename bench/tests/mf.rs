@@ -25,14 +25,16 @@ fn losses(results: &Value) -> Vec<f64> {
 #[test]
 fn every_model_trains_and_reports() {
     let models = [("bsp", Some(0)), ("ssp", Some(3)), ("essp", Some(3)), ("async", None), ("vap", None)];
-    for (model, staleness) in models {
+    let both = models.into_iter().flat_map(|model| [(model, false), (model, true)]);
+    for ((model, staleness), copies) in both {
         let name = format!("--model={model}");
         let mut arguments = vec![&*name, "--epochs=20", "--workers=2", "--shards=2", "--check"];
+        arguments.extend(copies.then_some("--copies"));
         arguments.extend((model == "vap").then_some("--v0=2"));
         let results = run(&arguments);
         assert_eq!(results["application"], "mf");
         assert_eq!(results["data"]["ratings"], 5000);
-        check_report(&results, model, staleness);
+        check_report(&results, model, staleness, copies);
         let losses = losses(&results);
         assert_eq!(losses.len(), 21, "{model}");
         assert!(losses[20] < 0.5 * losses[0], "{model}: {losses:?}");

@@ -34,6 +34,8 @@ const MOST_WAITING: u64 = 32;
 const RECENT: i64 = 64;
 /// Looks at an image that is being rewritten before it is seen to that its server still lives.
 const LOOKS: u32 = 256;
+/// Rows read in place before it is seen to that their servers still live: nothing else would tell.
+const BLIND: u64 = 1 << 14;
 
 /// What a worker has done so far.
 #[derive(Debug, Clone, Default)]
@@ -357,6 +359,10 @@ impl<T: Transport> Worker<T> {
         if let Holding::InPlace = table.part(shard).holding {
             self.read_in_place(table, shard, index, into)?;
             self.stats.in_place += 1;
+            if self.stats.in_place.is_multiple_of(BLIND) {
+                self.core.progress();
+                self.core.alive()?;
+            }
             return self.count(table, row, known, needed);
         }
         self.read_copy(table, row, (shard, index), needed, into)
