@@ -44,9 +44,9 @@ pub const CLIENT_RECEIVES: usize = 16;
 pub const LEAST_RECEIVES: usize = 2;
 
 /// Words in which a client is told the LSN at which a round was closed: round `C` uses word `C % ROUND_WORDS`.
-pub const ROUND_WORDS: usize = 16;
+pub const ROUND_WORDS: usize = 2;
 /// Bytes of a client's control block for one shard: the acknowledgement ring, the bytes pushed, the round words.
-pub const CONTROL_BYTES: usize = (ACK_RING + 8 + ROUND_WORDS) * 8;
+pub const CONTROL_BYTES: usize = (ACK_RING + 16) * 8;
 /// Byte offset in the control block of the count of bytes pushed.
 pub const CONTROL_PUSHED: usize = ACK_RING * 8;
 /// Byte offset in the control block of the round words.
@@ -68,6 +68,6 @@ const _: () = assert!((ACK_RING as u64) < 1 << ACK_SEQUENCE_BITS);
 // A version has the LSN of an acknowledgement, the count and the busy bit.
 const _: () = assert!(64 - ACK_SEQUENCE_BITS + COUNT_BITS < 64);
 const _: () = assert!(IMAGE_ALIGN.is_multiple_of(ROW_HEADER) && BLOCK_BYTES.is_multiple_of(8));
-const _: () = assert!(CONTROL_BYTES.is_multiple_of(64));
+const _: () = assert!(CONTROL_BYTES.is_multiple_of(64) && CONTROL_ROUNDS + 8 * ROUND_WORDS <= CONTROL_BYTES);
 // Every column of a row can be named by a record, and a record of one value fits a message.
 const _: () = assert!(MAX_ROW_BYTES <= u32::MAX as usize);

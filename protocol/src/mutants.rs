@@ -132,7 +132,7 @@ catalogue! {
     SlabDroppedEarly "slab-dropped-early" "4 own updates count once"
         "a slab is dropped when it is acknowledged, though a copy may lack it (client OwnUpdates::retire)"
     SlabReusedEarly "slab-reused-early" "7 exactly once; references"
-        "a slab's memory is used again before the shard has applied it (client slab::Pool)"
+        "a slab's memory is used again before the shard has applied it (client OwnUpdates::retire, engine)"
     WishesOutOfOrder "wishes-out-of-order" "6 slots"
         "the shard is told about slots after the mutex is released (client worker::take)"
     ClockEndsEarly "clock-ends-early" "3 SSP guarantee"

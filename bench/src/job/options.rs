@@ -5,7 +5,6 @@ use std::{ffi::OsString, path::PathBuf};
 use anyhow::{Result, bail};
 use clap::{Args, value_parser};
 use fervor_client::ClientOptions;
-use fervor_protocol::row::Layout;
 
 use super::oracle::SPREAD;
 use crate::{
@@ -103,7 +102,7 @@ impl JobOptions {
     /// How a client connects whose largest table has so many rows of so many elements of 4 bytes.
     pub fn client_options(&self, rows: u64, width: usize) -> ClientOptions {
         // A row has a header of 16 bytes, as its image in the servers has. One table may take half of the cache.
-        let row = Layout::new(4 * width).stride();
+        let row = (16 + 4 * width).next_multiple_of(16);
         let oracle = if self.check { 2 * self.all_workers() * SPREAD * 64 } else { 0 };
         let cache_bytes = self.cache.unwrap_or((1 << 20) + 2 * rows as usize * row + oracle);
         let options = connect::client_options(self.clients, self.reads);

@@ -319,7 +319,8 @@ impl<T: Transport> Engine<T> {
         let kind = if taken.is_empty() { Kind::Batch } else { Kind::Reference };
         let (sequence, returned) = self.channels[shard].next_message();
         let length = writer.finish(kind, sequence, returned, number, clock);
-        let batch = SentBatch { number, delivery, part: 0, named: taken };
+        let named = if mutant(Mutant::SlabReusedEarly) { Vec::new() } else { taken };
+        let batch = SentBatch { number, delivery, part: 0, named };
         self.post(shard, sequence, length, Some(batch))?;
         posted(link, number, clock, Some(flushed));
         Ok(())

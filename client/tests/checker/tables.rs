@@ -76,7 +76,9 @@ pub fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
                 Kind::Behind => (Model::Vap { v0: random.among(5..=30) as f32 }, 1, 1),
                 // A bound that two updates of one of the last rows exceed.
                 Kind::Crowd if random.one_in(4) => (Model::Vap { v0: random.among(500..=4000) as f32 }, 1, 1),
-                Kind::Churn | Kind::Crowd => (Model::Essp { staleness }, 1, 1),
+                // Rows that are too long to share an image, and short enough for one cache line.
+                Kind::Churn => (Model::Essp { staleness }, 1, 9usize.div_ceil(lanes)),
+                Kind::Crowd => (Model::Essp { staleness }, 1, 1),
                 _ if wide => (model, least, 1),
                 _ => (model, random.among(1..=6) as usize, 1),
             };
