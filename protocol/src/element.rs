@@ -90,7 +90,6 @@ pub trait Element:
 
     /// Adds `deltas` to `sums`, pairwise.
     #[inline(always)]
-    #[inline]
     fn add_all(sums: &mut [Self], deltas: &[Self]) {
         assert_eq!(sums.len(), deltas.len());
         let (wide_sums, sums) = sums.as_chunks_mut::<LANES>();

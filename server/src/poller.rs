@@ -115,6 +115,7 @@ impl<T: Transport> Poller<T> {
         // Busy clients could go on for ever.
         let end = self.transport.now() + FAREWELL;
         while self.turn() > 0 && self.transport.now() < end {}
+        self.core.stop_clock();
         for id in self.posting.ids() {
             self.condemn(id, "the server stops");
         }

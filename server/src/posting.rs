@@ -86,9 +86,9 @@ impl<T: Transport> Posting<T> {
     }
 
     /// All places that are taken.
-    pub fn ids(&self) -> impl Iterator<Item = ClientId> + use<T> {
-        let taken: Vec<bool> = self.peers.iter().map(Option::is_some).collect();
-        (0..taken.len()).filter(move |place| taken[*place]).map(|place| ClientId(place as u32))
+    pub fn ids(&self) -> Vec<ClientId> {
+        let taken = self.peers.iter().enumerate().filter(|(_, peer)| peer.is_some());
+        taken.map(|(place, _)| ClientId(place as u32)).collect()
     }
 
     /// Whether there are no clients.

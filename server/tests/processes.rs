@@ -177,8 +177,9 @@ fn clients_of_a_dying_server(folder: &str, kill: impl FnOnce(&mut Program), chec
             called.elapsed()
         });
         let missing = scope.spawn(|| {
-            // Each get is a READ.
-            let client = connect(&address, 4);
+            // Each get is a READ: in place it would go on for ever, with what the dead server has left.
+            let options = ClientOptions { clients: 4, copies: true, ..ClientOptions::default() };
+            let client = Client::connect_with(&[address.to_string()], options).unwrap();
             let table = client.table::<f32>("async", 8, 4, Model::Async).unwrap();
             let mut worker = client.worker().unwrap();
             started.wait();

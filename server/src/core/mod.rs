@@ -141,6 +141,8 @@ pub struct ShardCore {
     ledger: Ledger,
     /// The shard clock rose to this.
     risen: Option<u64>,
+    /// It rises no more.
+    stopped: bool,
     /// Answers to clients.
     answers: VecDeque<(ClientId, Vec<u8>)>,
     /// Tables of which images are to be sealed.
@@ -178,6 +180,7 @@ impl ShardCore {
             limits,
             ledger: Ledger::new(limits.bookkeeping),
             risen: None,
+            stopped: false,
             answers: VecDeque::new(),
             sealing: Vec::new(),
             value_bounded: 0,
@@ -270,8 +273,14 @@ impl ShardCore {
         self.clients[id.0 as usize].as_mut().expect("it has joined")
     }
 
+    /// The shard clock rises no more: clients that are put out because the server stops have not had their part, and nobody may
+    /// go on as if they had.
+    pub fn stop_clock(&mut self) {
+        self.stopped = true;
+    }
+
     fn rise(&mut self, rose: Option<u64>) {
-        if let Some(clock) = rose {
+        if let Some(clock) = rose.filter(|_| !self.stopped) {
             // SYNC POINT: who finds this clock in place sees all images that changed below it.
             self.region.publish_clock(clock);
             self.risen = Some(clock);

@@ -237,7 +237,8 @@ impl ShardCore {
         opener.times -= 1;
         if opener.times == 0 {
             effects.slots.push(SlotEffect::StopTable(table_id));
-            effects.closed = true;
+            // A client that reads in place is pushed nothing, and has nothing to wait for.
+            effects.closed = opener.hold != Hold::InPlace;
             self.close(table_id, id);
         }
         Ok(())

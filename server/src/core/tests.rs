@@ -234,6 +234,17 @@ fn what_comes_out_of_order_or_after_the_farewell_is_a_fault() {
 }
 
 #[test]
+fn a_server_that_stops_puts_everybody_out_and_lets_nobody_go_on() {
+    let mut world = World::new(4096);
+    world.join(2);
+    world.open(0, &essp("t", 3), Hold::InPlace).unwrap();
+    world.add(0, Some(1), &[1], 1).unwrap();
+    world.core.stop_clock();
+    (0..2).for_each(|client| world.core.leave(ClientId(client), Departure::Died));
+    assert_eq!((world.word(0), world.core.take_risen()), (0, None));
+}
+
+#[test]
 fn batches_are_visible_when_no_copy_is_without_them() {
     let mut world = World::new(4096);
     world.join(3);
