@@ -235,6 +235,11 @@ impl<C: Connection> Peer<C> {
         Ok(())
     }
 
+    /// Whether there are posts that nothing will complete: there was no room to ask for it.
+    pub fn is_unsignalled(&self) -> bool {
+        self.unsignalled
+    }
+
     /// Sees to it that the entries of all posts will be released: asks for a completion if none is under way.
     ///
     /// # Errors

@@ -242,7 +242,7 @@ impl<T: Transport> Posting<T> {
         busy.retain(|id| {
             posted += self.pump_one(core, *id);
             let Some(peer) = self.peer(*id) else { return false };
-            let waits = peer.outbound.is_busy();
+            let waits = peer.outbound.is_busy() || peer.is_unsignalled();
             peer.listed = waits || core.owes(*id) || core.is_proof_due(*id);
             peer.listed
         });
