@@ -25,22 +25,24 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU16, AtomicU64, Ordering},
+        atomic::{AtomicU16, Ordering},
     },
 };
 
-use fervor_protocol::{
-    Element,
-    batch::{CELLS, ROWS, SectionHeader},
-    limits::BLOCK_BYTES,
-};
-use fervor_verbs::Piece;
-use zerocopy::{FromBytes, IntoBytes};
+use fervor_protocol::{Element, batch::SectionHeader, limits::BLOCK_BYTES};
+use zerocopy::FromBytes;
 
 use crate::hash::RowIndex;
 
-/// Bytes of a piece of named memory: the longest row, its number, and what aligns them, fit.
-pub const PIECE_BYTES: usize = (1 << 20) + 4096;
+mod block;
+mod delivery;
+mod refer;
+
+pub use block::{PIECE_BYTES, Pool};
+pub use delivery::Delivery;
+
+use block::Block;
+
 /// Bytes of a block of other memory, if a row is not longer.
 const HEAP_BYTES: usize = 64 << 10;
 /// Values of a block begin at multiples of this.
@@ -53,85 +55,6 @@ const FEW_CELLS: usize = 32;
 const UNSENT: u16 = u16::MAX;
 /// What `parts` says of an update that goes in several batches.
 const IN_RANGES: u16 = u16::MAX - 1;
-
-/// Memory that servers on this host see, in pieces.
-#[derive(Debug, Default)]
-pub struct Pool {
-    free: Mutex<Vec<Piece>>,
-}
-
-impl Pool {
-    /// Of these pieces, each of [`PIECE_BYTES`].
-    pub fn new(pieces: Vec<Piece>) -> Arc<Self> {
-        Arc::new(Self { free: Mutex::new(pieces) })
-    }
-
-    fn take(self: &Arc<Self>) -> Option<Borrowed> {
-        let piece = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        piece.map(|piece| Borrowed { piece: Some(piece), pool: self.clone() })
-    }
-}
-
-/// A piece of a pool, which gets it back.
-#[derive(Debug)]
-struct Borrowed {
-    piece: Option<Piece>,
-    pool: Arc<Pool>,
-}
-
-impl Borrowed {
-    fn piece(&self) -> &Piece {
-        self.piece.as_ref().expect("it is there until the end")
-    }
-}
-
-impl Drop for Borrowed {
-    fn drop(&mut self) {
-        let mut free = self.pool.free.lock().unwrap_or_else(PoisonError::into_inner);
-        free.extend(self.piece.take());
-    }
-}
-
-/// Some memory of a slab.
-#[derive(Debug)]
-enum Block {
-    Named(Borrowed),
-    Own(Vec<u64>),
-}
-
-impl Block {
-    /// From the pool, or of `bytes` bytes.
-    fn new(pool: Option<&Arc<Pool>>, bytes: usize) -> Self {
-        match pool.filter(|_| bytes <= PIECE_BYTES).and_then(Pool::take) {
-            Some(piece) => Self::Named(piece),
-            None => Self::Own(vec![0; bytes.div_ceil(8)]),
-        }
-    }
-
-    #[inline]
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Self::Named(borrowed) => borrowed.piece().bytes(),
-            Self::Own(words) => words.as_bytes(),
-        }
-    }
-
-    #[inline]
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        match self {
-            Self::Named(borrowed) => borrowed.piece.as_mut().expect("it is there until the end").bytes_mut(),
-            Self::Own(words) => words.as_mut_bytes(),
-        }
-    }
-
-    /// Its first byte in the named memory.
-    fn offset(&self) -> Option<u64> {
-        match self {
-            Self::Named(borrowed) => Some(borrowed.piece().offset() as u64),
-            Self::Own(_) => None,
-        }
-    }
-}
 
 /// How whole rows lie in blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,51 +73,6 @@ impl Geometry {
         let shift = rows.max(1).ilog2();
         let values_at = (4usize << shift).next_multiple_of(VALUE_ALIGN);
         Self { row_bytes, shift, values_at, bytes: values_at + (row_bytes << shift) }
-    }
-}
-
-/// Batches that carried some slabs: the LSNs at which they were applied, once that is known.
-#[derive(Debug)]
-pub struct Delivery {
-    /// Number of the first batch.
-    first: u64,
-    /// Per batch one more than its LSN; zero: not acknowledged.
-    lsns: Box<[AtomicU64]>,
-    /// Number of batches, once all are posted.
-    count: AtomicU64,
-}
-
-impl Delivery {
-    /// Of at most `most` batches, numbered from `first` on.
-    pub fn new(first: u64, most: usize) -> Arc<Self> {
-        let lsns = (0..most).map(|_| AtomicU64::new(0)).collect();
-        Arc::new(Self { first, lsns, count: AtomicU64::new(0) })
-    }
-
-    /// Batch `part` was applied at `lsn`.
-    pub fn acknowledged(&self, part: usize, lsn: u64) {
-        // SYNC POINT: whoever sees it may use the memory of the slabs again, once the other parts are there too.
-        self.lsns[part].store(lsn + 1, Ordering::Release);
-    }
-
-    /// It has come to `count` batches.
-    pub fn complete(&self, count: usize) {
-        self.count.store(count as u64, Ordering::Release);
-    }
-
-    fn lsn(&self, part: usize) -> Option<u64> {
-        self.lsns[part].load(Ordering::Acquire).checked_sub(1)
-    }
-
-    /// The greatest LSN, when all batches are acknowledged: the last one's.
-    fn greatest(&self) -> Option<u64> {
-        let last = self.count.load(Ordering::Acquire).checked_sub(1)?;
-        self.lsn(last as usize)
-    }
-
-    /// Number of the last batch, when all are posted.
-    fn last(&self) -> Option<u64> {
-        Some(self.first + self.count.load(Ordering::Acquire).checked_sub(1)?)
     }
 }
 
@@ -515,80 +393,6 @@ impl<E: Element> Slab<E> {
     pub fn hand_over(&mut self, stamp: u64) {
         self.stamp = stamp;
         self.sections = self.pool.is_some().then(|| self.refer()).flatten();
-    }
-
-    /// The sections that name all of it, with the cells brought into named memory. `None`: some of it is elsewhere.
-    fn refer(&mut self) -> Option<Vec<SectionHeader>> {
-        let mut sections = Vec::new();
-        let per_block = 1usize << self.geometry.shift;
-        for (number, block) in self.blocks.iter().enumerate().take(self.rows.div_ceil(per_block)) {
-            let offset = block.offset()?;
-            let count = (self.rows - number * per_block).min(per_block);
-            let values_at = offset + self.geometry.values_at as u64;
-            sections.push(SectionHeader {
-                table: 0,
-                kind: ROWS,
-                count: count as u32,
-                total: 0,
-                rows_at: offset,
-                values_at,
-            });
-        }
-        let mut first = 0;
-        while first < self.cells.len() {
-            first = self.refer_cells(first, &mut sections)?;
-        }
-        Some(sections)
-    }
-
-    /// Writes rows of cells from the `first` one on into a block, as many as fit, and names it. The next row.
-    fn refer_cells(&mut self, first: usize, sections: &mut Vec<SectionHeader>) -> Option<usize> {
-        let bytes =
-            |rows: usize, cells: usize| (8 * rows + 4 * cells).next_multiple_of(8) + cells * size_of::<E>();
-        let (mut rows, mut cells, mut next) = (0, 0, first);
-        while let Some(row) = self.cells.get(next) {
-            let empty = row.pairs.is_empty();
-            if !empty && bytes(rows + 1, cells + row.pairs.len()) > PIECE_BYTES {
-                break;
-            }
-            rows += usize::from(!empty);
-            cells += row.pairs.len();
-            next += 1;
-        }
-        if rows == 0 {
-            // A row of more cells than a block holds has become a whole one before.
-            assert!(next == self.cells.len(), "a row of cells fits a block");
-            return Some(next);
-        }
-        let mut block = Block::new(self.pool.as_ref(), PIECE_BYTES);
-        let offset = block.offset()?;
-        let values_at = (8 * rows + 4 * cells).next_multiple_of(8);
-        let (lists, values) = block.bytes_mut().split_at_mut(values_at);
-        let (indices, lists) = lists.split_at_mut(4 * rows);
-        let (counts, columns) = lists.split_at_mut(4 * rows);
-        let some = self.cells[first..next].iter().filter(|row| !row.pairs.is_empty());
-        let (mut at, mut cell) = (0, 0);
-        for row in some {
-            indices[4 * at..4 * at + 4].copy_from_slice(&row.row.to_le_bytes());
-            counts[4 * at..4 * at + 4].copy_from_slice(&(row.pairs.len() as u32).to_le_bytes());
-            at += 1;
-            for (column, value) in &row.pairs {
-                columns[4 * cell..4 * cell + 4].copy_from_slice(&column.to_le_bytes());
-                let to = cell * size_of::<E>();
-                values[to..to + size_of::<E>()].copy_from_slice(value.as_bytes());
-                cell += 1;
-            }
-        }
-        sections.push(SectionHeader {
-            table: 0,
-            kind: CELLS,
-            count: rows as u32,
-            total: cells as u32,
-            rows_at: offset,
-            values_at: offset + values_at as u64,
-        });
-        self.encoded.push(block);
-        Some(next)
     }
 
     /// No element of what was handed over is greater, in magnitude: cells of one column taken together.

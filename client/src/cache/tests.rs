@@ -1,3 +1,5 @@
+//! Slots: who gets one, when it is free again, and what the shard is told.
+
 use fervor_protocol::row::Version;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Slabs: sums of updates, what is named of them, and how far they have come.
+
 use fervor_protocol::{
     ElementType,
     batch::{Batch, BatchWriter, Shape, Source, Target},

@@ -1,3 +1,5 @@
+//! Batches: what is written is read, and what is wrong is refused with its name and value.
+
 use proptest::prelude::*;
 
 use super::*;

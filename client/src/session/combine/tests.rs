@@ -1,3 +1,5 @@
+//! Slabs of several workers, written into messages and applied: each update once, and told where it is.
+
 use fervor_protocol::{
     ElementType,
     batch::{Batch, Shape, Target},
