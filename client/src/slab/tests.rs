@@ -7,6 +7,7 @@ use fervor_protocol::{
 };
 use fervor_verbs::Exclusive;
 use proptest::prelude::*;
+use zerocopy::IntoBytes;
 
 use super::*;
 
