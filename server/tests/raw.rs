@@ -367,3 +367,68 @@ fn there_is_a_place_for_so_many_clients_and_for_another_when_one_leaves() {
     third.close().unwrap();
     assert!(server.stop());
 }
+
+/// Answers that nobody takes are few, however many requests come.
+#[test]
+fn a_client_that_takes_no_answers_is_ended_before_they_are_many() {
+    const REQUESTS: u64 = 5_000;
+    let mut scene = Scene::new("answers", Model::Bsp);
+    let few = |mut hello: Hello| {
+        hello.receives = 2;
+        hello.as_bytes().to_vec()
+    };
+    let mut raw = Raw::try_connect(&scene.host, &scene.address, few).unwrap();
+    let mut sent = 0;
+    for _ in 0..REQUESTS {
+        // Refused each time: it is there with another schema.
+        let schema = Schema { width: 3, ..schema(Model::Bsp) };
+        let open = OpenTable { schema, shard: 0, shards: 1, hold: Hold::Slots };
+        let message = raw.message(Kind::CreateTable, 0, &open.encode());
+        raw.send(&message);
+        let sequence = raw.sequence;
+        if raw.answer(sequence).is_none() {
+            break;
+        }
+        sent += 1;
+    }
+    assert!(sent < 100, "{sent} requests were taken, and nobody takes the answers");
+    let fault = raw.fault();
+    assert!(fault.contains("64 answers wait for receive buffers"), "{fault}");
+    scene.undisturbed();
+    scene.end();
+}
+
+/// Subscriptions are counted against the server's bookkeeping, and come back when the client goes.
+#[test]
+fn subscriptions_are_bounded_by_the_bookkeeping() {
+    const BOOKKEEPING: usize = 64 << 10;
+    let folder = Folder::new("subscriptions");
+    let address = folder.address("s.sock");
+    let host = Host::for_addresses(std::slice::from_ref(&address)).unwrap();
+    let config = Config { bookkeeping: BOOKKEEPING, ..config(&address, 1) };
+    let server = Server::start(&host, &config).unwrap();
+    let essp = Model::Essp { staleness: 1 };
+    for _ in 0..3 {
+        let mut raw = Raw::connect(&host, &address);
+        let (kind, _) = raw.ask(Schema { rows: 100_000, ..schema(essp) }, Hold::Slots);
+        assert_eq!(kind, Kind::Table);
+        let mut subscribed = 0;
+        loop {
+            let some = subscribed..subscribed + 100;
+            let records: Vec<u8> = some.flat_map(|image| record(image, SLOTS, 0, SUBSCRIBE)).collect();
+            let message = raw.message(Kind::Slots, 100, &records);
+            raw.send(&message);
+            let sequence = raw.sequence;
+            if raw.answer(sequence).is_none() {
+                break;
+            }
+            subscribed += 100;
+        }
+        // The sets of the table's images take a part of it, too.
+        let most = BOOKKEEPING as u64 / 96;
+        assert!((most / 3..=most).contains(&subscribed), "{subscribed} of {most}");
+        let fault = raw.fault();
+        assert!(fault.contains("bookkeeping") && fault.contains("fewer slots"), "{fault}");
+    }
+    assert!(server.stop());
+}

@@ -31,8 +31,9 @@ const TURN: u32 = 8;
 const SAVED: Duration = Duration::from_millis(1);
 /// No image.
 const NONE: u32 = u32::MAX;
-/// The change of an image that is not ranked.
-const CLEAN: f32 = -1.0;
+/// The change of an image that is not ranked. Ranked ones have changed by something: by [`LEAST`], if they have not.
+const CLEAN: f32 = 0.0;
+const LEAST: f32 = f32::MIN_POSITIVE;
 
 /// A list of images of one rank.
 #[derive(Debug, Clone, Copy)]
@@ -41,13 +42,16 @@ struct List {
     last: u32,
 }
 
+/// The images before and after one in its list.
+type Links = [u32; 2];
+
 /// The changed images of a table, by how much they have changed.
 #[derive(Debug)]
 struct Ranking {
     /// Per image, how much it has changed; [`CLEAN`] if it is not ranked.
     changes: Vec<f32>,
-    /// Per image, its neighbours in the list of its rank.
-    links: Vec<List>,
+    /// Per image, its neighbours in the list of its rank, if it is in one.
+    links: Vec<Links>,
     ranks: [List; RANKS],
     /// The ranks that have images.
     used: [u64; RANKS / 64],
@@ -62,8 +66,9 @@ impl Ranking {
         assert!(images < u64::from(NONE), "{images} images cannot be linked");
         let none = List { first: NONE, last: NONE };
         Self {
+            // Zeroed memory, both: what no image touches costs nothing, and no time.
             changes: vec![CLEAN; images as usize],
-            links: vec![none; images as usize],
+            links: vec![[0; 2]; images as usize],
             ranks: [none; RANKS],
             used: [0; RANKS / 64],
             taken: 0,
@@ -76,7 +81,7 @@ impl Ranking {
         let image = image as u32;
         let before = self.changes[image as usize];
         let ranked = before != CLEAN;
-        let change = if ranked { before + by } else { by };
+        let change = (before + by).max(LEAST);
         if !ranked || rank(before) != rank(change) {
             if ranked {
                 self.unlink(image);
@@ -132,27 +137,27 @@ impl Ranking {
 
     fn link(&mut self, image: u32, rank: usize) {
         let last = self.ranks[rank].last;
-        self.links[image as usize] = List { first: last, last: NONE };
+        self.links[image as usize] = [last, NONE];
         match last {
             NONE => {
                 self.ranks[rank].first = image;
                 self.used[rank / 64] |= 1 << (rank % 64);
             }
-            last => self.links[last as usize].last = image,
+            last => self.links[last as usize][1] = image,
         }
         self.ranks[rank].last = image;
     }
 
     fn unlink(&mut self, image: u32) {
         let rank = rank(self.changes[image as usize]);
-        let List { first: before, last: after } = self.links[image as usize];
+        let [before, after] = self.links[image as usize];
         match before {
             NONE => self.ranks[rank].first = after,
-            before => self.links[before as usize].last = after,
+            before => self.links[before as usize][1] = after,
         }
         match after {
             NONE => self.ranks[rank].last = before,
-            after => self.links[after as usize].first = before,
+            after => self.links[after as usize][0] = before,
         }
         if self.ranks[rank].first == NONE {
             self.used[rank / 64] &= !(1 << (rank % 64));
@@ -206,7 +211,7 @@ impl Continuous {
 
     /// Bytes that it takes.
     pub fn bytes(images: u64) -> usize {
-        size_of::<Self>() + images as usize * (size_of::<f32>() + size_of::<List>())
+        size_of::<Self>() + images as usize * (size_of::<f32>() + size_of::<Links>())
     }
 
     /// `image` has changed by `by`, which is not negative.
