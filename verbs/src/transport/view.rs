@@ -35,6 +35,18 @@ pub trait View: Clone + Send + Sync + fmt::Debug + 'static {
     fn snapshot(&self, lock: usize, offset: usize, into: &mut [u8]) -> Option<u64> {
         seqlock::read::<AtomicU64>(|| self.load(lock), || self.copy(offset, into))
     }
+
+    /// Says that the byte at `offset` will be read soon. It changes nothing but how long that takes.
+    #[inline]
+    fn prefetch(&self, _offset: usize) {}
+
+    /// As [`View::snapshot`], of the aligned 8-byte word at byte `offset`: their version, and the word.
+    #[inline]
+    fn snapshot_word(&self, lock: usize, offset: usize) -> Option<(u64, u64)> {
+        let mut word = 0;
+        let version = seqlock::read::<AtomicU64>(|| self.load(lock), || word = self.load(offset))?;
+        Some((version, word))
+    }
 }
 
 /// The view of a provider that has none: there is no value of it.

@@ -219,6 +219,10 @@ pub(super) fn snapshots<R: Rig>(rig: &R) {
                 last = version;
                 let other = words(&copy).find(|&word| word != version);
                 assert_eq!(other, None, "a word of another version than {version}, among {len} bytes");
+                if let Some((version, word)) = view.snapshot_word(0, len) {
+                    assert_eq!(word, version, "a word of another version");
+                    assert!(version >= last, "version {version} came after {last}");
+                }
             }
             (newer >= wanted).then_some(())
         });

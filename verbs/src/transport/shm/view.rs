@@ -75,6 +75,14 @@ impl View for ShmView {
         word
     }
 
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    #[inline]
+    fn prefetch(&self, offset: usize) {
+        let byte = self.at(offset, 1);
+        // SAFETY: a prefetch of any address is allowed, and this one lies in the view (`at`). Every x86-64 has SSE.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(byte.cast()) }
+    }
+
     #[inline]
     fn copy(&self, offset: usize, into: &mut [u8]) {
         let from = self.at(offset, into.len());
