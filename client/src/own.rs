@@ -89,6 +89,8 @@ pub struct ShardUpdates<E> {
     current: Slab<E>,
     outstanding: VecDeque<Outstanding<E>>,
     floor: u64,
+    /// LSN of the last slab that went.
+    gone: u64,
     spare: Vec<Slab<E>>,
 }
 
@@ -102,6 +104,7 @@ impl<E: Element> ShardUpdates<E> {
             pool,
             outstanding: VecDeque::new(),
             floor: 0,
+            gone: 0,
             spare: Vec::new(),
         }
     }
@@ -110,6 +113,12 @@ impl<E: Element> ShardUpdates<E> {
     #[inline]
     pub fn current(&mut self) -> &mut Slab<E> {
         &mut self.current
+    }
+
+    /// Whether a copy lacks nothing: all that was added has gone.
+    #[inline]
+    pub fn is_clean(&self) -> bool {
+        self.outstanding.is_empty() && self.current.is_empty()
     }
 
     /// Ends the clock `stamp` of the worker: the slab, if there is anything in it.
@@ -142,6 +151,7 @@ impl<E: Element> ShardUpdates<E> {
             if !contained && !mutant(Mutant::FloorForgotten) {
                 self.floor = self.floor.max(lsn);
             }
+            self.gone = self.gone.max(lsn);
             let gone = self.outstanding.pop_front().expect("it was there");
             // Who sent it may hold it for a moment longer; then its memory is given back instead.
             if let Ok(mut slab) = Arc::try_unwrap(gone.slab)
@@ -151,6 +161,11 @@ impl<E: Element> ShardUpdates<E> {
                 self.spare.push(slab);
             }
         }
+    }
+
+    /// A copy that was READ as of an LSN below this one may lack what is no longer here.
+    pub fn gone(&self) -> u64 {
+        self.gone
     }
 
     /// Adds to a copy of the columns of `row` from `start` on what it lacks.

@@ -7,14 +7,8 @@ use std::{
     time::Duration,
 };
 
-use fervor_protocol::{
-    Element, clock,
-    limits::ROW_HEADER,
-    mutants::{Mutant, mutant, pause},
-    row::Version,
-};
-use fervor_verbs::transport::{Transport, View, any::Host};
-use zerocopy::IntoBytes;
+use fervor_protocol::{Element, clock, mutants::pause};
+use fervor_verbs::transport::{Transport, any::Host};
 
 use crate::{
     error::Error,
@@ -26,16 +20,14 @@ use crate::{
 
 mod bounded;
 mod copies;
+mod in_place;
+mod prefetch;
 mod ranges;
 
 /// Slabs that may wait for a shard before the worker that handed them over does.
 const MOST_WAITING: u64 = 32;
 /// Clock differentials kept in an array: `-RECENT..=RECENT`; others in a map.
 const RECENT: i64 = 64;
-/// Looks at an image that is being rewritten before it is seen to that its server still lives.
-const LOOKS: u32 = 256;
-/// Rows read in place before it is seen to that their servers still live: nothing else would tell.
-const BLIND: u64 = 1 << 14;
 
 /// What a worker has done so far.
 #[derive(Debug, Clone, Default)]
@@ -71,7 +63,7 @@ pub struct Worker<T: Transport = Host> {
     /// The way to rows that are not read in place.
     reader: Option<Reader<T>>,
     updates: WorkerUpdates,
-    prefetched: Vec<copies::Prefetched>,
+    prefetched: Vec<prefetch::Prefetched>,
     stats: WorkerStats,
     recent: Vec<u64>,
 }
@@ -148,14 +140,11 @@ impl<T: Transport> Worker<T> {
         if into.len() != rows.len() * width {
             return Err(wrong_length(core, into.len(), rows.len() * width));
         }
-        for &row in rows {
-            self.check(core, row)?;
+        if let Some(&greatest) = rows.iter().max() {
+            self.check(core, greatest)?;
         }
         if self.reader.is_none() {
-            for (&row, copy) in rows.iter().zip(into.chunks_exact_mut(width)) {
-                self.read(core, row, copy)?;
-            }
-            return Ok(());
+            return self.read_many_in_place(core, rows.len(), |at| rows[at], into);
         }
         self.read_copies(core, rows, into)
     }
@@ -351,83 +340,48 @@ impl<T: Transport> Worker<T> {
         let (shard, index) = self.core.router.locate(row);
         let needed = clock::needed(table.schema().model, self.clock);
         // SYNC POINT: what is read is as of the clock that was known before.
+        let known = self.fresh(shard, needed)?;
+        if let Holding::InPlace = table.part(shard).holding {
+            self.read_in_place(table, shard, index, into)?;
+            self.looked(1)?;
+            return self.count(table, row, 1, known, needed);
+        }
+        self.read_copy(table, row, (shard, index), needed, into)
+    }
+
+    /// The clock that a shard has reached, when that is at least `needed`.
+    #[inline]
+    fn fresh(&mut self, shard: usize, needed: u64) -> Result<u64, Error> {
         let mut known = self.core.links[shard].clock();
         if known < needed {
             self.wait_for(shard, needed)?;
             known = self.core.links[shard].clock();
         }
-        if let Holding::InPlace = table.part(shard).holding {
-            self.read_in_place(table, shard, index, into)?;
-            self.stats.in_place += 1;
-            if self.stats.in_place.is_multiple_of(BLIND) {
-                self.core.progress();
-                self.core.alive()?;
-            }
-            return self.count(table, row, known, needed);
-        }
-        self.read_copy(table, row, (shard, index), needed, into)
+        Ok(known)
     }
 
-    /// Copies a row out of the shard's memory, and adds what of this worker's updates it lacks.
-    #[inline]
-    fn read_in_place<E: Element>(
-        &mut self,
-        table: &TableCore<E>,
-        shard: usize,
-        index: u64,
-        into: &mut [E],
-    ) -> Result<(), Error> {
-        let layout = table.layout();
-        let lock = table.part(shard).offset + layout.offset(layout.image(index));
-        let data = lock + ROW_HEADER + layout.within(index);
-        let core = &*self.core;
-        let place = core.links[shard].place.get().expect("rows are in place where there is one");
-        let mut looks = 0;
-        let version = loop {
-            if let Some(version) = place.view.snapshot(lock, data, into.as_mut_bytes()) {
-                break version;
-            }
-            if mutant(Mutant::SnapshotUnchecked) {
-                break place.view.load(lock);
-            }
-            // Each look that fails is a rewrite of this very image, which its shard makes once per batch.
-            core.transport.relax(looks % LOOKS);
-            looks += 1;
-            if looks % LOOKS == 0 {
-                core.progress();
-                core.alive()?;
-            }
-        };
-        let Some(Some(updates)) = self.updates.get_mut(table.number()) else { return Ok(()) };
-        let updates: &mut Updates<E> =
-            updates.as_any().downcast_mut().expect("a table's number stands for its element type");
-        let lsn = Version::from_bits(version).lsn();
-        let (image, start) = (layout.image(index) as u32, layout.within(index) / size_of::<E>());
-        updates.shards[shard].complete_in_place(image, start, lsn, |batch| place.announced(batch), into);
-        Ok(())
-    }
-
-    /// Counts a `get` whose data is as of `clock`.
+    /// Counts `gets` `get`s, of `row` and others of its shard, whose data is as of `clock`.
     #[inline]
     fn count<E: Element>(
         &mut self,
         table: &TableCore<E>,
         row: u64,
+        gets: u64,
         clock: u64,
         needed: u64,
     ) -> Result<(), Error> {
         let differential = clock::differential(clock, self.clock);
         match self.recent.get_mut((differential + RECENT) as usize) {
-            Some(count) => *count += 1,
-            None => self.count_far(differential),
+            Some(count) => *count += gets,
+            None => self.count_far(differential, gets),
         }
         if clock < needed { self.violated(table, row, clock, needed) } else { Ok(()) }
     }
 
     #[cold]
-    fn count_far(&mut self, differential: i64) {
+    fn count_far(&mut self, differential: i64, gets: u64) {
         let rounded = differential.signum() * differential.unsigned_abs().next_power_of_two() as i64;
-        *self.stats.clock_differential.entry(rounded).or_insert(0) += 1;
+        *self.stats.clock_differential.entry(rounded).or_insert(0) += gets;
     }
 
     /// A copy is older than the model allows, which never happens.

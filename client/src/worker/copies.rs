@@ -29,20 +29,9 @@ const MANY_WISHES: usize = 64;
 
 /// What is known of a shard before a READ is posted, for which the READ is then trusted.
 #[derive(Debug, Clone, Copy)]
-struct Before {
-    clock: u64,
-    as_of: u64,
-}
-
-/// A READ that has been started and not been asked for.
-#[derive(Debug)]
-pub struct Prefetched {
-    table: usize,
-    shard: usize,
-    image: u64,
-    place: usize,
-    before: Before,
-    done: bool,
+pub(super) struct Before {
+    pub clock: u64,
+    pub as_of: u64,
 }
 
 impl<T: Transport> Worker<T> {
@@ -57,14 +46,14 @@ impl<T: Transport> Worker<T> {
     ) -> Result<(), Error> {
         if let Some(clock) = self.read_held(table, shard, index, needed, into)? {
             self.stats.hits += 1;
-            return self.count(table, row, clock, needed);
+            return self.count(table, row, 1, clock, needed);
         }
         self.stats.misses += 1;
         let before = self.core.transport.now();
         self.hear(table);
         let clock = self.miss(table, row, (shard, index), needed, into)?;
         self.stats.communicating += self.core.transport.now() - before;
-        self.count(table, row, clock, needed)
+        self.count(table, row, 1, clock, needed)
     }
 
     /// As [`Worker::get_many`], where not all rows are read in place.
@@ -89,7 +78,7 @@ impl<T: Transport> Worker<T> {
             match self.read_held(table, shard, index, needed, copy)? {
                 Some(clock) => {
                     self.stats.hits += 1;
-                    self.count(table, row, clock, needed)?;
+                    self.count(table, row, 1, clock, needed)?;
                 }
                 None => missed.push(at),
             }
@@ -99,117 +88,16 @@ impl<T: Transport> Worker<T> {
         }
         let before = self.core.transport.now();
         self.hear(table);
-        self.forget_prefetched()?;
-        let places = self.reader()?.places();
-        for group in missed.chunks(places) {
-            self.read_group(table, rows, group, needed, into)?;
+        self.may_read()?;
+        if !self.prefetched.is_empty() {
+            self.take_all_prefetched(table, rows, &mut missed, needed, into)?;
+        }
+        let places = self.free_places(table.layout().image_bytes(), missed.len())?;
+        for group in missed.chunks(places.len()) {
+            self.read_group(table, rows, group, &places, needed, into)?;
         }
         self.stats.communicating += self.core.transport.now() - before;
         Ok(())
-    }
-
-    /// Starts to READ `rows` of `table`, those that are not read in place and of which no copy is here, as far as there is room, and does
-    /// not wait for them. A [`get`](Worker::get) of one of them finds it on its way.
-    ///
-    /// # Errors
-    /// A row is out of range; a server is lost.
-    pub fn prefetch<E: Element>(&mut self, table: &crate::Table<E>, rows: &[u64]) -> Result<(), Error> {
-        let table = &*table.0;
-        for &row in rows {
-            self.check(table, row)?;
-        }
-        if self.reader.is_none() {
-            return Ok(());
-        }
-        self.may_read()?;
-        self.hear(table);
-        let bytes = table.layout().image_bytes();
-        let places = self.reader()?.places();
-        for &row in rows {
-            let (shard, index) = self.core.router.locate(row);
-            let image = table.layout().image(index);
-            let here = match &table.part(shard).holding {
-                Holding::InPlace | Holding::Mirror(_) => true,
-                Holding::Slots(cache) => cache.find(image).is_some(),
-            };
-            let number = table.number();
-            let started = |one: &Prefetched| (one.table, one.shard, one.image) == (number, shard, image);
-            if here || self.prefetched.iter().any(started) {
-                continue;
-            }
-            // One place is left for a row that is READ meanwhile.
-            if self.prefetched.len() + 1 >= places {
-                break;
-            }
-            let place = self.free_place(bytes)?;
-            let before = self.before(shard);
-            self.post(table, shard, image, place)?;
-            self.prefetched.push(Prefetched { table: number, shard, image, place, before, done: false });
-        }
-        for shard in 0..self.core.links.len() {
-            let rung = self.reader()?.ring(shard);
-            rung.or_else(|error| self.broken(shard, error))?;
-        }
-        Ok(())
-    }
-
-    /// Waits for READs that were started ahead and drops them: their places are needed.
-    fn forget_prefetched(&mut self) -> Result<(), Error> {
-        while let Some(at) = self.prefetched.iter().position(|one| !one.done) {
-            self.await_prefetched(at)?;
-        }
-        self.prefetched.clear();
-        Ok(())
-    }
-
-    /// Waits until the `at`-th READ that was started ahead is done.
-    fn await_prefetched(&mut self, at: usize) -> Result<(), Error> {
-        if self.prefetched[at].done { Ok(()) } else { self.await_place(self.prefetched[at].place) }
-    }
-
-    /// Waits until the READ into `place` is done. Others that were started ahead may be done before.
-    fn await_place(&mut self, place: usize) -> Result<(), Error> {
-        let core = self.core.clone();
-        let (reader, ahead) = (self.reader.as_mut().expect("it has READ"), &mut self.prefetched);
-        let mut done = false;
-        while !done {
-            reader.wait(&core, 1, |at| {
-                ahead.iter_mut().filter(|one| one.place == at).for_each(|one| one.done = true);
-                done |= at == place;
-            })?;
-        }
-        Ok(())
-    }
-
-    /// A place for an image with `bytes` bytes of data, in which nothing is.
-    fn free_place(&mut self, bytes: usize) -> Result<usize, Error> {
-        let places = self.reader()?.places();
-        if !self.reader()?.fits(bytes) || self.prefetched.len() == places {
-            self.forget_prefetched()?;
-            let transport = self.core.transport.clone();
-            self.reader()?.fit(&transport, bytes)?;
-        }
-        let taken = |place: &usize| self.prefetched.iter().any(|one| one.place == *place);
-        Ok((0..places).find(|place| !taken(place)).expect("fewer are taken than there are"))
-    }
-
-    /// A row that was READ ahead, if it was, and is as fresh as is needed now. Its clock.
-    fn take_prefetched<E: Element>(
-        &mut self,
-        table: &TableCore<E>,
-        row: u64,
-        (shard, index): (usize, u64),
-        needed: u64,
-        into: &mut [E],
-    ) -> Result<Option<u64>, Error> {
-        let image = table.layout().image(index);
-        let wanted = |one: &Prefetched| (one.table, one.shard, one.image) == (table.number(), shard, image);
-        let Some(at) = self.prefetched.iter().position(wanted) else { return Ok(None) };
-        self.await_prefetched(at)?;
-        let Prefetched { place, before, .. } = self.prefetched.swap_remove(at);
-        let fresh = before.clock >= needed;
-        let taken = fresh && self.accept(table, row, (shard, index), place, before, into)?;
-        Ok(taken.then_some(before.clock))
     }
 
     /// The way to rows that are not in place.
@@ -264,47 +152,44 @@ impl<T: Transport> Worker<T> {
 
     /// Before READs under SSP: takes what has been said of the clocks. A copy is trusted for the clock that was known
     /// before its READ, so the later that is, the longer it serves.
-    fn hear<E: Element>(&self, table: &TableCore<E>) {
+    pub(super) fn hear<E: Element>(&self, table: &TableCore<E>) {
         if table.keeps_reads() {
             self.core.progress();
         }
     }
 
     /// READs that were in flight when a server was lost are not waited for, so the reader reads no more.
-    fn may_read(&self) -> Result<(), Error> {
+    pub(super) fn may_read(&self) -> Result<(), Error> {
         if mutant(Mutant::ReadAfterLoss) { Ok(()) } else { self.core.alive() }
     }
 
-    fn before(&self, shard: usize) -> Before {
+    pub(super) fn before(&self, shard: usize) -> Before {
         let link = &self.core.links[shard];
         Before { clock: link.clock(), as_of: link.acknowledged_lsn.load(Ordering::Acquire) }
     }
 
-    /// READs the rows at `group` of `rows` together, and what comes torn or undecided one by one after.
+    /// READs the rows at `group` of `rows` together, into as many of `places`, and what comes torn or undecided one by one after.
     fn read_group<E: Element>(
         &mut self,
         table: &TableCore<E>,
         rows: &[u64],
         group: &[usize],
+        places: &[usize],
         needed: u64,
         into: &mut [E],
     ) -> Result<(), Error> {
         self.may_read()?;
         let width = table.schema().width as usize;
         let core = self.core.clone();
-        self.reader()?.fit(&core.transport, table.layout().image_bytes())?;
         // SYNC POINT: a READ is trusted for the clock that was known before it was posted.
         let before: Vec<Before> = (0..core.links.len()).map(|shard| self.before(shard)).collect();
-        for (place, &at) in group.iter().enumerate() {
+        for (&place, &at) in places.iter().zip(group) {
             let (shard, index) = core.router.locate(rows[at]);
             self.post(table, shard, table.layout().image(index), place)?;
         }
-        for shard in 0..before.len() {
-            let rung = self.reader()?.ring(shard);
-            rung.or_else(|error| self.broken(shard, error))?;
-        }
-        self.reader()?.wait(&core, group.len(), |_| {})?;
-        for (place, &at) in group.iter().enumerate() {
+        self.ring_all()?;
+        self.await_reads(group.len())?;
+        for (&place, &at) in places.iter().zip(group) {
             let row = rows[at];
             let (shard, index) = core.router.locate(row);
             let copy = &mut into[at * width..(at + 1) * width];
@@ -312,9 +197,9 @@ impl<T: Transport> Worker<T> {
             let clock = match self.accept(table, row, (shard, index), place, before[shard], copy)? {
                 true => before[shard].clock,
                 // What was READ into the first place has been taken by now.
-                false => self.miss_alone(table, row, (shard, index), copy, 0)?,
+                false => self.miss_alone(table, row, (shard, index), copy, places[0])?,
             };
-            self.count(table, row, clock, needed)?;
+            self.count(table, row, 1, clock, needed)?;
         }
         Ok(())
     }
@@ -333,7 +218,7 @@ impl<T: Transport> Worker<T> {
         if let Some(clock) = self.take_prefetched(table, row, at, needed, into)? {
             return Ok(clock);
         }
-        let place = self.free_place(table.layout().image_bytes())?;
+        let place = self.free_places(table.layout().image_bytes(), 1)?[0];
         self.miss_alone(table, row, at, into, place)
     }
 
@@ -372,10 +257,20 @@ impl<T: Transport> Worker<T> {
         self.post(table, shard, table.layout().image(index), place)?;
         let rung = self.reader()?.ring(shard);
         rung.or_else(|error| self.broken(shard, error))?;
-        self.await_place(place)
+        self.await_reads(1)
     }
 
-    fn post<E: Element>(
+    /// Rings for what was posted to all shards.
+    pub(super) fn ring_all(&mut self) -> Result<(), Error> {
+        for shard in 0..self.core.links.len() {
+            let rung = self.reader()?.ring(shard);
+            rung.or_else(|error| self.broken(shard, error))?;
+        }
+        Ok(())
+    }
+
+    /// Posts the READ of an image into `place`.
+    pub(super) fn post<E: Element>(
         &mut self,
         table: &TableCore<E>,
         shard: usize,
@@ -397,7 +292,7 @@ impl<T: Transport> Worker<T> {
 
     /// Takes the row that was READ into `place`, given what was known before, completes it, and keeps it. `false`: it is
     /// torn, or too old for what this worker has of its own; READ again.
-    fn accept<E: Element>(
+    pub(super) fn accept<E: Element>(
         &mut self,
         table: &TableCore<E>,
         row: u64,

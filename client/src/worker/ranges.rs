@@ -23,10 +23,7 @@ impl<T: Transport> Worker<T> {
         let width = table.width();
         let count = self.check_range(table, first, into.len())?;
         if self.reader.is_none() {
-            for (row, into) in (first..first + count).zip(into.chunks_exact_mut(width)) {
-                self.read(&*table.0, row, into)?;
-            }
-            return Ok(());
+            return self.read_many_in_place(&*table.0, count as usize, |at| first + at as u64, into);
         }
         let all: Vec<u64> = (first..first + count).collect();
         for (rows, into) in all.chunks(ROWS).zip(into.chunks_mut(ROWS * width)) {
