@@ -151,7 +151,7 @@ impl<E: Element> ShardUpdates<E> {
             if !contained && !mutant(Mutant::FloorForgotten) {
                 self.floor = self.floor.max(lsn);
             }
-            self.gone = lsn;
+            self.gone = self.gone.max(lsn);
             let gone = self.outstanding.pop_front().expect("it was there");
             // Who sent it may hold it for a moment longer; then its memory is given back instead.
             if let Ok(mut slab) = Arc::try_unwrap(gone.slab)

@@ -28,10 +28,6 @@ mod ranges;
 const MOST_WAITING: u64 = 32;
 /// Clock differentials kept in an array: `-RECENT..=RECENT`; others in a map.
 const RECENT: i64 = 64;
-/// Looks at an image that is being rewritten before it is seen to that its server still lives.
-const LOOKS: u32 = 256;
-/// Rows read in place before it is seen to that their servers still live: nothing else would tell.
-const BLIND: u64 = 1 << 14;
 
 /// What a worker has done so far.
 #[derive(Debug, Clone, Default)]
@@ -365,19 +361,6 @@ impl<T: Transport> Worker<T> {
             known = self.core.links[shard].clock();
         }
         Ok(known)
-    }
-
-    /// Counts rows read in place, and sees to it now and then that their servers still live.
-    #[inline]
-    fn looked(&mut self, rows: u64) -> Result<(), Error> {
-        self.stats.in_place += rows;
-        self.blind += rows;
-        if self.blind < BLIND {
-            return Ok(());
-        }
-        self.blind = 0;
-        self.core.progress();
-        self.core.alive()
     }
 
     /// Counts `gets` `get`s, of `row` and others of its shard, whose data is as of `clock`.
