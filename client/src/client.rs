@@ -291,6 +291,9 @@ impl<T: Transport> Client<T> {
                 let body = ReleaseHeader { table: reply.table, reserved: 0 };
                 let send = |engine: &mut Engine<T>| engine.request(shard, Kind::Release, body.as_bytes());
                 let sequence = self.core.with_engine(For::Memory, send)?;
+                if holdings[shard].space().is_none() {
+                    continue;
+                }
                 // All that was pushed is visible then: the space may be used again.
                 let closed = |engine: &mut Engine<T>| (engine.closed(shard) >= sequence).then_some(());
                 self.core.with_engine(For::Event, closed)?;
