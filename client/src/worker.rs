@@ -66,8 +66,6 @@ pub struct Worker<T: Transport = Host> {
     prefetched: Vec<prefetch::Prefetched>,
     stats: WorkerStats,
     recent: Vec<u64>,
-    /// Rows read in place since it was last seen to that their servers live.
-    blind: u64,
 }
 
 impl<T: Transport> fmt::Debug for Worker<T> {
@@ -94,7 +92,6 @@ impl<T: Transport> Worker<T> {
             prefetched: Vec::new(),
             stats: WorkerStats::default(),
             recent: vec![0; 2 * RECENT as usize + 1],
-            blind: 0,
         })
     }
 
