@@ -7,7 +7,7 @@
 //! Worker 0 of the job writes the initial factors with `inc`, and nobody may read before all of them are
 //! there, whatever the model of the table. So each worker ends a clock, and then reads every row of a second
 //! table, `START`, which has as many rows and is always under BSP: that returns once every shard
-//! has applied every worker's first clock.
+//! has applied every worker's first clock. No factor is read before.
 
 use std::ops::Range;
 
@@ -86,10 +86,12 @@ impl<'a> Served<'a> {
         }
     }
 
-    /// Whether the first factor has been written: it is zero before.
+    /// Whether the initial factors have been written: worker 0 says so in the first row of `START`. (To look at the factors themselves
+    /// would leave a copy without them in the cache, which an older bound lets other workers read later.)
     fn is_written(&mut self) -> Result<bool> {
-        let length = self.fetch(0..1)?;
-        Ok(self.fetched[..length].iter().any(|&x| x != 0.0))
+        let mut told = [0.0];
+        self.worker.get(&self.tables.start, 0, &mut told)?;
+        Ok(told[0] != 0.0)
     }
 
     /// Fetches the factors of `columns` into the front of `self.fetched`.
@@ -132,6 +134,7 @@ impl Factors for Served<'_> {
                 initial.fill(Side::Column, column, &mut factor);
                 self.worker.inc(&self.tables.factors, column.into(), &factor)?;
             }
+            self.worker.inc(&self.tables.start, 0, &[1.0])?;
         }
         self.clock()?;
         let rows: Vec<u64> = (0..self.tables.columns.into()).collect();
