@@ -47,7 +47,7 @@ impl Input {
     }
 
     /// The initial factors of all columns.
-    fn columns(&self) -> Vec<f32> {
+    pub fn columns(&self) -> Vec<f32> {
         let mut all = vec![0.0; self.ratings.columns as usize * self.rank];
         for (column, factor) in (0..).zip(all.chunks_mut(self.rank)) {
             self.initial.fill(Side::Column, column, factor);

@@ -1,7 +1,7 @@
 //! Experiment 6: the same job on more and more workers, to where it stops scaling.
 //!
 //! What all workers together compute in a clock is the same ([`Plan::scale`]), so a worker's part gets shorter with each
-//! that joins; but each of them holds about as many columns as before, and all of those change in every clock. [`Limits`] is what the
+//! that joins; but each of them mirrors all columns, and all of those change in every clock. [`Limits`] is what the
 //! network's parameters say of that, to be set beside what was measured.
 
 use std::time::Duration;
@@ -31,8 +31,10 @@ const STALENESS: u32 = 3;
 const SCALES: f64 = 0.5;
 /// How much longer than its greatest limit a clock may take, for that to be its reason.
 const EXPLAINED: f64 = 2.0;
-/// Bytes of a row's header, which is pushed with it; and of an update's.
-const HEADERS: (usize, usize) = (32, 8);
+/// Bytes of a row's header, which is pushed with it; and of an update's row number.
+const HEADERS: (usize, usize) = (16, 4);
+/// Bytes of adjacent rows that are pushed in one message.
+const RUN: usize = 16 << 10;
 /// What posting a message costs a thread in the simulation.
 const POST: Duration = Duration::from_nanos(60);
 
@@ -56,7 +58,7 @@ fn specs(plan: &Plan) -> Vec<Spec> {
 struct Limits {
     /// A worker's computing.
     computing: f64,
-    /// A server's NIC: it pushes each row that has changed to each worker that holds it.
+    /// A server's NIC: it pushes the rows that have changed, in runs, to each worker.
     sending: f64,
     /// A server's thread: it posts those pushes, and applies the updates.
     thread: f64,
@@ -64,15 +66,18 @@ struct Limits {
 
 impl Limits {
     fn new(plan: &Plan, input: &mf::Input, fabric: &Fabric, workers: usize) -> Self {
-        // Who changes a row holds it; and each row has been changed by somebody.
+        // Each worker mirrors all rows, and each row has been changed by somebody.
         let updates = input.updates(workers) as f64 / plan.servers as f64;
-        let pushed = 8 * (HEADERS.0 + input.factor() + fabric.headers);
+        let rows = input.columns().len() * size_of::<f32>() / input.factor();
+        let bytes = rows.div_ceil(plan.servers) * (HEADERS.0 + input.factor());
+        let messages = bytes.div_ceil(RUN);
+        let pushed = 8 * (bytes + messages * fabric.headers);
         let wire = Duration::from_secs_f64(pushed as f64 / fabric.bandwidth as f64);
         let applied = fabric.per_kib.mul_f64((HEADERS.1 + input.factor()) as f64 / 1024.0);
         Self {
             computing: (plan.scale.computing / workers as u32).as_secs_f64(),
-            sending: updates * wire.max(fabric.per_message).as_secs_f64(),
-            thread: updates * (POST + applied).as_secs_f64(),
+            sending: workers as f64 * wire.max(fabric.per_message * messages as u32).as_secs_f64(),
+            thread: (workers * messages) as f64 * POST.as_secs_f64() + updates * applied.as_secs_f64(),
         }
     }
 
