@@ -195,8 +195,9 @@ impl Plan {
                 _ => Lane::worker(client, &tables, kind, most, &mut random),
             })
             .collect();
-        // All rows in one shard, where they are many for one queue.
-        let most_shards = if matches!(kind, Kind::Storm | Kind::Behind | Kind::Crowd) { 1 } else { 3 };
+        // All rows in one shard, where they are many for one queue, or for a few slots.
+        let most_shards =
+            if matches!(kind, Kind::Storm | Kind::Behind | Kind::Crowd | Kind::Churn) { 1 } else { 3 };
         let (servers, shards) =
             (random.among(1..=most_shards) as usize, random.among(1..=most_shards) as usize);
         if rogue.is_some() {
