@@ -62,7 +62,8 @@ fn main() -> ExitCode {
     #[cfg(feature = "mutants")]
     {
         if options.mutants {
-            return mutants::all(options.seeds.unwrap_or((0, 2000)), options.clocks, jobs(options.jobs));
+            // Some bugs show in few jobs.
+            return mutants::all(options.seeds.unwrap_or((0, 8000)), options.clocks, jobs(options.jobs));
         }
         fervor_protocol::mutants::activate(options.mutant.map(|entry| entry.mutant));
     }
