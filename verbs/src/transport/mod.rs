@@ -13,9 +13,10 @@
 //! # What a user may assume, and no more
 //!
 //! **Memory.**
-//! 1. An aligned 8-byte word of the peer is read and written whole and once, wherever the payload lies in the
-//!    poster's memory. Nothing larger is: inside one READ or WRITE, cache lines come in any order, and a READ may
-//!    mix old and new lines.
+//! 1. Where a READ or a WRITE begins at a multiple of 8 in the peer's memory, each aligned 8-byte word there is read and
+//!    written whole and once, wherever the payload lies in the poster's memory. (Where it begins between, a device may
+//!    move words of its own that lie across the peer's.) Nothing larger is whole: inside one READ or WRITE, cache lines
+//!    come in any order, and a READ may mix old and new lines.
 //! 2. Two WRITEs of one connection may be seen in either order by code that only looks at memory. When the
 //!    completion of a SEND or of a WRITE with immediate ([`Completion::Received`],
 //!    [`Completion::WriteImmediate`]) has been polled at the receiver, every earlier WRITE of that connection

@@ -296,7 +296,8 @@ pub(super) fn words_are_written_whole<R: Rig>(rig: &R) {
 const FEW: usize = 4;
 const ODD: usize = 13;
 
-/// Words are whole in the peer's memory whatever the alignment of the own side, and of the first byte.
+/// Words are whole in the peer's memory whatever the alignment of the own side. The peer's first byte is at a word: soft-RoCE
+/// moves 8 bytes at a time from the first one on.
 pub(super) fn words_of_odd_payloads_are_whole<R: Rig>(rig: &R) {
     odd_payloads_written(rig);
     odd_payloads_read(rig);
@@ -324,15 +325,15 @@ fn odd_payloads_written<R: Rig>(rig: &R) {
         let byte = if round == rounds { 0xff } else { round % 251 };
         let bytes = [byte as u8; ODD + (FEW + 1) * 8];
         own.memory().write(0, &bytes);
-        // From the middle of the word before to the middle of the word behind: the words between are whole.
-        let payload = [piece(&own, ODD, (FEW + 1) * 8)];
+        // To the middle of the word behind: the words before it are whole.
+        let payload = [piece(&own, ODD, FEW * 8 + 4)];
         let end = pair.end(Side::Client);
-        end.write(Payload::Gather(&payload), theirs.remote().at(4), None, None).expect("post");
+        end.write(Payload::Gather(&payload), theirs.remote().at(8), None, None).expect("post");
         for i in 0..FEW {
             let inline = Payload::Inline(&bytes[i + 1..i + 9]);
             end.write(inline, theirs.remote().at(8 + i as u64 * 8), None, None).expect("post");
         }
-        end.write(Payload::Gather(&payload), theirs.remote().at(4), None, Some(round)).expect("post");
+        end.write(Payload::Gather(&payload), theirs.remote().at(8), None, Some(round)).expect("post");
         end.ring().expect("ring");
         pair.work(Side::Client, round);
     }
@@ -361,12 +362,12 @@ fn odd_payloads_read<R: Rig>(rig: &R) {
     pair.until("the racer to write", |_| (theirs.memory().load(8) != fresh).then_some(()));
     for round in 0..u64::from(rig.effort().rounds) {
         let end = pair.end(Side::Client);
-        let into = [piece(&own, ODD, (FEW + 1) * 8)];
-        end.read(&into, theirs.remote().at(4), Some(round)).expect("post");
+        let into = [piece(&own, ODD, FEW * 8 + 4)];
+        end.read(&into, theirs.remote().at(8), Some(round)).expect("post");
         end.ring().expect("ring");
         pair.work(Side::Client, round);
         for i in 0..FEW {
-            let word = bytes(&own, ODD + 4 + i * 8, 8);
+            let word = bytes(&own, ODD + i * 8, 8);
             assert!(word.iter().all(|&byte| byte == word[0]), "the word {word:?} is torn");
         }
     }

@@ -7,6 +7,7 @@ use crate::memory::Memory;
 
 /// Bytes of a cache line: what moves whole is an aligned 8-byte word, but no more than a line moves at once.
 const LINE: usize = 64;
+const WORD: usize = 8;
 /// Most chunks of one transfer: a longer one moves several neighbouring lines at once.
 const MOST: usize = 64;
 
@@ -29,7 +30,8 @@ pub(super) struct Chunk {
     pub(super) length: usize,
 }
 
-/// Cuts the pieces where a cache line ends in their memory.
+/// Cuts the pieces where a cache line ends in their memory. A piece that begins inside a word is cut inside words: those are
+/// not whole.
 pub(super) fn cut(pieces: &[Piece], random: &mut Random) -> Vec<Chunk> {
     let lines: usize = pieces.iter().map(|piece| piece.length.div_ceil(LINE)).sum();
     let group = lines.div_ceil(MOST).max(1) as u64;
@@ -38,9 +40,10 @@ pub(super) fn cut(pieces: &[Piece], random: &mut Random) -> Vec<Chunk> {
     for (index, piece) in pieces.iter().enumerate() {
         let end = piece.offset + piece.length;
         let mut offset = piece.offset;
+        let skew = piece.offset % WORD;
         while offset < end {
             let lines = if group == 1 { 1 } else { 1 + random.below(2 * group) as usize };
-            let next = (offset / LINE * LINE + lines * LINE).min(end);
+            let next = ((offset - skew) / LINE * LINE + lines * LINE + skew).min(end);
             chunks.push(Chunk { piece: index, offset, at, length: next - offset });
             at += next - offset;
             offset = next;
@@ -144,7 +147,10 @@ mod tests {
                     assert!(chunk.length > 0);
                     next += chunk.length;
                     at += chunk.length;
-                    assert!(next % LINE == 0 || next == piece.offset + piece.length, "cut within a line");
+                    assert!(
+                        next % LINE == piece.offset % WORD || next == piece.offset + piece.length,
+                        "cut within a line"
+                    );
                 }
                 assert_eq!(next, piece.offset + piece.length);
             }
