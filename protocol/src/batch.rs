@@ -28,6 +28,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::{
     element::{Element, ElementType},
     limits::{MAX_LISTED, MAX_ROW_BYTES},
+    wide,
     wire::{Fault, Kind, MessageHeader},
 };
 
@@ -512,12 +513,14 @@ fn field(record: u32, field: &'static str, value: u64, limit: u64, what: &'stati
 
 /// Whether all of `values`, elements of this type, are finite.
 pub fn finite(element: ElementType, values: &[u8]) -> bool {
-    fn all<E: Element + KnownLayout>(values: &[u8]) -> bool {
-        match <[E]>::ref_from_bytes(values) {
-            Ok(values) => E::all_finite(values),
-            Err(_) => values.chunks_exact(size_of::<E>()).all(|bytes| {
-                E::read_from_bytes(bytes).expect("chunks have the size of an element").is_finite()
-            }),
+    wide! {
+        fn all<E: Element + KnownLayout>(values: &[u8]) -> bool {
+            match <[E]>::ref_from_bytes(values) {
+                Ok(values) => E::all_finite(values),
+                Err(_) => values.chunks_exact(size_of::<E>()).all(|bytes| {
+                    E::read_from_bytes(bytes).expect("chunks have the size of an element").is_finite()
+                }),
+            }
         }
     }
     match element {

@@ -44,6 +44,17 @@ impl fmt::Display for ElementType {
     }
 }
 
+/// Compiles a function several times, for vectors of several widths; a call runs the one for the widest vectors that this
+/// processor has. What it calls is compiled so, too, if it is inlined. A call costs a few instructions more, so the
+/// function should have some hundred bytes to work on.
+#[macro_export]
+macro_rules! wide {
+    ($function:item) => {
+        #[::multiversion::multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2", "aarch64+neon"))]
+        $function
+    };
+}
+
 /// Elements that one turn of a loop takes: as many as the widest vectors have, so that the compiler uses vectors of whatever width there
 /// are, and needs few turns.
 const LANES: usize = 16;
@@ -75,6 +86,7 @@ pub trait Element:
     fn to_f64(self) -> f64;
 
     /// Whether all of `values` are finite. One pass without branches, so that it costs next to nothing.
+    #[inline(always)]
     fn all_finite(values: &[Self]) -> bool {
         values.iter().fold(true, |all, value| all & value.is_finite())
     }
@@ -83,6 +95,7 @@ pub trait Element:
     const SAFE_SUM: f64;
 
     /// Whether all sums of `values` and `deltas`, pairwise, are finite.
+    #[inline(always)]
     fn sums_are_finite(values: &[Self], deltas: &[Self]) -> bool {
         assert_eq!(values.len(), deltas.len());
         values.iter().zip(deltas).fold(true, |all, (value, delta)| all & value.plus(*delta).is_finite())
@@ -116,6 +129,7 @@ macro_rules! float {
             fn is_finite(self) -> bool {
                 <$type>::is_finite(self)
             }
+            #[inline(always)]
             fn sums_are_finite(values: &[Self], deltas: &[Self]) -> bool {
                 assert_eq!(values.len(), deltas.len());
                 let (wide_values, values) = values.as_chunks::<LANES>();
@@ -133,7 +147,7 @@ macro_rules! float {
             fn to_f64(self) -> f64 {
                 self.into()
             }
-            #[inline]
+            #[inline(always)]
             fn all_finite(values: &[Self]) -> bool {
                 // Neither NaN nor infinity can be added to and become a number again. (That the sum of numbers is none is rare.)
                 let (wide, rest) = values.as_chunks::<LANES>();

@@ -22,6 +22,7 @@ use fervor_protocol::{
     limits::ROW_HEADER,
     mutants::{Mutant, mutant, pause},
     row::{Seal, Version},
+    wide,
 };
 use fervor_verbs::Exclusive;
 use zerocopy::{FromBytes, IntoBytes, KnownLayout};
@@ -236,23 +237,7 @@ impl<'a> Writer<'a> {
 
     /// Adds `values`, an image's for each of `images`.
     fn add_images<E: Element + KnownLayout>(&mut self, images: &[u32], values: &[E]) {
-        let width = self.place.image_bytes / size_of::<E>();
-        let pairs = images.iter().zip(values.chunks_exact(width));
-        let mut new = false;
-        // Two loops, so that the one without checks has room for all it needs in registers.
-        if let Some(seal) = self.seal {
-            for (image, values) in pairs {
-                let add = |data: &mut [E]| E::add_all(data, values);
-                new |= rewrite(self.memory, self.place, *image, self.first, add, |version, data| {
-                    Some(seal.check(version, data))
-                });
-            }
-        } else {
-            for (image, values) in pairs {
-                let add = |data: &mut [E]| E::add_all(data, values);
-                new |= rewrite(self.memory, self.place, *image, self.first, add, |_, _| None);
-            }
-        }
+        let new = add_whole(self.memory, self.place, self.first, self.seal, images, values);
         self.mark(images, values, new);
     }
 
@@ -291,6 +276,34 @@ impl<'a> Writer<'a> {
                 continuous.changed(u64::from(*image), greatest(values));
             }
         }
+    }
+}
+
+wide! {
+    /// Adds `values`, an image's for each of `images`, and makes their checks if there is a seal. Whether one was zero before.
+    fn add_whole<E: Element + KnownLayout>(
+        memory: &mut Exclusive,
+        place: Place,
+        first: Version,
+        seal: Option<Seal>,
+        images: &[u32],
+        values: &[E],
+    ) -> bool {
+        let width = place.image_bytes / size_of::<E>();
+        let pairs = images.iter().zip(values.chunks_exact(width));
+        let mut new = false;
+        // Two loops, so that the one without checks has room for all it needs in registers.
+        if let Some(seal) = seal {
+            for (image, values) in pairs {
+                let add = |data: &mut [E]| E::add_all(data, values);
+                new |= rewrite(memory, place, *image, first, add, |version, data| Some(seal.check(version, data)));
+            }
+        } else {
+            for (image, values) in pairs {
+                new |= rewrite(memory, place, *image, first, |data: &mut [E]| E::add_all(data, values), |_, _| None);
+            }
+        }
+        new
     }
 }
 
