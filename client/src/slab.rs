@@ -29,7 +29,7 @@ use std::{
     },
 };
 
-use fervor_protocol::{Element, batch::SectionHeader, limits::BLOCK_BYTES};
+use fervor_protocol::{Element, batch::SectionHeader, element, limits::BLOCK_BYTES};
 use zerocopy::FromBytes;
 
 use crate::hash::RowIndex;
@@ -229,11 +229,14 @@ impl<E: Element> Slab<E> {
         at
     }
 
-    /// Adds `delta` to the whole row `row`. `finite`: the sum has to be. `false`: it would not be; nothing is added.
+    /// Adds `delta` to the whole row `row`. `finite`: the sum has to be, and `delta`. `false`: it would not be; nothing is added.
     #[inline]
     pub fn add(&mut self, row: u32, delta: &[E], finite: bool) -> bool {
         match self.index.get(row) {
             0 => {
+                if finite && !element::all_finite(delta) {
+                    return false;
+                }
                 let at = self.place_row(row);
                 self.values_mut(at).copy_from_slice(delta);
                 true
@@ -249,10 +252,10 @@ impl<E: Element> Slab<E> {
     #[inline]
     fn add_to_whole(&mut self, at: usize, delta: &[E], finite: bool) -> bool {
         let values = self.values_mut(at);
-        if finite && !E::sums_are_finite(values, delta) {
-            return false;
+        if finite {
+            return element::add_finite(values, delta);
         }
-        E::add_all(values, delta);
+        element::add_all(values, delta);
         true
     }
 
@@ -355,7 +358,7 @@ impl<E: Element> Slab<E> {
     #[inline]
     pub fn add_entry(&self, entry: u32, start: usize, copy: &mut [E]) {
         if entry & SPARSE == 0 {
-            E::add_all(copy, &self.values(entry as usize - 1)[start..start + copy.len()]);
+            element::add_all(copy, &self.values(entry as usize - 1)[start..start + copy.len()]);
             return;
         }
         for (column, value) in &self.cells[(entry & !SPARSE) as usize - 1].pairs {

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use fervor_protocol::{Element, clock, mutants::pause};
+use fervor_protocol::{Element, clock, element, mutants::pause};
 use fervor_verbs::transport::{Transport, any::Host};
 
 use crate::{
@@ -162,10 +162,10 @@ impl<T: Transport> Worker<T> {
             return Err(wrong_length(core, delta.len(), table.width()));
         }
         let finite = !core.schema().non_finite;
-        if finite && !E::all_finite(delta) {
-            return Err(non_finite(core, row, delta.iter().copied().enumerate()));
-        }
         if core.schema().model.value_bounded() {
+            if finite && !element::all_finite(delta) {
+                return Err(non_finite(core, row, delta.iter().copied().enumerate()));
+            }
             self.admit(table, row, || delta.iter().copied().enumerate())?;
         }
         let (shard, index) = self.core.router.locate(row);

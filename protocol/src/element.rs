@@ -85,7 +85,8 @@ pub trait Element:
     /// Its value, rounded if it has more than 53 bits.
     fn to_f64(self) -> f64;
 
-    /// Whether all of `values` are finite. One pass without branches, so that it costs next to nothing.
+    /// Whether all of `values` are finite. One pass without branches, so that it costs next to nothing. This, and what
+    /// follows, is inlined, for loops that are compiled for [`wide`](crate::wide) vectors.
     #[inline(always)]
     fn all_finite(values: &[Self]) -> bool {
         values.iter().fold(true, |all, value| all & value.is_finite())
@@ -119,52 +120,87 @@ pub trait Element:
 }
 
 macro_rules! float {
-    ($type:ty, $name:ident) => {
-        impl Element for $type {
-            const TYPE: ElementType = ElementType::$name;
-            const SAFE_SUM: f64 = <$type>::MAX as f64 / 2.0;
-            fn plus(self, delta: Self) -> Self {
-                self + delta
-            }
-            fn is_finite(self) -> bool {
-                <$type>::is_finite(self)
-            }
+    ($type:ty, $bits:ty, $name:ident) => {
+        const _: () = {
+            /// Its highest bit is set exactly if the value is not finite: then all bits of the exponent are set, and one
+            /// added to them is carried into the sign's place. Of integers the compiler may take many at a time, in any order.
             #[inline(always)]
-            fn sums_are_finite(values: &[Self], deltas: &[Self]) -> bool {
-                assert_eq!(values.len(), deltas.len());
-                let (wide_values, values) = values.as_chunks::<LANES>();
-                let (wide_deltas, deltas) = deltas.as_chunks::<LANES>();
-                let mut zeros = [0.0; LANES];
-                for (value, delta) in wide_values.iter().zip(wide_deltas) {
-                    for lane in 0..LANES {
-                        zeros[lane] += (value[lane] + delta[lane]) * 0.0;
-                    }
+            const fn carry(value: $type) -> $bits {
+                (value.to_bits() & <$bits>::MAX >> 1) + (1 << (<$type>::MANTISSA_DIGITS - 1))
+            }
+            impl Element for $type {
+                const TYPE: ElementType = ElementType::$name;
+                const SAFE_SUM: f64 = <$type>::MAX as f64 / 2.0;
+                #[inline(always)]
+                fn plus(self, delta: Self) -> Self {
+                    self + delta
                 }
-                let rest =
-                    values.iter().zip(deltas).fold(0.0, |zero, (value, delta)| zero + (value + delta) * 0.0);
-                zeros.iter().fold(rest, |zero, other| zero + other) == 0.0
-            }
-            fn to_f64(self) -> f64 {
-                self.into()
-            }
-            #[inline(always)]
-            fn all_finite(values: &[Self]) -> bool {
-                // Neither NaN nor infinity can be added to and become a number again. (That the sum of numbers is none is rare.)
-                let (wide, rest) = values.as_chunks::<LANES>();
-                let mut sums = [0.0; LANES];
-                for value in wide {
-                    for lane in 0..LANES {
-                        sums[lane] += value[lane];
-                    }
+                #[inline(always)]
+                fn is_finite(self) -> bool {
+                    <$type>::is_finite(self)
                 }
-                let sum = sums.iter().chain(rest).fold(0.0, |sum, value| sum + value);
-                <$type>::is_finite(sum) || values.iter().all(|value| <$type>::is_finite(*value))
+                #[inline(always)]
+                fn all_finite(values: &[Self]) -> bool {
+                    let (wide, rest) = values.as_chunks::<LANES>();
+                    let mut all = [0; LANES];
+                    for value in wide {
+                        for lane in 0..LANES {
+                            all[lane] |= carry(value[lane]);
+                        }
+                    }
+                    let all = all.iter().fold(0, |all, bits| all | bits);
+                    rest.iter().fold(all, |all, value| all | carry(*value)) >> (<$bits>::BITS - 1) == 0
+                }
+                #[inline(always)]
+                fn sums_are_finite(values: &[Self], deltas: &[Self]) -> bool {
+                    assert_eq!(values.len(), deltas.len());
+                    let (wide_values, values) = values.as_chunks::<LANES>();
+                    let (wide_deltas, deltas) = deltas.as_chunks::<LANES>();
+                    let mut all = [0; LANES];
+                    for (value, delta) in wide_values.iter().zip(wide_deltas) {
+                        for lane in 0..LANES {
+                            all[lane] |= carry(value[lane] + delta[lane]);
+                        }
+                    }
+                    let all = all.iter().fold(0, |all, bits| all | bits);
+                    let rest = values.iter().zip(deltas);
+                    rest.fold(all, |all, (value, delta)| all | carry(value + delta)) >> (<$bits>::BITS - 1)
+                        == 0
+                }
+                fn to_f64(self) -> f64 {
+                    self.into()
+                }
             }
-        }
+        };
     };
 }
-float!(f32, F32);
-float!(f64, F64);
+float!(f32, u32, F32);
+float!(f64, u64, F64);
+
+wide! {
+    /// As [`Element::all_finite`].
+    pub fn all_finite<E: Element>(values: &[E]) -> bool {
+        E::all_finite(values)
+    }
+}
+
+wide! {
+    /// As [`Element::add_all`].
+    pub fn add_all<E: Element>(sums: &mut [E], deltas: &[E]) {
+        E::add_all(sums, deltas);
+    }
+}
+
+wide! {
+    /// As [`Element::add_all`], if all sums are finite. Whether they are; else nothing is added.
+    pub fn add_finite<E: Element>(sums: &mut [E], deltas: &[E]) -> bool {
+        let finite = E::sums_are_finite(sums, deltas);
+        if finite {
+            E::add_all(sums, deltas);
+        }
+        finite
+    }
+}
 
 macro_rules! integer {
     ($type:ty, $name:ident) => {

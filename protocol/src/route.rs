@@ -8,21 +8,24 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Router {
     shards: u64,
+    /// The shards are `1 << shift`: a division would cost as much as all else of a `get` that finds its row.
+    shift: Option<u32>,
 }
 
 impl Router {
     /// For `shards` shards, at least one.
     pub fn new(shards: usize) -> Self {
         assert!(shards > 0, "a job has at least one shard");
-        Self { shards: shards as u64 }
+        Self { shards: shards as u64, shift: shards.is_power_of_two().then(|| shards.ilog2()) }
     }
 
     /// Shard of `row`, and the index of the row in it.
+    #[inline]
     pub fn locate(&self, row: u64) -> (usize, u64) {
-        if self.shards == 1 {
-            return (0, row);
+        match self.shift {
+            Some(shift) => ((row & (self.shards - 1)) as usize, row >> shift),
+            None => ((row % self.shards) as usize, row / self.shards),
         }
-        ((row % self.shards) as usize, row / self.shards)
     }
 
     /// The row that is the `index`-th of `shard`.

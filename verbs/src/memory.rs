@@ -116,6 +116,7 @@ impl Memory {
     }
 
     /// Size in bytes.
+    #[inline]
     pub fn len(&self) -> usize {
         self.0.len
     }
@@ -137,15 +138,18 @@ impl Memory {
 
     /// The aligned 8-byte word at byte `offset`, read whole; acquires what its writer released, if the
     /// writer was a thread of this machine.
+    #[inline]
     pub fn load(&self, offset: usize) -> u64 {
         self.word(offset).load(Ordering::Acquire)
     }
 
     /// Writes the aligned 8-byte word at byte `offset` whole, and releases what was written before it.
+    #[inline]
     pub fn store(&self, offset: usize, value: u64) {
         self.word(offset).store(value, Ordering::Release);
     }
 
+    #[inline]
     fn word(&self, offset: usize) -> &AtomicU64 {
         self.check(offset, 8);
         assert!(offset.is_multiple_of(8), "offset {offset} is not aligned to 8 bytes");
@@ -157,6 +161,7 @@ impl Memory {
     }
 
     /// Copies bytes `offset..offset + into.len()` out. They may be torn: see the module.
+    #[inline]
     pub fn read(&self, offset: usize, into: &mut [u8]) {
         self.check(offset, into.len());
         // SAFETY: the source lies inside the mapping (`check`); the target is an exclusive slice of the same
@@ -165,22 +170,29 @@ impl Memory {
     }
 
     /// Copies `from` in, to bytes `offset..offset + from.len()`.
+    #[inline]
     pub fn write(&self, offset: usize, from: &[u8]) {
         self.check(offset, from.len());
         // SAFETY: as for `read`, with source and target exchanged.
         unsafe { copy::to_shared(from.as_ptr(), self.0.map.as_mut_ptr().add(offset), from.len()) }
     }
 
+    #[inline]
     pub(crate) fn check(&self, offset: usize, len: usize) {
-        assert!(
-            offset <= self.len() && len <= self.len() - offset,
-            "bytes {offset}..{} are outside a memory of {} bytes",
-            offset.saturating_add(len),
-            self.len()
-        );
+        if offset > self.len() || len > self.len() - offset {
+            self.outside(offset, len);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn outside(&self, offset: usize, len: usize) -> ! {
+        let (end, size) = (offset.saturating_add(len), self.len());
+        panic!("bytes {offset}..{end} are outside a memory of {size} bytes")
     }
 
     /// First byte of the mapping, for providers to register or copy from and to.
+    #[inline]
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.0.map.as_mut_ptr()
     }
