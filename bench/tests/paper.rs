@@ -6,7 +6,7 @@ use fervor_bench::paper::{
     self,
     cluster::{Cluster, Machines},
     mf::Factorisation,
-    section::{Course, Plan, Scale, essp},
+    plan::{Course, Plan, Scale, essp},
     training::{self, Application, Job, Run},
 };
 use fervor_client::Model;

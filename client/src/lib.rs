@@ -23,6 +23,8 @@
 //! | [`client`] | connecting, tables, the end |
 //! | [`worker`] | `get`, `inc`, `clock`; rows in place, copies, ranges |
 //! | [`own`], [`slab`] | a worker's own updates, which copies may lack, in the form in which they are sent |
+//! | [`merge`] | the slabs of several workers, made one update per row |
+//! | [`known`] | what is known of a shard before a copy is read |
 //! | [`table`] | a table: where its rows are, and how they are held |
 //! | [`cache`] | slots, which workers read without locks and the server writes |
 //! | [`session`] | what the threads share: connections, the engine that drives them, clocks, waiting |
@@ -40,6 +42,8 @@ mod client;
 mod connect;
 mod error;
 mod hash;
+mod known;
+mod merge;
 mod options;
 mod own;
 mod reader;

@@ -311,6 +311,9 @@ impl<E: Element> Updates<E> {
     }
 }
 
+/// A worker's updates of each of the client's tables, or `None` as long as it has not updated it.
+pub type WorkerUpdates = Vec<Option<Box<dyn AnyUpdates>>>;
+
 impl<E: Element> AnyUpdates for Updates<E> {
     fn as_any(&mut self) -> &mut dyn Any {
         self

@@ -24,8 +24,8 @@ use zerocopy::IntoBytes;
 
 use crate::{
     cache::{Cache, Slot, State},
-    own::AnyUpdates,
-    session::combine::{Cursor, Merge},
+    known::Known,
+    merge::{Cursor, Merge},
     slab::AnySlab,
 };
 
@@ -98,17 +98,6 @@ pub struct Found {
     pub lsn: u64,
     /// This client's batches up to this LSN are in it.
     pub as_of: u64,
-}
-
-/// What a worker knows of a shard before it looks at a copy.
-#[derive(Debug, Clone, Copy)]
-pub struct Known {
-    /// The clock of the last round that was polled.
-    pub clock: u64,
-    /// The clock of the last one of which the LSN is known.
-    pub sealed: u64,
-    /// LSN at which that one was closed, or a later one.
-    pub round_lsn: u64,
 }
 
 /// See the module.
@@ -356,6 +345,3 @@ impl<E: Element> AnyTable for TableCore<E> {
         self.cache(shard).expect("a slot of a cache").closed(slot);
     }
 }
-
-/// A worker's updates of any table, or `None` as long as it has not updated it.
-pub type WorkerUpdates = Vec<Option<Box<dyn AnyUpdates>>>;

@@ -12,12 +12,13 @@ use fervor_verbs::transport::{Transport, any::Host};
 
 use crate::{
     error::Error,
-    own::{Horizon, Updates},
+    own::{Horizon, Updates, WorkerUpdates},
     reader::Reader,
     session::core::{Core, For, lock},
-    table::{Holding, Table, TableCore, WorkerUpdates},
+    table::{Holding, Table, TableCore},
 };
 
+mod ahead;
 mod bounded;
 mod copies;
 mod in_place;
@@ -63,7 +64,7 @@ pub struct Worker<T: Transport = Host> {
     /// The way to rows that are not read in place.
     reader: Option<Reader<T>>,
     updates: WorkerUpdates,
-    prefetched: Vec<prefetch::Prefetched>,
+    prefetched: Vec<ahead::Prefetched>,
     stats: WorkerStats,
     recent: Vec<u64>,
 }

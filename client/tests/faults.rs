@@ -14,40 +14,18 @@ use fervor_client::{Client, ClientOptions, Error, Model, TableOptions};
 use fervor_server::{Config, Server};
 use fervor_verbs::{
     Address,
-    transport::{Thread, Transport, any::Host, sim::Node, sim::Sim},
+    transport::{Thread, Transport, sim::Node, sim::Sim},
 };
-use support::{Folder, Random, config};
+use support::{
+    Folder, Random, config,
+    site::{Site, options},
+};
 
 mod support;
 
-/// A server over shared memory.
-struct Scene {
-    host: Host,
-    address: Address,
-    server: Server<Host>,
-    _folder: Folder,
-}
-
-impl Scene {
-    fn new(name: &str, shards: usize) -> Self {
-        let folder = Folder::new(name);
-        let address = folder.address("s.sock");
-        let host = Host::for_addresses(std::slice::from_ref(&address)).unwrap();
-        let server = Server::start(&host, &config(&address, shards)).unwrap();
-        Self { host, address, server, _folder: folder }
-    }
-
-    fn try_client(&self, options: ClientOptions) -> Result<Client, Error> {
-        Client::connect_on(&self.host, std::slice::from_ref(&self.address), options)
-    }
-
-    fn client(&self, clients: u16) -> Client {
-        self.try_client(ClientOptions { clients, ..ClientOptions::default() }).unwrap()
-    }
-
-    fn end(self) {
-        assert!(self.server.stop());
-    }
+/// Of a job of so many clients.
+fn of(clients: u16) -> ClientOptions {
+    ClientOptions { clients, ..ClientOptions::default() }
 }
 
 /// `result` is an error with all of `texts` in it.
@@ -67,16 +45,16 @@ fn addresses_that_lead_nowhere() {
     refused(Client::connect(&["localhost:1"]), &["`localhost:1`", "no scheme"]);
     refused(Client::connect(&[""; 0]), &["no server: give at least one"]);
     refused(Client::connect(&[&nobody]), &["cannot reach", &nobody, "is the server running there?"]);
-    let scene = Scene::new("once", 1);
-    let url = scene.address.to_string();
+    let site = Site::new("once", 1);
+    let url = site.addresses[0].to_string();
     refused(Client::connect(&[&url, &url]), &["are one server: name each once"]);
-    scene.end();
+    site.stop();
 }
 
 #[test]
 fn tables_that_cannot_be() {
-    let scene = Scene::new("tables", 2);
-    let client = scene.client(1);
+    let site = Site::new("tables", 2);
+    let client = site.client(of(1));
     // Two shards with 8 MiB each; a row of 1000 f64 takes 8016 bytes.
     let large = client.table::<f64>("large", 10_000, 1000, Model::Async);
     refused(large, &["`large`", "10000 rows of 1000 f64", "needs 40080000 bytes", "8388608", "--memory"]);
@@ -86,7 +64,7 @@ fn tables_that_cannot_be() {
     refused(client.table::<f32>("t", 1, 0, Model::Bsp), &["1 to 262144 elements, not 0"]);
     refused(client.table::<f64>("t", 1, 131_073, Model::Bsp), &["1 to 131072 elements, not 131073"]);
     refused(client.table::<f32>("t", 1, usize::MAX, Model::Bsp), &["columns are too many"]);
-    let copies = scene.try_client(ClientOptions { copies: true, ..ClientOptions::default() }).unwrap();
+    let copies = site.client(options(true));
     let options = TableOptions { cache_bytes: Some(2 * 4 * 416 - 1), ..TableOptions::default() };
     let small = copies.table_with::<f32>("small", 100, 100, Model::Bsp, options);
     refused(small, &["1663 bytes of cache", "416 bytes each", "at least 4", "ClientOptions::cache_bytes"]);
@@ -101,17 +79,17 @@ fn tables_that_cannot_be() {
     refused(client.table::<f32>("t", 10, 4, Model::Bsp), &[mine, "`t`: 10 rows of 4 f32, BSP"]);
     let other = TableOptions { non_finite: true, ..TableOptions::default() };
     refused(client.table_with::<f32>("t", 10, 4, model, other), &[mine, "NaN and infinity allowed"]);
-    let other = scene.client(1);
+    let other = site.client(of(1));
     assert_eq!(other.table::<f32>("t", 10, 4, model).unwrap().schema(), table.schema());
     other.close().unwrap();
     client.close().unwrap();
-    scene.end();
+    site.stop();
 }
 
 #[test]
 fn a_table_opened_twice_is_one() {
-    let scene = Scene::new("double", 1);
-    let client = scene.client(1);
+    let site = Site::new("double", 1);
+    let client = site.client(of(1));
     let model = Model::Essp { staleness: 0 };
     let tables = [(); 2].map(|()| client.table::<f64>("t", 4, 2, model).unwrap());
     let mut worker = client.worker().unwrap();
@@ -128,13 +106,13 @@ fn a_table_opened_twice_is_one() {
     }
     drop(worker);
     client.close().unwrap();
-    scene.end();
+    site.stop();
 }
 
 #[test]
 fn wrong_arguments_change_nothing() {
-    let scene = Scene::new("arguments", 2);
-    let client = scene.client(1);
+    let site = Site::new("arguments", 2);
+    let client = site.client(of(1));
     let table = client.table::<f32>("t", 10, 4, Model::Ssp { staleness: 1 }).unwrap();
     let mut worker = client.worker().unwrap();
     let mut row = [0.0; 4];
@@ -153,7 +131,7 @@ fn wrong_arguments_change_nothing() {
         refused(worker.inc(&table, 3, &[1.0, 1.0, bad, 1.0]), &texts);
         refused(worker.inc_at(&table, 3, &[(0, 1.0), (2, bad)]), &texts);
     }
-    let other = scene.client(1);
+    let other = site.client(of(1));
     let foreign = other.table::<f32>("t", 10, 4, Model::Ssp { staleness: 1 }).unwrap();
     let text = ["`t` was opened by another client"];
     refused(worker.get(&foreign, 1, &mut row), &text);
@@ -169,13 +147,13 @@ fn wrong_arguments_change_nothing() {
     // A client with workers is not closed.
     refused(client.close(), &["1 workers are still there"]);
     drop(worker);
-    scene.end();
+    site.stop();
 }
 
 #[test]
 fn a_table_that_takes_nan_gets_it() {
-    let scene = Scene::new("nan", 1);
-    let client = scene.client(1);
+    let site = Site::new("nan", 1);
+    let client = site.client(of(1));
     let options = TableOptions { non_finite: true, ..TableOptions::default() };
     let table = client.table_with::<f64>("t", 2, 3, Model::Bsp, options).unwrap();
     let mut worker = client.worker().unwrap();
@@ -188,33 +166,33 @@ fn a_table_that_takes_nan_gets_it() {
     assert!(rows[4].is_nan());
     drop(worker);
     client.close().unwrap();
-    scene.end();
+    site.stop();
 }
 
 #[test]
 fn a_job_has_one_size_and_a_broken_one_binds_nobody() {
-    let scene = Scene::new("size", 2);
+    let site = Site::new("size", 2);
     // One of three came, and died: a job of another size may begin.
-    drop(scene.client(3));
+    drop(site.client(of(3)));
     let start = Instant::now();
     let client = loop {
-        match scene.try_client(ClientOptions { clients: 2, ..ClientOptions::default() }) {
+        match site.try_client(of(2)) {
             Ok(client) => break client,
             Err(error) => assert!(start.elapsed() < Duration::from_secs(5), "{error}"),
         }
     };
-    let other = scene.try_client(ClientOptions { clients: 5, ..ClientOptions::default() });
+    let other = site.try_client(of(5));
     refused(other, &["the running job has 2 clients, and this one says 5: give all the same number"]);
     client.close().unwrap();
-    scene.end();
+    site.stop();
 }
 
 /// Rows of an eager table of which few fit the cache: they are given up and subscribed again for ever, and at the end the
 /// cache still serves.
 #[test]
 fn slots_that_were_given_up_come_back() {
-    let scene = Scene::new("slots", 2);
-    let client = scene.try_client(ClientOptions { copies: true, ..ClientOptions::default() }).unwrap();
+    let site = Site::new("slots", 2);
+    let client = site.client(options(true));
     // Two rows share an image of 80 bytes; each shard has ten, of which four have a slot.
     let options = TableOptions { cache_bytes: Some(2 * 320), ..TableOptions::default() };
     let model = Model::Essp { staleness: 1 };
@@ -242,7 +220,7 @@ fn slots_that_were_given_up_come_back() {
     assert!(hits > 300, "{hits} of 400 gets of two rows were answered by a cache of eight images");
     drop(worker);
     client.close().unwrap();
-    scene.end();
+    site.stop();
 }
 
 /// One client computes for long and does not call in; the others do thousands of clocks. Its cache is pushed into all the
@@ -250,18 +228,18 @@ fn slots_that_were_given_up_come_back() {
 #[test]
 fn a_client_that_does_not_call_in_holds_up_nobody() {
     const CLOCKS: i64 = 3000;
-    let scene = Scene::new("sleeper", 2);
+    let site = Site::new("sleeper", 2);
     let model = Model::Essp { staleness: 5000 };
     let open = |client: &Client| {
         let asynchronous = client.table::<i64>("async", 4, 8, Model::Async).unwrap();
         (client.table::<i64>("essp", 4, 8, model).unwrap(), asynchronous)
     };
-    let sleeper = scene.client(3);
+    let sleeper = site.client(of(3));
     let mut row = [0; 8];
     thread::scope(|scope| {
         let workers: Vec<_> = (0..2)
             .map(|number| {
-                let client = scene.client(3);
+                let client = site.client(of(3));
                 scope.spawn(move || {
                     let (essp, asynchronous) = open(&client);
                     let mut worker = client.worker().unwrap();
@@ -308,17 +286,17 @@ fn a_client_that_does_not_call_in_holds_up_nobody() {
         drop(worker);
     });
     sleeper.close().unwrap();
-    scene.end();
+    site.stop();
 }
 
 /// Workers that leave early, and a client that is closed early, hold up nobody, and what they added stays.
 #[test]
 fn who_leaves_early_is_not_waited_for() {
-    let scene = Scene::new("early", 2);
+    let site = Site::new("early", 2);
     let run = |clients: &[(&str, &[i64])]| {
         thread::scope(|scope| {
             for (end, clocks) in clients {
-                let client = scene.client(clients.len() as u16);
+                let client = site.client(of(clients.len() as u16));
                 scope.spawn(move || {
                     let table = client.table::<i64>("t", 3, 2, Model::Bsp).unwrap();
                     let workers: Vec<_> = clocks.iter().map(|_| client.worker().unwrap()).collect();
@@ -344,7 +322,7 @@ fn who_leaves_early_is_not_waited_for() {
         });
     };
     run(&[("close", &[1, 50, 200]), ("close", &[7]), ("close", &[300, 300])]);
-    let client = scene.client(1);
+    let client = site.client(of(1));
     let table = client.table::<i64>("t", 3, 2, Model::Bsp).unwrap();
     let mut worker = client.worker().unwrap();
     let mut row = [0; 2];
@@ -354,7 +332,7 @@ fn who_leaves_early_is_not_waited_for() {
     client.close().unwrap();
     // Two clocks at least: the second `get` waits until all have joined. One that is gone before is waited for.
     run(&[("drop", &[2]), ("drop", &[5, 10]), ("close", &[300])]);
-    scene.end();
+    site.stop();
 }
 
 fn sim_address() -> Address {
@@ -496,17 +474,17 @@ fn a_round_greater_than_the_send_queue_is_closed_after_all_of_it() {
 /// A worker thread of the transport, joined with its result.
 #[test]
 fn a_worker_can_move_between_threads() {
-    let scene = Scene::new("move", 1);
-    let client = scene.client(1);
+    let site = Site::new("move", 1);
+    let client = site.client(of(1));
     let table = client.table::<i64>("t", 1, 1, Model::Bsp).unwrap();
     let mut worker = client.worker().unwrap();
     worker.inc(&table, 0, &[1]).unwrap();
-    let thread = scene.host.spawn("second", None, move || {
+    let thread = site.host.spawn("second", None, move || {
         let mut row = [0];
         worker.get(&table, 0, &mut row).unwrap();
         assert_eq!(row, [1]);
     });
     assert!(thread.unwrap().join());
     client.close().unwrap();
-    scene.end();
+    site.stop();
 }

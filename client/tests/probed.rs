@@ -5,47 +5,14 @@ use std::{
     time::Duration,
 };
 
-use fervor_client::{Client, ClientOptions, Error, Model, Table, TableOptions, Worker};
-use fervor_server::Server;
-use fervor_verbs::{Address, transport::any::Host};
-use support::{Folder, config};
+use fervor_client::{ClientOptions, Error, Model, Table, TableOptions, Worker};
+use fervor_verbs::transport::any::Host;
+use support::site::{Site, options};
 
 mod support;
 
-/// A server with `shards` shards, for the time of a test.
-struct Site {
-    host: Host,
-    addresses: Vec<Address>,
-    servers: Vec<Server<Host>>,
-    _folder: Folder,
-}
-
-impl Site {
-    fn new(servers: usize, shards: usize, memory: impl Fn(usize) -> usize) -> Self {
-        let folder = Folder::new("probed");
-        let addresses: Vec<_> =
-            (0..servers).map(|number| folder.address(&format!("{number}.sock"))).collect();
-        let host = Host::for_addresses(&addresses).unwrap();
-        let start = |(number, address)| {
-            let mut config = config(address, shards);
-            (config.id, config.memory) = (number as u64, memory(number));
-            Server::start(&host, &config).unwrap()
-        };
-        let servers = addresses.iter().enumerate().map(start).collect();
-        Self { host, addresses, servers, _folder: folder }
-    }
-
-    fn client(&self, options: ClientOptions) -> Client<Host> {
-        Client::connect_on(&self.host, &self.addresses, options).unwrap()
-    }
-
-    fn stop(self) {
-        assert!(self.servers.into_iter().all(Server::stop));
-    }
-}
-
 fn both() -> [ClientOptions; 2] {
-    [false, true].map(|copies| ClientOptions { copies, ..ClientOptions::default() })
+    [false, true].map(options)
 }
 
 /// The slowest worker's `clock` waits for what was handed over below it, and not for what the others go on to add.
@@ -53,7 +20,7 @@ fn both() -> [ClientOptions; 2] {
 fn the_slowest_worker_ends_its_clock_whatever_the_others_add() {
     const ROWS: u64 = 500;
     for options in both() {
-        let site = Site::new(1, 1, |_| 16 << 20);
+        let site = Site::new("probed", 1);
         let client = site.client(options);
         let table = client.table::<f32>("t", ROWS, 256, Model::Ssp { staleness: 1 }).unwrap();
         let mut slow = client.worker().unwrap();
@@ -88,7 +55,7 @@ fn the_slowest_worker_ends_its_clock_whatever_the_others_add() {
 #[test]
 fn many_small_updates_of_a_row_are_seen_at_once_or_not_at_all() {
     for options in both() {
-        let site = Site::new(1, 1, |_| 16 << 20);
+        let site = Site::new("probed", 1);
         let client = site.client(options.clone());
         let table = client.table::<f32>("t", 1, 100, Model::Async).unwrap();
         let (mut writer, mut reader) = (client.worker().unwrap(), client.worker().unwrap());
@@ -121,7 +88,9 @@ fn many_small_updates_of_a_row_are_seen_at_once_or_not_at_all() {
 fn a_table_that_a_shard_refuses_is_on_none() {
     let page = 1 << 16;
     // The second server has little memory.
-    let site = Site::new(2, 1, |number| if number == 0 { 64 * page } else { page });
+    let site = Site::with("probed", 2, 1, |number, config| {
+        config.memory = if number == 0 { 64 * page } else { page };
+    });
     for (name, options) in ["t", "u"].into_iter().zip(both()) {
         let options = ClientOptions { cache_bytes: 32 * page, ..options };
         let client = site.client(options);
@@ -148,7 +117,7 @@ fn a_table_that_a_shard_refuses_is_on_none() {
 #[test]
 fn a_worker_far_ahead_of_one_that_stands_still_counts_in_few_places() {
     for options in both() {
-        let site = Site::new(1, 1, |_| 16 << 20);
+        let site = Site::new("probed", 1);
         let client = site.client(options);
         let table = client.table::<i64>("t", 4, 1, Model::Async).unwrap();
         let (idle, mut busy) = (client.worker().unwrap(), client.worker().unwrap());
@@ -177,7 +146,7 @@ fn sums<E: fervor_client::Element>(worker: &mut Worker<Host>, table: &Table<E>) 
 #[test]
 fn updates_whose_sum_is_not_finite_are_refused_at_once() {
     for options in both() {
-        let site = Site::new(1, 1, |_| 16 << 20);
+        let site = Site::new("probed", 1);
         let client = site.client(options);
         let table = client.table::<f32>("t", 2, 4, Model::Bsp).unwrap();
         let taking = TableOptions { non_finite: true, ..TableOptions::default() };
@@ -210,7 +179,7 @@ fn updates_whose_sum_is_not_finite_are_refused_at_once() {
 #[test]
 fn sums_of_several_workers_that_are_not_finite_do_not_end_the_connection() {
     for options in both() {
-        let site = Site::new(1, 1, |_| 16 << 20);
+        let site = Site::new("probed", 1);
         let client = site.client(options);
         let table = client.table::<f32>("t", 2, 4, Model::Bsp).unwrap();
         let mut workers = [client.worker().unwrap(), client.worker().unwrap()];

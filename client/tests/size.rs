@@ -7,44 +7,20 @@ use std::{
 };
 
 use fervor_client::{Client, ClientOptions, Error, Model, TableOptions};
-use fervor_server::{Config, Server};
-use fervor_verbs::{Address, transport::any::Host};
-use support::{Folder, Random, config};
+use fervor_server::Config;
+use fervor_verbs::transport::any::Host;
+use support::{
+    Random,
+    site::{Site, options},
+};
 
 mod support;
 
 const MIB: usize = 1 << 20;
 
-/// A server, for the time of a test.
-struct Site {
-    host: Host,
-    address: Address,
-    server: Server<Host>,
-    _folder: Folder,
-}
-
-impl Site {
-    fn new(shards: usize, change: impl FnOnce(&mut Config)) -> Self {
-        let folder = Folder::new("size");
-        let address = folder.address("s.sock");
-        let host = Host::for_addresses(std::slice::from_ref(&address)).unwrap();
-        let mut config = config(&address, shards);
-        change(&mut config);
-        let server = Server::start(&host, &config).unwrap();
-        Self { host, address, server, _folder: folder }
-    }
-
-    fn client(&self, options: &ClientOptions) -> Client<Host> {
-        Client::connect_on(&self.host, std::slice::from_ref(&self.address), options.clone()).unwrap()
-    }
-
-    fn stop(self) {
-        assert!(self.server.stop());
-    }
-}
-
-fn options(copies: bool) -> ClientOptions {
-    ClientOptions { copies, ..ClientOptions::default() }
+/// One server, of which `change` changes the configuration.
+fn site(shards: usize, change: impl Fn(&mut Config)) -> Site {
+    Site::with("size", 1, shards, |_, config| change(config))
 }
 
 /// Bytes of this process that are in memory.
@@ -65,7 +41,7 @@ fn use_a_few_of_a_billion_rows(site: &Site, copies: bool, name: &str, model: Mod
     const ROWS: u64 = 1_000_000_000;
     const MOST: usize = 100 * MIB;
     let before = resident();
-    let client = site.client(&options(copies));
+    let client = site.client(options(copies));
     let table = client.table_with::<i32>(name, ROWS, 1, model, table).unwrap();
     let opened = resident().saturating_sub(before);
     assert!(opened < 30 * MIB, "{name}, {copies}: {} MiB to open it", opened / MIB);
@@ -97,7 +73,7 @@ fn use_a_few_of_a_billion_rows(site: &Site, copies: bool, name: &str, model: Mod
 #[test]
 fn memory_follows_what_is_used_of_a_table_of_a_billion_rows() {
     let _alone = alone();
-    let site = Site::new(1, |config| {
+    let site = site(1, |config| {
         (config.memory, config.bookkeeping) = (5 * 5100 * MIB, 2048 * MIB);
     });
     // Some thousand slots, so that rows come and go.
@@ -113,7 +89,7 @@ fn memory_follows_what_is_used_of_a_table_of_a_billion_rows() {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let client = site.client(&options(false));
+            let client = site.client(options(false));
             let table = client.table::<i64>("small", 10, 1, Model::Async).unwrap();
             let mut worker = client.worker().unwrap();
             let mut longest = Duration::ZERO;
@@ -154,8 +130,8 @@ fn a_job_on_64_shards_is_right() {
     const WORKERS: usize = 3;
     const CLOCKS: i64 = 4;
     for copies in [false, true] {
-        let site = Site::new(64, |_| {});
-        let client = site.client(&options(copies));
+        let site = Site::new("size", 64);
+        let client = site.client(options(copies));
         for (name, model) in [("bsp", Model::Bsp), ("essp", Model::Essp { staleness: 0 })] {
             let table = client.table::<i64>(name, ROWS, WIDTH, model).unwrap();
             let workers: Vec<_> = (0..WORKERS).map(|_| client.worker().unwrap()).collect();
@@ -198,8 +174,8 @@ fn rows_of_a_mebibyte_are_read_and_added_to_under_every_model() {
     let models = [Model::Essp { staleness: 1 }, Model::Ssp { staleness: 1 }, Model::Async];
     let pattern = |row: u64, column: usize| (row as usize * 10 + column % 7) as f32;
     for copies in [false, true] {
-        let site = Site::new(2, |config| config.memory = 32 * MIB);
-        let client = site.client(&options(copies));
+        let site = site(2, |config| config.memory = 32 * MIB);
+        let client = site.client(options(copies));
         let (mut a, mut b) = (client.worker().unwrap(), client.worker().unwrap());
         for (number, model) in models.into_iter().enumerate() {
             let table = client.table::<f32>(&format!("t{number}"), ROWS, WIDTH, model).unwrap();
@@ -245,8 +221,8 @@ fn small_rows_take_little_more_than_their_data() {
     const ROWS: u64 = 1 << 16;
     for (bytes, quarters) in [(4, 5), (8, 5), (12, 8), (16, 5), (20, 8), (36, 8), (64, 5), (128, 5)] {
         let memory = ROWS as usize * bytes * quarters / 4;
-        let site = Site::new(1, |config| config.memory = memory);
-        let client = site.client(&options(false));
+        let site = site(1, |config| config.memory = memory);
+        let client = site.client(options(false));
         let table = client.table::<i32>("t", ROWS, bytes / 4, Model::Bsp).unwrap();
         let mut worker = client.worker().unwrap();
         let row: Vec<i32> = (1..=bytes as i32 / 4).collect();
@@ -273,8 +249,8 @@ fn small_rows_take_little_more_than_their_data() {
 #[test]
 fn what_is_prefetched_is_not_read_again() {
     let _alone = alone();
-    let site = Site::new(2, |_| {});
-    let client = site.client(&options(true));
+    let site = Site::new("size", 2);
+    let client = site.client(options(true));
     for (name, model) in [
         ("async", Model::Async),
         ("ssp", Model::Ssp { staleness: 2 }),
@@ -320,8 +296,8 @@ fn what_is_prefetched_is_not_read_again() {
 #[test]
 fn what_is_never_asked_for_makes_room() {
     let _alone = alone();
-    let site = Site::new(1, |_| {});
-    let client = site.client(&options(true));
+    let site = Site::new("size", 1);
+    let client = site.client(options(true));
     let table = client.table::<i64>("t", 2000, 16, Model::Async).unwrap();
     let mut worker = client.worker().unwrap();
     let mut value = [0; 16];
@@ -341,8 +317,8 @@ fn what_is_never_asked_for_makes_room() {
 #[test]
 fn a_prefetched_copy_lacks_no_own_update() {
     let _alone = alone();
-    let site = Site::new(1, |_| {});
-    let client = site.client(&options(true));
+    let site = Site::new("size", 1);
+    let client = site.client(options(true));
     for (name, model) in [
         ("async", Model::Async),
         ("ssp", Model::Ssp { staleness: 9 }),
@@ -371,8 +347,8 @@ fn a_prefetched_copy_lacks_no_own_update() {
 #[test]
 fn a_server_that_is_lost_while_rows_are_prefetched_is_an_error() {
     let _alone = alone();
-    let site = Site::new(1, |_| {});
-    let client = site.client(&options(true));
+    let site = Site::new("size", 1);
+    let client = site.client(options(true));
     let table = client.table::<i64>("t", 2000, 16, Model::Async).unwrap();
     let mut worker = client.worker().unwrap();
     worker.prefetch(&table, &[1, 2, 3]).unwrap();
@@ -407,16 +383,16 @@ fn most_files() -> usize {
 
 fn clients_work_together(clients: usize, copies: bool) {
     const CLOCKS: i64 = 3;
-    let site = Site::new(1, |config| {
+    let site = site(1, |config| {
         (config.clients, config.workers, config.credits) = (clients, 1, 1);
         config.staging = Config::default_staging(clients);
     });
     let before = (resident(), Instant::now());
     // Each with a transport of its own, as a process has: a connection offers all regions of its transport.
     let join = |_| {
-        let host = Host::for_addresses(std::slice::from_ref(&site.address)).unwrap();
+        let host = Host::for_addresses(&site.addresses).unwrap();
         let options = ClientOptions { clients: clients as u16, cache_bytes: 1 << 20, ..options(copies) };
-        let client = Client::connect_on(&host, std::slice::from_ref(&site.address), options).unwrap();
+        let client = Client::connect_on(&host, &site.addresses, options).unwrap();
         let table = client.table::<i64>("t", 64, 4, Model::Bsp).unwrap();
         let worker = client.worker().unwrap();
         Some((client, table, worker))

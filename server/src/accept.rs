@@ -19,7 +19,7 @@ use fervor_protocol::{
 use fervor_verbs::transport::{Attach, Listener, RemoteRegion, Request, Transport};
 use zerocopy::IntoBytes;
 
-use crate::{Config, Share};
+use crate::{config::Config, share::Share};
 
 /// A connection for a poller.
 pub struct Mail<C> {

@@ -4,8 +4,8 @@ use fervor_protocol::limits::{ACK_RING, MAX_CREDITS, MAX_ROW_BYTES, MESSAGE_BYTE
 use fervor_verbs::{Address, transport::EndpointConfig};
 
 use crate::{
-    ServerError,
     core::{Limits, Origin, region_header},
+    error::ServerError,
 };
 
 /// Memory is given out by pages.

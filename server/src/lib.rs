@@ -18,6 +18,7 @@
 //! | [`staging`] | the memory that pushes are sent from |
 //! | [`poller`] | the loop of a polling thread, and how it idles |
 //! | [`accept`] | the control thread: handshakes, and mail to the pollers |
+//! | [`share`] | the atomics that the two share |
 //! | [`config`], [`budget`] | what a server is made for; how much memory that takes, term by term |
 //!
 //! **Invariants.** Only a shard's own thread writes its images. A batch is checked as a whole before any of it is
@@ -36,7 +37,7 @@ use std::{
 };
 
 use fervor_verbs::{
-    Address, Error, Exclusive,
+    Address, Exclusive,
     transport::{Attach, Endpoint, Export, Listener, Thread, Transport},
 };
 
@@ -45,38 +46,20 @@ pub mod budget;
 pub mod config;
 pub mod core;
 pub mod counts;
+mod error;
 mod outbound;
 mod peer;
 mod poller;
 mod posting;
+mod share;
 mod staging;
 
 pub use budget::Budget;
 pub use config::Config;
 pub use core::Origin;
+pub use error::ServerError;
 
-/// Why a server does not start.
-#[derive(Debug, thiserror::Error)]
-pub enum ServerError {
-    /// The configuration makes no sense.
-    #[error("{0}")]
-    Config(String),
-    /// The transport said so.
-    #[error(transparent)]
-    Transport(#[from] Error),
-}
-
-/// What the control thread and a poller share.
-struct Share {
-    /// The shard clock, for the handshake. Written by the poller alone.
-    clock: AtomicU64,
-    /// Tells the poller to finish.
-    stop: AtomicBool,
-    /// Clients that may still send: counted by the control thread, discounted by the poller.
-    clients: AtomicUsize,
-    /// Messages that each client may have on their way.
-    credits: usize,
-}
+use share::Share;
 
 /// A running server. Dropped, it stops.
 pub struct Server<T: Transport> {

@@ -30,12 +30,12 @@ use fervor_verbs::transport::{
 };
 
 use crate::{
-    Share,
     accept::Mail,
     core::{ClientId, Due, Effects, Next, Run, ShardCore, SlotEffect, TableId},
     outbound::MAX_ASKED,
     peer::{FAULT_ID, PROOF_ID, Peer, Slabs},
     posting::Posting,
+    share::Share,
 };
 
 /// Longest sleep. Nothing is due at any time but the continuous pushes that wait for their budget: messages, ends of

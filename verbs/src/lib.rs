@@ -13,6 +13,7 @@
 //! | [`error`] | what can go wrong: the call, the values, the cure |
 
 pub mod address;
+mod capabilities;
 pub mod devices;
 pub mod error;
 pub mod memory;

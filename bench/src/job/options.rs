@@ -6,12 +6,14 @@ use anyhow::{Result, bail};
 use clap::{Args, value_parser};
 use fervor_client::ClientOptions;
 
-use super::oracle::SPREAD;
 use crate::{
     connect::{self, ReadOptions},
     model::ModelOptions,
     server::EmbeddedOptions,
 };
+
+/// Rows that a worker of a checked job counts its clocks in ([`oracle`](super::oracle)).
+pub const SPREAD: usize = 8;
 
 /// Passes, processes, threads and servers of a job.
 #[derive(Debug, Clone, Args)]

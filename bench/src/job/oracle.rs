@@ -18,10 +18,8 @@ use anyhow::{Result, bail};
 use fervor_client::{Client, Table, Worker};
 use fervor_verbs::transport::Transport;
 
-use super::JobOptions;
+use super::options::{JobOptions, SPREAD};
 
-/// Rows of a worker.
-pub const SPREAD: usize = 8;
 /// What a worker that leaves adds to its rows: more than it could count.
 const LEFT: i64 = 1 << 40;
 

@@ -1,7 +1,7 @@
 //! `fervor-bench paper`: the paper's experiments, from one command.
 //!
 //! The real server and client run on a simulated cluster ([`cluster`]) and train for real ([`training`]: [`mf`], [`lda`]); time is that of the
-//! network's and the machines' model. Each experiment names the runs that it needs, all of them are simulated ([`runs`]), one on
+//! network's and the machines' model. Each experiment names the runs that it needs ([`spec`], [`plan`]), all of them are simulated ([`runs`]), one on
 //! each processor, and each experiment makes its [`section`] of the page of them. What the paper says is a
 //! [`claims`] away from what was found.
 //!
@@ -11,7 +11,7 @@
 //! | [`shares`] | 2: computing, waiting, communication against s |
 //! | [`convergence`] | 3: convergence by clock and by time |
 //! | [`robustness`] | 4: step sizes at which staleness hurts |
-//! | [`theory`], [`value`] | 5: regret on convex functions; VAP's bound |
+//! | [`theory`], [`value`] | 5: regret on a convex function ([`convex`]); VAP's bound |
 //! | [`scale`] | 6: more and more workers |
 //! | [`stragglers`] | 7: a slow worker, and pauses |
 //! | [`real`] | `--real`: on this machine |
@@ -32,24 +32,29 @@ use crate::{lda::corpus::generate as corpus, machine, report::write_json};
 pub mod claims;
 pub mod cluster;
 pub mod convergence;
+pub mod convex;
 pub mod differentials;
 pub mod lda;
 pub mod mf;
 pub mod page;
+pub mod plan;
 pub mod real;
 pub mod robustness;
 pub mod runs;
 pub mod scale;
 pub mod section;
 pub mod shares;
+pub mod spec;
 pub mod stragglers;
 pub mod theory;
 pub mod training;
 pub mod value;
 
 use page::Preface;
-use runs::{Runs, Spec};
-use section::{Experiment, Plan, Section};
+use plan::Plan;
+use runs::Runs;
+use section::{Experiment, Section};
+use spec::Spec;
 
 /// What one step of SGD for one rating, and drawing a topic for one token, are taken to cost, if they are not measured.
 const TAKEN: Costs = Costs { rating: Duration::from_nanos(16), token: Duration::from_nanos(32) };

@@ -2,71 +2,21 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
-use fervor_client::Model;
-use fervor_verbs::transport::sim::Fabric;
 
 use super::{
-    cluster::{Cluster, Machines},
+    cluster::Cluster,
     lda, mf,
-    section::{App, Plan},
+    plan::Plan,
+    spec::{App, Spec},
     training::{self, Application, Job, Run},
 };
-
-/// A run of training.
-#[derive(Debug, Clone)]
-pub struct Spec {
-    /// What is trained.
-    pub app: App,
-    /// The tables' model.
-    pub model: Model,
-    /// Worker nodes.
-    pub workers: usize,
-    /// The network.
-    pub fabric: Fabric,
-    /// The machines.
-    pub machines: Machines,
-    /// Size of a step of matrix factorisation.
-    pub step: f32,
-    /// Clocks.
-    pub clocks: usize,
-    /// What a worker computes in a clock.
-    pub charge: Duration,
-    /// Seed of all chance: in the data, and in the simulation.
-    pub seed: u64,
-}
-
-impl Spec {
-    /// What tells it from other runs.
-    fn key(&self) -> String {
-        format!("{self:?}")
-    }
-
-    /// About how long it takes to simulate, for an order.
-    fn effort(&self) -> f64 {
-        let by_value = if let Model::Vap { v0 } = self.model { 10.0 / f64::from(v0).sqrt() } else { 1.0 };
-        by_value * (self.workers * self.clocks) as f64
-    }
-}
-
-impl fmt::Display for Spec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { app, model, workers, fabric, machines, step, charge, seed, .. } = self;
-        write!(f, "{app}, {model}, {workers} workers, {}, {machines:?}, clocks of {charge:?}", fabric.name)?;
-        if *app == App::Mf {
-            write!(f, ", step {step}")?;
-        }
-        write!(f, ", seed {seed}")
-    }
-}
 
 /// Runs that have been simulated.
 #[derive(Debug)]

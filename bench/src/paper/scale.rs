@@ -13,8 +13,10 @@ use serde_json::json;
 use super::{
     claims::Claim,
     mf,
-    runs::{Runs, Spec},
-    section::{App, Experiment, Figure, Plan, Scale, Section, essp, seconds},
+    plan::{Plan, Scale, essp},
+    runs::Runs,
+    section::{Experiment, Figure, Section, seconds},
+    spec::{App, Spec},
     training::Run,
 };
 use crate::{

@@ -9,8 +9,10 @@ use serde_json::json;
 
 use super::{
     claims::{self, Claim},
-    runs::{Runs, Spec},
-    section::{App, Experiment, Figure, Plan, Section, essp, ssp},
+    plan::{Plan, essp, ssp},
+    runs::Runs,
+    section::{Experiment, Figure, Section},
+    spec::{App, Spec},
     training::Run,
 };
 use crate::{

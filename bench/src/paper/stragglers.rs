@@ -8,8 +8,10 @@ use super::{
     claims::{self, Claim},
     cluster::{Machines, PAUSE, PAUSE_EVERY, SLOWNESS},
     convergence::{axis, by_time},
-    runs::{Runs, Spec},
-    section::{App, Experiment, Figure, Plan, Section, essp, seconds},
+    plan::{Plan, essp},
+    runs::Runs,
+    section::{Experiment, Figure, Section, seconds},
+    spec::{App, Spec},
     training::Run,
 };
 use crate::{

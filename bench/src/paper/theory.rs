@@ -9,32 +9,21 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use fervor_client::Model;
-use fervor_verbs::transport::sim::Fabric;
-use rand::{RngExt as _, SeedableRng as _};
-use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use super::{
     claims::{self, Claim},
-    cluster::{self, Cluster, Machines, Place},
+    cluster::{self, Place},
+    convex::{DIMENSIONS, F, L, Point, cluster, point},
+    plan::{Plan, essp, ssp},
     runs::in_parallel,
-    section::{Figure, Plan, Section, essp, ssp},
+    section::{Figure, Section},
     value,
 };
 use crate::{
     figures::{Axis, Curve, curves},
     report::TextTable,
 };
-
-/// Coordinates of a point.
-pub const DIMENSIONS: usize = 8;
-/// `F² = 1` bounds `|x_t - x*|² / 2`, …
-pub const F: f64 = 1.0;
-/// … and `L` the gradients.
-pub const L: f64 = 2.0;
-
-/// A point, or a step.
-pub type Point = [f64; DIMENSIONS];
 
 fn square(a: &Point, b: &Point) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum()
@@ -90,15 +79,6 @@ fn staleness(model: Model) -> f64 {
     model.staleness().map_or(f64::INFINITY, f64::from)
 }
 
-/// The point of update `t`: within 1/2 of the centre in each of a few coordinates.
-pub fn point(worker: usize, clock: usize) -> Point {
-    let mut rng = ChaCha8Rng::seed_from_u64(9);
-    rng.set_stream((worker as u64) << 32 | clock as u64);
-    // The centre is at distance 1 from the start, which is 0; noise has at most length 1/2.
-    let scale = 0.5 / (DIMENSIONS as f64).sqrt();
-    std::array::from_fn(|_| (1.0 / DIMENSIONS as f64).sqrt() + scale * rng.random_range(-1.0..1.0))
-}
-
 /// What one worker does.
 fn work(place: &Place, workers: usize, model: Model, clocks: usize) -> Result<Vec<(Point, Point)>> {
     let table = place.client.table::<f64>("x", 1, DIMENSIONS, model)?;
@@ -117,19 +97,6 @@ fn work(place: &Place, workers: usize, model: Model, clocks: usize) -> Result<Ve
         steps.push((view, a));
     }
     Ok(steps)
-}
-
-/// The cluster that it runs on.
-pub fn cluster(workers: usize, seed: u64, core: Option<usize>) -> Cluster {
-    Cluster {
-        workers,
-        servers: 1,
-        fabric: Fabric::roce_25g(),
-        machines: Machines::Equal,
-        seed,
-        cache: 64 << 10,
-        core,
-    }
 }
 
 fn trace(model: Model, workers: usize, clocks: usize, seed: u64, core: Option<usize>) -> Result<Trace> {

@@ -17,8 +17,8 @@ use fervor_verbs::transport::Transport as _;
 use super::{
     claims::Claim,
     cluster::{self, Place},
+    convex::{DIMENSIONS, F, L, Point, cluster, point},
     runs::in_parallel,
-    theory::{DIMENSIONS, F, L, Point, cluster, point},
 };
 use crate::report::percent;
 

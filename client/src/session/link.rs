@@ -40,7 +40,7 @@ use fervor_verbs::{
     transport::{RemoteRegion, View},
 };
 
-use crate::{cache::Slot, error::Error, slab::AnySlab, table::Known};
+use crate::{cache::Slot, error::Error, known::Known, slab::AnySlab};
 
 /// A wish for a slot, on its way to a shard.
 #[derive(Debug, Clone, Copy)]

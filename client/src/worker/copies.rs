@@ -16,6 +16,7 @@ use super::{Worker, place};
 use crate::{
     cache::{Slot, Stamp, State, Taken},
     error::Error,
+    known::Before,
     own::{Copied, Incomplete},
     reader::Reader,
     session::{core::For, link::Wish},
@@ -26,13 +27,6 @@ use crate::{
 const TORN_READS: usize = 8;
 /// Wishes after which they are sent without waiting for the end of the clock.
 const MANY_WISHES: usize = 64;
-
-/// What is known of a shard before a READ is posted, for which the READ is then trusted.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Before {
-    pub clock: u64,
-    pub as_of: u64,
-}
 
 impl<T: Transport> Worker<T> {
     /// Reads a row from its copy here, or from its shard.

@@ -19,9 +19,9 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::Worker;
 use crate::{
     error::Error,
-    own::{ShardUpdates, Updates},
+    own::{ShardUpdates, Updates, WorkerUpdates},
     session::{core::Core, link::InPlace},
-    table::{TableCore, WorkerUpdates},
+    table::TableCore,
 };
 
 /// Bytes of a table of which some are in no near cache, and rows that are fetched ahead then: some more than a processor looks ahead by

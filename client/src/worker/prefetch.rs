@@ -11,24 +11,11 @@
 use fervor_protocol::Element;
 use fervor_verbs::transport::Transport;
 
-use super::{Worker, copies::Before};
+use super::{Worker, ahead::Prefetched};
 use crate::{
     error::Error,
     table::{Holding, Table, TableCore},
 };
-
-/// A READ that has been started and not been asked for.
-#[derive(Debug)]
-pub(super) struct Prefetched {
-    table: usize,
-    shard: usize,
-    image: u64,
-    place: usize,
-    before: Before,
-    done: bool,
-    /// The worker's clock when it was started.
-    clock: u64,
-}
 
 impl<T: Transport> Worker<T> {
     /// Starts to READ `rows` of `table`, those that are not read in place and of which no copy is here, as far as there is room, and does
@@ -175,11 +162,5 @@ impl<T: Transport> Worker<T> {
         }
         *missed = left;
         Ok(())
-    }
-}
-
-impl Prefetched {
-    fn is_of<E: Element>(&self, table: &TableCore<E>, shard: usize, image: u64) -> bool {
-        (self.table, self.shard, self.image) == (table.number(), shard, image)
     }
 }

@@ -13,6 +13,7 @@ use fervor_verbs::Address;
 
 pub mod raw;
 pub mod rows;
+pub mod site;
 
 /// SplitMix64.
 #[derive(Debug, Clone)]

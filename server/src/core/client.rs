@@ -8,11 +8,7 @@ use fervor_protocol::{
     wire::{Fault, MessageHeader},
 };
 
-use super::{TableId, visible::Visibility};
-
-/// A client's place in a shard, for as long as its connection lasts; then another client may get it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ClientId(pub u32);
+use super::{id::TableId, visible::Visibility};
 
 /// See the module.
 #[derive(Debug)]

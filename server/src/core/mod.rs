@@ -17,6 +17,7 @@
 //! | [`open`] | opening, sealing and freeing tables |
 //! | [`pushes`] | what is to be pushed to whom |
 //! | [`client`] | one client: numbers, seat, what it is owed |
+//! | [`id`] | what clients and tables are called |
 //! | [`visible`], [`ranking`], [`bitmap`], [`ledger`] | value bounds; continuous pushing; sets of images; bytes of bookkeeping |
 //!
 //! **A batch, in order.** All of it is checked, its clock too: what is refused has changed nothing. Then, for a client that reads in
@@ -41,6 +42,7 @@ use zerocopy::IntoBytes;
 mod apply;
 mod bitmap;
 mod client;
+mod id;
 mod ledger;
 mod open;
 mod pushes;
@@ -54,7 +56,7 @@ mod tests;
 
 use apply::{NotFinite, Scratch, Values};
 use client::Client;
-pub use client::ClientId;
+pub use id::{ClientId, TableId};
 use ledger::Ledger;
 pub use pushes::{CopyKind, Delivery, Due, Run};
 pub use ranking::Next;
@@ -65,9 +67,6 @@ use table::Table;
 pub fn region_header(seats: usize) -> usize {
     Region::header_bytes(seats)
 }
-
-/// A shard's number of a table.
-pub type TableId = u32;
 
 /// Most tables that a client may wait for at a time.
 pub const MAX_OPENING: usize = 64;

@@ -32,7 +32,7 @@ use fervor_protocol::{
 
 use zerocopy::FromBytes;
 
-use super::{bitmap::Bitmap, client::ClientId, ledger::Ledger, ranking::Continuous};
+use super::{bitmap::Bitmap, id::ClientId, ledger::Ledger, ranking::Continuous};
 
 /// Bytes that a subscription to an image is taken to need: its entry in the tree, and one in the client's queue.
 pub const SUBSCRIPTION_BYTES: usize = 96;

@@ -6,9 +6,13 @@ use fervor_protocol::{
     wire::{Kind, MessageHeader},
 };
 use proptest::prelude::*;
+use zerocopy::FromBytes;
 
 use super::*;
-use crate::slab::Progress;
+use crate::{
+    merge::Merge,
+    slab::{Progress, Slab},
+};
 
 const ROWS: usize = 6;
 

@@ -13,7 +13,7 @@ use std::{
 use rdma_sys::*;
 
 use crate::{
-    devices::Capabilities,
+    capabilities::Capabilities,
     error::Error,
     memory::{Exclusive, Memory},
     transport::{Access, Export, MAX_SGE, Region, RemoteRegion, rdma::library},

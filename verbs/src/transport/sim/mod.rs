@@ -55,6 +55,7 @@ mod fabric;
 mod handshake;
 mod history;
 mod node;
+mod provider;
 pub(in crate::transport) mod random;
 #[cfg(test)]
 pub(in crate::transport) mod tests;

@@ -1,0 +1,15 @@
+//! What the control thread and a poller tell each other, besides the mail.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+
+/// What the control thread and a poller share.
+pub struct Share {
+    /// The shard clock, for the handshake. Written by the poller alone.
+    pub clock: AtomicU64,
+    /// Tells the poller to finish.
+    pub stop: AtomicBool,
+    /// Clients that may still send: counted by the control thread, discounted by the poller.
+    pub clients: AtomicUsize,
+    /// Messages that each client may have on their way.
+    pub credits: usize,
+}
