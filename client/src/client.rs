@@ -44,7 +44,7 @@ const FEWEST_SLOTS: usize = 4;
 /// Counts of what a client has moved, bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ClientStats {
-    /// By one-sided READs of its workers.
+    /// By one-sided READs of its workers, up to the last clock that each has ended.
     pub bytes_read: u64,
     /// By the servers, into its cache.
     pub bytes_pushed: u64,

@@ -67,6 +67,8 @@ pub struct Worker<T: Transport = Host> {
     prefetched: Vec<ahead::Prefetched>,
     stats: WorkerStats,
     recent: Vec<u64>,
+    /// Bytes that were READ since they were last added to the client's: that word is shared.
+    bytes_read: u64,
 }
 
 impl<T: Transport> fmt::Debug for Worker<T> {
@@ -93,6 +95,7 @@ impl<T: Transport> Worker<T> {
             prefetched: Vec::new(),
             stats: WorkerStats::default(),
             recent: vec![0; 2 * RECENT as usize + 1],
+            bytes_read: 0,
         })
     }
 
@@ -242,8 +245,13 @@ impl<T: Transport> Worker<T> {
             self.hand_over()?;
         }
         self.retire();
+        self.tell_bytes_read();
         self.stats.communicating += self.core.transport.now() - before;
         self.core.alive()
+    }
+
+    fn tell_bytes_read(&mut self) {
+        self.core.bytes_read.fetch_add(std::mem::take(&mut self.bytes_read), Ordering::Relaxed);
     }
 
     /// Hands the updates of the present clock over.
@@ -326,13 +334,6 @@ impl<T: Transport> Worker<T> {
         let core = &self.core;
         let pool = |shard: usize| core.links[shard].place.get().and(core.pool.clone());
         self.updates[table.number()] = Some(Box::new(Updates::new(table, pool)));
-    }
-
-    /// The worker's updates of a table, if there are any.
-    #[inline]
-    fn known_updates<E: Element>(&mut self, table: &TableCore<E>) -> Option<&mut Updates<E>> {
-        let updates = self.updates.get_mut(table.number())?.as_mut()?;
-        Some(updates.as_any().downcast_mut().expect("a table's number stands for its element type"))
     }
 
     /// Reads a row that is there.
@@ -436,6 +437,7 @@ impl<T: Transport> Drop for Worker<T> {
     /// Its updates are handed over, also those of the clock that it has not ended, and it leaves the client's clock.
     fn drop(&mut self) {
         self.hand_over_all();
+        self.tell_bytes_read();
         let risen = lock(&self.core.clocks).leave(self.id);
         for link in &self.core.links {
             link.ask_flush();
@@ -452,6 +454,16 @@ impl<T: Transport> Drop for Worker<T> {
 fn place<E: Element>(table: &TableCore<E>, index: u64) -> (u32, usize) {
     let layout = table.layout();
     (layout.image(index) as u32, layout.within(index) / size_of::<E>())
+}
+
+/// A worker's updates of a table, if there are any.
+#[inline]
+fn known_updates<'a, E: Element>(
+    updates: &'a mut WorkerUpdates,
+    table: &TableCore<E>,
+) -> Option<&'a mut Updates<E>> {
+    let updates = updates.get_mut(table.number())?.as_mut()?;
+    Some(updates.as_any().downcast_mut().expect("a table's number stands for its element type"))
 }
 
 #[cold]

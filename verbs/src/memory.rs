@@ -161,7 +161,7 @@ impl Memory {
     }
 
     /// Copies bytes `offset..offset + into.len()` out. They may be torn: see the module.
-    #[inline]
+    #[inline(always)]
     pub fn read(&self, offset: usize, into: &mut [u8]) {
         self.check(offset, into.len());
         // SAFETY: the source lies inside the mapping (`check`); the target is an exclusive slice of the same

@@ -13,7 +13,10 @@ use fervor_protocol::{
     mutants::{Mutant, mutant},
     wire::{Fault, Kind, MessageHeader, NamedReply, TableReply, Welcome},
 };
-use fervor_verbs::{Memory, transport::Connection};
+use fervor_verbs::{
+    Memory,
+    transport::{Connection, View},
+};
 use zerocopy::FromBytes;
 
 use crate::{
@@ -109,7 +112,7 @@ impl<C: Connection> Channel<C> {
     }
 
     /// Takes the acknowledgements that have come. How many.
-    pub fn take_acknowledgements<V>(&mut self, link: &Link<V>, control: &Memory) -> usize {
+    pub fn take_acknowledgements<V: View>(&mut self, link: &Link<V>, control: &Memory) -> usize {
         let mut taken = 0;
         while let Some(sequence) = self.window.awaited() {
             let word = control.load(link.control + ack_offset(sequence));
@@ -123,7 +126,7 @@ impl<C: Connection> Channel<C> {
                 delivery.acknowledged(part, lsn);
             }
             // SYNC POINT: after the slabs were told; see `link`.
-            link.acknowledged_lsn.fetch_max(lsn, std::sync::atomic::Ordering::Release);
+            link.acknowledge(lsn);
             taken += 1;
         }
         taken

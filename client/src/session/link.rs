@@ -114,6 +114,17 @@ impl<V: View> InPlace<V> {
     }
 }
 
+/// What a shard has said, which workers read at each `get`: in cache lines that nothing else is written to, though a queue
+/// that all workers write lies beside.
+#[derive(Debug)]
+struct Told {
+    clock: AtomicU64,
+    round_lsn: AtomicU64,
+    /// The clock of the last round of which the LSN is known.
+    sealed: AtomicU64,
+    acknowledged_lsn: AtomicU64,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Link<V> {
@@ -125,16 +136,12 @@ pub struct Link<V> {
     pub control: usize,
     /// The shard's memory, if it is on this host and copies are not insisted on.
     pub place: OnceLock<InPlace<V>>,
-    clock: CachePadded<AtomicU64>,
-    pub round_lsn: AtomicU64,
-    /// The clock of the last round of which the LSN is known.
-    sealed: AtomicU64,
-    pub acknowledged_lsn: AtomicU64,
+    told: CachePadded<Told>,
     /// The shard has closed a round, so it has taken this client into its vector clock.
     pub joined: AtomicBool,
     /// Number of this client's last batch that is visible to all: value-bounded tables.
     pub visible: AtomicU64,
-    outgoing: Mutex<Queue>,
+    outgoing: CachePadded<Mutex<Queue>>,
     /// How many slabs wait in `outgoing`.
     pub waiting: AtomicU64,
     pub due: AtomicU64,
@@ -157,13 +164,15 @@ impl<V: View> Link<V> {
             shard,
             control,
             place: OnceLock::new(),
-            clock: CachePadded::new(AtomicU64::new(welcome.clock)),
-            round_lsn: AtomicU64::new(0),
-            sealed: AtomicU64::new(0),
-            acknowledged_lsn: AtomicU64::new(0),
+            told: CachePadded::new(Told {
+                clock: AtomicU64::new(welcome.clock),
+                round_lsn: AtomicU64::new(0),
+                sealed: AtomicU64::new(0),
+                acknowledged_lsn: AtomicU64::new(0),
+            }),
             joined: AtomicBool::new(false),
             visible: AtomicU64::new(welcome.origin),
-            outgoing: Mutex::default(),
+            outgoing: CachePadded::default(),
             waiting: AtomicU64::new(0),
             due: AtomicU64::new(0),
             announced: AtomicU64::new(0),
@@ -179,39 +188,51 @@ impl<V: View> Link<V> {
     /// The greatest clock that the shard is known to have reached: all updates stamped below are in what is read from now on.
     #[inline]
     pub fn clock(&self) -> u64 {
-        let told = self.clock.load(Ordering::Acquire);
+        let told = self.told.clock.load(Ordering::Acquire);
         // SYNC POINT: the shard publishes the word after it has applied all below it.
         self.place.get().map_or(told, |place| place.view.load(0).max(told))
     }
 
     /// The clock of the last round that was polled.
+    #[inline]
     pub fn round(&self) -> u64 {
-        self.clock.load(Ordering::Acquire)
+        self.told.clock.load(Ordering::Acquire)
     }
 
     /// What is known before a look at a copy.
     #[inline]
     pub fn known(&self) -> Known {
-        let (clock, sealed) = (self.round(), self.sealed.load(Ordering::Acquire));
-        Known { clock, sealed, round_lsn: self.round_lsn.load(Ordering::Acquire) }
+        let (clock, sealed) = (self.round(), self.told.sealed.load(Ordering::Acquire));
+        Known { clock, sealed, round_lsn: self.told.round_lsn.load(Ordering::Acquire) }
     }
 
     /// The round of `clock` was closed at `lsn`, and all acknowledgements up to that have been taken.
     pub fn seal(&self, clock: u64, lsn: u64) {
-        self.round_lsn.fetch_max(lsn, Ordering::Release);
-        self.sealed.fetch_max(clock, Ordering::Release);
+        self.told.round_lsn.fetch_max(lsn, Ordering::Release);
+        self.told.sealed.fetch_max(clock, Ordering::Release);
     }
 
     /// A round is closed.
     pub fn rise(&self, clock: u64) {
         // SYNC POINT: the pushes of the round are visible; who acquires the clock may rely on it.
-        self.clock.fetch_max(clock, Ordering::Release);
+        self.told.clock.fetch_max(clock, Ordering::Release);
+    }
+
+    /// All batches of this client up to `lsn` are acknowledged, and the slabs were told.
+    pub fn acknowledge(&self, lsn: u64) {
+        self.told.acknowledged_lsn.fetch_max(lsn, Ordering::Release);
+    }
+
+    /// The LSN up to which this client's batches are acknowledged.
+    #[inline]
+    pub fn acknowledged(&self) -> u64 {
+        self.told.acknowledged_lsn.load(Ordering::Acquire)
     }
 
     /// An LSN below all of this client's unacknowledged batches.
     #[inline]
     pub fn below(&self) -> u64 {
-        self.acknowledged_lsn.load(Ordering::Acquire).max(self.round_lsn.load(Ordering::Acquire))
+        self.acknowledged().max(self.told.round_lsn.load(Ordering::Acquire))
     }
 
     /// The region of the shard.

@@ -1,7 +1,5 @@
 //! Rows that are not read in place: from a mirror, from a slot, or by READ.
 
-use std::sync::atomic::Ordering;
-
 use fervor_protocol::{
     Element, clock,
     limits::BLOCK_BYTES,
@@ -12,7 +10,7 @@ use fervor_protocol::{
 use fervor_verbs::transport::{PostError, Transport};
 use zerocopy::IntoBytes;
 
-use super::{Worker, place};
+use super::{Worker, known_updates, place};
 use crate::{
     cache::{Slot, Stamp, State, Taken},
     error::Error,
@@ -103,6 +101,7 @@ impl<T: Transport> Worker<T> {
     }
 
     /// Reads a row from a mirror or a slot: the clock for which it is good. `None`: it has to be READ.
+    #[inline]
     fn read_held<E: Element>(
         &mut self,
         table: &TableCore<E>,
@@ -119,6 +118,7 @@ impl<T: Transport> Worker<T> {
     }
 
     /// Adds what of this worker's updates a copy lacks, and waits to be told if that is not known. `false`: the copy is too old.
+    #[inline]
     fn complete<E: Element>(
         &mut self,
         table: &TableCore<E>,
@@ -127,9 +127,10 @@ impl<T: Transport> Worker<T> {
         found: &Found,
         into: &mut [E],
     ) -> Result<bool, Error> {
-        let core = self.core.clone();
         let (image, start) = place(table, index);
-        let Some(updates) = self.known_updates(table) else { return Ok(true) };
+        // No clone of the `Arc`: its count is a word that all workers of the client would write at each `get`.
+        let Self { core, updates, .. } = self;
+        let Some(updates) = known_updates(updates, table) else { return Ok(true) };
         let updates = &updates.shards[shard];
         loop {
             pause();
@@ -159,7 +160,7 @@ impl<T: Transport> Worker<T> {
 
     pub(super) fn before(&self, shard: usize) -> Before {
         let link = &self.core.links[shard];
-        Before { clock: link.clock(), as_of: link.acknowledged_lsn.load(Ordering::Acquire) }
+        Before { clock: link.clock(), as_of: link.acknowledged() }
     }
 
     /// READs the rows at `group` of `rows` together, into as many of `places`, and what comes torn or undecided one by one after.
@@ -174,18 +175,18 @@ impl<T: Transport> Worker<T> {
     ) -> Result<(), Error> {
         self.may_read()?;
         let width = table.schema().width as usize;
-        let core = self.core.clone();
+        let router = self.core.router;
         // SYNC POINT: a READ is trusted for the clock that was known before it was posted.
-        let before: Vec<Before> = (0..core.links.len()).map(|shard| self.before(shard)).collect();
+        let before: Vec<Before> = (0..self.core.links.len()).map(|shard| self.before(shard)).collect();
         for (&place, &at) in places.iter().zip(group) {
-            let (shard, index) = core.router.locate(rows[at]);
+            let (shard, index) = router.locate(rows[at]);
             self.post(table, shard, table.layout().image(index), place)?;
         }
         self.ring_all()?;
         self.await_reads(group.len())?;
         for (&place, &at) in places.iter().zip(group) {
             let row = rows[at];
-            let (shard, index) = core.router.locate(row);
+            let (shard, index) = router.locate(row);
             let copy = &mut into[at * width..(at + 1) * width];
             self.stats.misses += 1;
             let clock = match self.accept(table, row, (shard, index), place, before[shard], copy)? {
@@ -225,13 +226,12 @@ impl<T: Transport> Worker<T> {
         into: &mut [E],
         place: usize,
     ) -> Result<u64, Error> {
-        let core = self.core.clone();
         for _ in 0..TORN_READS {
             // SYNC POINT: a READ is trusted for the clock that was known before it was posted.
             let mut before = self.before(shard);
             self.read_into(table, shard, index, place)?;
             if mutant(Mutant::TrustLateClock) {
-                before.clock = core.links[shard].clock();
+                before.clock = self.core.links[shard].clock();
             }
             if self.accept(table, row, (shard, index), place, before, into)? {
                 return Ok(before.clock);
@@ -273,7 +273,7 @@ impl<T: Transport> Worker<T> {
     ) -> Result<(), Error> {
         self.stats.reads += 1;
         let bytes = table.layout().image_bytes();
-        self.core.bytes_read.fetch_add((size_of::<Header>() + bytes) as u64, Ordering::Relaxed);
+        self.bytes_read += (size_of::<Header>() + bytes) as u64;
         let remote = table.remote(shard, image);
         let posted = self.reader()?.post(shard, place, remote, bytes);
         posted.or_else(|error| self.broken(shard, error))
@@ -338,7 +338,7 @@ impl<T: Transport> Worker<T> {
         let mut late = Vec::new();
         // What is pushed from now on is as of what is known now, or later.
         let link = &self.core.links[shard];
-        let stamp = Stamp { clock: link.round(), as_of: link.acknowledged_lsn.load(Ordering::Acquire) };
+        let stamp = Stamp { clock: link.round(), as_of: link.acknowledged() };
         let taken = cache.take(image, state, stamp, |slot, image, wish| {
             if mutant(Mutant::WishesOutOfOrder) {
                 return late.push((slot, image, wish));

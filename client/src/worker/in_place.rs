@@ -16,10 +16,10 @@ use fervor_protocol::{
 use fervor_verbs::transport::{Transport, View};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::Worker;
+use super::{Worker, known_updates};
 use crate::{
     error::Error,
-    own::{ShardUpdates, Updates, WorkerUpdates},
+    own::{ShardUpdates, WorkerUpdates},
     session::{core::Core, link::InPlace},
     table::TableCore,
 };
@@ -187,11 +187,7 @@ fn seen<'a, T: Transport, E: Element>(
     far: bool,
 ) -> Seen<'a, T, E> {
     let place = core.links[shard].place.get().expect("rows are in place where there is one");
-    let updates = updates.get_mut(table.number()).and_then(Option::as_mut).map(|updates| {
-        let updates: &mut Updates<E> =
-            updates.as_any().downcast_mut().expect("a table's number stands for its element type");
-        &updates.shards[shard]
-    });
+    let updates = known_updates(updates, table).map(|updates| &updates.shards[shard]);
     let first = table.part(shard).offset;
     Seen {
         core,

@@ -11,7 +11,7 @@
 use fervor_protocol::Element;
 use fervor_verbs::transport::Transport;
 
-use super::{Worker, ahead::Prefetched};
+use super::{Worker, ahead::Prefetched, known_updates};
 use crate::{
     error::Error,
     table::{Holding, Table, TableCore},
@@ -132,7 +132,7 @@ impl<T: Transport> Worker<T> {
         };
         self.await_prefetched(at)?;
         let Prefetched { place, before, .. } = self.prefetched.swap_remove(at);
-        let gone = self.known_updates(table).map_or(0, |updates| updates.shards[shard].gone());
+        let gone = known_updates(&mut self.updates, table).map_or(0, |updates| updates.shards[shard].gone());
         let fresh = before.clock >= needed && before.as_of >= gone;
         let taken = fresh && self.accept(table, row, (shard, index), place, before, into)?;
         Ok(taken.then_some(before.clock))

@@ -39,7 +39,7 @@ impl ShmView {
     }
 
     /// The byte at `offset`, of which `len` lie in the view.
-    #[inline]
+    #[inline(always)]
     fn at(&self, offset: usize, len: usize) -> *mut u8 {
         if offset > self.len || len > self.len - offset {
             self.outside(offset, len);
@@ -83,7 +83,7 @@ impl View for ShmView {
         unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(byte.cast()) }
     }
 
-    #[inline]
+    #[inline(always)]
     fn copy(&self, offset: usize, into: &mut [u8]) {
         let from = self.at(offset, into.len());
         // SAFETY: the source lies in the view (`at`), which is mapped as long as `self` lives, and cannot shrink (sealed);
