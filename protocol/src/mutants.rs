@@ -46,6 +46,7 @@ pub enum Mutant {
     JoinAtHandshake,
     VisibleOnWrite,
     BoundIgnored,
+    QueuedUnproved,
     RankingForgotten,
     CopyTooOld,
     ReadAfterLoss,
@@ -142,6 +143,8 @@ catalogue! {
         "the completion of a WRITE behind the pushes is taken for that of a READ (server Peer::prove)"
     BoundIgnored "bound-ignored" "VAP: the value bound"
         "an update does not wait (client worker::admit)"
+    QueuedUnproved "queued-unproved" "VAP: visible is proved"
+        "a push that waits for room is not waited for (server Posting::push_run)"
     RankingForgotten "ranking-forgotten" "3 SSP guarantee"
         "an image is clean although a client could not take it between rounds (server Poller::push_ranked)"
     CopyTooOld "copy-too-old" "3 SSP guarantee"

@@ -143,7 +143,7 @@ impl<T: Transport> Posting<T> {
             let bytes = bytes_of(core, run, delivery);
             let can = !delivery.behind && self.can_take(delivery, bytes);
             let staged = if can { self.stage(core, run, &mut snapshot) } else { None };
-            if core.waits_for_visible(run.table) {
+            if core.waits_for_visible(run.table) && !(staged.is_none() && mutant(Mutant::QueuedUnproved)) {
                 core.wants_proof(delivery.client);
             }
             match staged {

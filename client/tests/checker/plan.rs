@@ -42,8 +42,8 @@ pub enum Kind {
     Crowd,
     /// Long rows that everybody writes and reads without a pause: READs come torn, and the server is asked.
     Storm,
-    /// A few rows with a value bound, whose pushes to one client wait behind long rounds of another table that only that
-    /// client holds: it reads the few all the time, and the others write them.
+    /// A few rows with a value bound, whose pushes wait behind long rounds of another table: a client's quota of staging has
+    /// room for a few rows. One client reads the bounded rows all the time, and the others write them.
     Behind,
 }
 
@@ -122,6 +122,8 @@ pub struct Plan {
     /// Honest ones.
     pub clients: usize,
     pub credits: usize,
+    /// Bytes of staging that what is on its way to one client may use; if nothing is said, the default.
+    pub quota: Option<usize>,
     pub reads_in_flight: usize,
     pub tables: Vec<TablePlan>,
     /// All workers of all clients, and last the rogue, if there is one.
@@ -225,6 +227,7 @@ impl Plan {
         plan.reads_in_flight = random.among(1..=16) as usize;
         plan.victim = dies.then_some(victim);
         plan.late = random.one_in(4).then_some(lateness);
+        plan.quota = (kind == Kind::Behind).then(|| (random.among(1..=4) as usize) << 12);
         (plan.rogue, plan.trouble) = (rogue, trouble);
         plan.place();
         Arc::new(plan)
@@ -260,6 +263,7 @@ impl Plan {
             shards: 1,
             clients,
             credits: 8,
+            quota: None,
             reads_in_flight: 8,
             victim: None,
             late: None,
@@ -524,8 +528,8 @@ fn ops(client: usize, tables: &[TablePlan], kind: Kind, random: &mut Random) -> 
     match kind {
         Kind::Few | Kind::Wide | Kind::Storm => return any,
         Kind::Behind => {
-            // One holds all of the first table; the others are told what is visible while its pushes wait.
-            // (What they read of it has them wait for their clock.)
+            // One reads all of the first table. The others make updates until the bound has them wait, and are told what is
+            // visible while pushes wait. (What they read of the first table has them wait for their clock.)
             let rows = if client == 0 { (0..tables[0].rows).collect() } else { vec![0] };
             let all = [Op::GetMany { table: 0, rows }];
             let hot: Vec<_> = (0..16 * tables[1].rows)

@@ -214,6 +214,9 @@ fn sums<T: Transport>(transport: &T, servers: &[Address], plan: &Arc<Plan>) -> R
 fn start<T: Transport>(transport: &T, address: &Address, plan: &Plan, number: usize) -> Server<T> {
     let mut config = config(address, plan.shards);
     config.credits = plan.credits;
+    if let Some(quota) = plan.quota {
+        config.staging = quota * (config.clients + 1);
+    }
     config.id = number as u64;
     config.origin = plan.origin;
     Server::start(transport, &config).unwrap()

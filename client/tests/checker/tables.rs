@@ -72,8 +72,15 @@ pub fn tables(kind: Kind, lanes: usize, random: &mut Random) -> Vec<TablePlan> {
                     let bytes = (random.among(1..=4) as usize) << 14;
                     (model, 4, bytes / element.size() / lanes / 4)
                 }
-                Kind::Behind if number == 0 => (Model::Essp { staleness }, 1, 1024 / element.size() / lanes),
-                Kind::Behind => (Model::Vap { v0: random.among(5..=30) as f32 }, 1, 1),
+                // With a staleness of at least 1 everybody works on while a round is pushed. The rows of both tables are equally
+                // long: when the quota has no room for one more row of a round, it has none for one with a value bound.
+                Kind::Behind => {
+                    let model = match number {
+                        0 => Model::Essp { staleness: staleness.max(1) },
+                        _ => Model::Vap { v0: random.among(5..=30) as f32 },
+                    };
+                    (model, 1, 1024 / element.size() / lanes)
+                }
                 // A bound that two updates of one of the last rows exceed.
                 Kind::Crowd if random.one_in(4) => (Model::Vap { v0: random.among(500..=4000) as f32 }, 1, 1),
                 // Rows that are too long to share an image, and short enough for one cache line.
