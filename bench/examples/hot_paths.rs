@@ -1,28 +1,31 @@
 //! The hot paths, one at a time, for `ci/instructions`, which counts their instructions under callgrind.
 //!
 //! ```text
-//! hot_paths hit|in-place|miss|inc COUNT         calls the function measured_* so many times, once for each operation
-//! hot_paths apply|push ROWS CLOCKS HOLDERS      has the server apply, and push to so many clients, ROWS rows in each clock
+//! hot_paths hit|in-place|miss|inc COUNT     calls the function measured_* so many times, once for each operation
+//! hot_paths apply|sealed ROUNDS             applies batches of 256 rows, in so many rounds, without and with checks
+//! hot_paths push ROUNDS CLIENTS             the same with checks, and pushes the rows to so many clients in runs
 //! ```
 //!
-//! What a worker does is in functions of their own, so that callgrind can be told to count in them alone. What the server does for a row is
-//! found without its functions, which change: the difference between many rows and few in a clock, of all instructions outside the main thread.
+//! What a worker does is in functions of their own, so that callgrind can be told to count in them alone; a server and its client are in this
+//! process, over shared memory. What a shard does is [`fervor_server::counts`], without threads: twice as many rounds cost
+//! what the rounds cost more.
 //!
-//! All rows have 128 bytes: 32 numbers of type `f32`. A server and its clients are in this process, over shared memory.
+//! All rows have 128 bytes: 32 numbers of type `f32`.
 
 use std::{env, hint::black_box, process, slice};
 
 use fervor_bench::connect::{ReadOptions, client_options};
 use fervor_client::{Client, Model, Table, TableOptions, Worker};
-use fervor_server::{Config, Server};
+use fervor_server::{
+    Config, Server,
+    counts::{self, Copies},
+};
 use fervor_verbs::{Address, transport::any::Host};
 
 /// Numbers in a row.
 const WIDTH: usize = 32;
 /// Rows of the table of a worker's operations.
 const ROWS: u64 = 256;
-/// Adjacent rows that are updated, and then as many that are not.
-const RUN: u64 = 64;
 
 type Row = [f32; WIDTH];
 
@@ -34,11 +37,10 @@ struct Seat {
 }
 
 impl Seat {
-    fn new(address: &Address, model: Model, rows: u64, clients: u16, copies: bool) -> Self {
-        let client =
-            Client::connect_with(&[address.to_string()], client_options(clients, ReadOptions { copies }))
-                .expect("the server is there");
-        let table = client.table_with("rows", rows, WIDTH, model, TableOptions::default()).expect("it fits");
+    fn new(address: &Address, model: Model, copies: bool) -> Self {
+        let client = Client::connect_with(&[address.to_string()], client_options(1, ReadOptions { copies }))
+            .expect("the server is there");
+        let table = client.table_with("rows", ROWS, WIDTH, model, TableOptions::default()).expect("it fits");
         let worker = client.worker().expect("there is room for it");
         Seat { client, table, worker }
     }
@@ -90,7 +92,7 @@ fn of_a_worker(address: &Address, operation: &str, count: u64) {
         "miss" | "inc" => (Model::Async, true),
         other => usage(other),
     };
-    let mut seat = Seat::new(address, model, ROWS, 1, copies);
+    let mut seat = Seat::new(address, model, copies);
     if model != Model::Async {
         fill(&mut seat);
     }
@@ -112,61 +114,32 @@ fn of_a_worker(address: &Address, operation: &str, count: u64) {
     seat.close();
 }
 
-/// The rows that are updated: `count` of them, in runs.
-fn in_runs(count: u64) -> impl Iterator<Item = u64> {
-    (0..count).map(|row| row / RUN * 2 * RUN + row % RUN)
-}
-
-/// One client updates, and the `holders` have all rows; this thread is the worker of all of them, in turn.
-fn of_the_server(address: &Address, push: bool, rows: u64, clocks: u64, holders: u16) {
-    let model = if push { Model::Essp { staleness: 0 } } else { Model::Bsp };
-    let all = 2 * rows;
-    let mut writer = Seat::new(address, model, all, holders + 1, true);
-    let mut holders: Vec<Seat> =
-        (0..holders).map(|_| Seat::new(address, model, all, holders + 1, true)).collect();
-    if push {
-        for holder in &mut holders {
-            for row in in_runs(rows) {
-                holder.worker.get(&holder.table, row, &mut [0.0; WIDTH]).expect("it is read");
-            }
-        }
-    }
-    for _ in 0..clocks {
-        for row in in_runs(rows) {
-            writer.worker.inc(&writer.table, row, &[1.0; WIDTH]).expect("it is added");
-        }
-        writer.worker.clock().expect("the server is there");
-        holders.iter_mut().for_each(|holder| holder.worker.clock().expect("the server is there"));
-        // Waits for the round.
-        for seat in holders.iter_mut().chain([&mut writer]) {
-            let outside = all - 1;
-            seat.worker.get(&seat.table, outside, &mut [0.0; WIDTH]).expect("it is read");
-        }
-    }
-    // Nobody waits for a clock any more.
-    holders.into_iter().for_each(Seat::close);
-    writer.close();
-}
-
 fn usage(what: &str) -> ! {
-    eprintln!("hot_paths: `{what}`: write hit|in-place|miss|inc COUNT, or apply|push ROWS CLOCKS HOLDERS");
+    eprintln!(
+        "hot_paths: `{what}`: write hit|in-place|miss|inc COUNT, apply|sealed ROUNDS, or push ROUNDS CLIENTS"
+    );
     process::exit(2)
 }
 
 fn main() {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let number = |text: &String| text.parse().unwrap_or_else(|_| usage(text));
+    match &arguments[..] {
+        [what, rounds] if what == "apply" => counts::apply(Copies::None, number(rounds)),
+        [what, rounds] if what == "sealed" => counts::apply(Copies::Sealed, number(rounds)),
+        [what, rounds, clients] if what == "push" => {
+            counts::push(number(clients) as u32, number(rounds)).expect("it runs");
+        }
+        [operation, count] => served(operation, number(count)),
+        other => usage(&other.join(" ")),
+    }
+}
+
+fn served(operation: &str, count: u64) {
     let socket = env::temp_dir().join(format!("fervor-hot-paths-{}.sock", process::id()));
     let address = Address::Shm(socket);
     let host = Host::for_addresses(slice::from_ref(&address)).expect("shared memory works");
     let server = Server::start(&host, &Config::new(address.clone())).expect("the server starts");
-    match &arguments[..] {
-        [operation, count] => of_a_worker(&address, operation, number(count)),
-        [operation, rows, clocks, holders] if operation == "apply" || operation == "push" => {
-            let holders = number(holders) as u16;
-            of_the_server(&address, operation == "push", number(rows), number(clocks), holders);
-        }
-        other => usage(&other.join(" ")),
-    }
+    of_a_worker(&address, operation, count);
     server.stop();
 }

@@ -141,31 +141,13 @@ macro_rules! float {
                 }
                 #[inline(always)]
                 fn all_finite(values: &[Self]) -> bool {
-                    let (wide, rest) = values.as_chunks::<LANES>();
-                    let mut all = [0; LANES];
-                    for value in wide {
-                        for lane in 0..LANES {
-                            all[lane] |= carry(value[lane]);
-                        }
-                    }
-                    let all = all.iter().fold(0, |all, bits| all | bits);
-                    rest.iter().fold(all, |all, value| all | carry(*value)) >> (<$bits>::BITS - 1) == 0
+                    values.iter().fold(0, |all, value| all | carry(*value)) >> (<$bits>::BITS - 1) == 0
                 }
                 #[inline(always)]
                 fn sums_are_finite(values: &[Self], deltas: &[Self]) -> bool {
                     assert_eq!(values.len(), deltas.len());
-                    let (wide_values, values) = values.as_chunks::<LANES>();
-                    let (wide_deltas, deltas) = deltas.as_chunks::<LANES>();
-                    let mut all = [0; LANES];
-                    for (value, delta) in wide_values.iter().zip(wide_deltas) {
-                        for lane in 0..LANES {
-                            all[lane] |= carry(value[lane] + delta[lane]);
-                        }
-                    }
-                    let all = all.iter().fold(0, |all, bits| all | bits);
-                    let rest = values.iter().zip(deltas);
-                    rest.fold(all, |all, (value, delta)| all | carry(value + delta)) >> (<$bits>::BITS - 1)
-                        == 0
+                    let sums = values.iter().zip(deltas).map(|(value, delta)| value + delta);
+                    sums.fold(0, |all, sum| all | carry(sum)) >> (<$bits>::BITS - 1) == 0
                 }
                 fn to_f64(self) -> f64 {
                     self.into()
