@@ -33,13 +33,8 @@ pub struct Merge<'a, E> {
     safe: bool,
 }
 
-/// A row as it goes out.
-enum Merged {
-    /// Another slab's row has carried it already.
-    Carried,
-    /// Contributors, by slab and entry; whether all of them are cells.
-    From(Vec<(usize, u32)>, bool),
-}
+/// What contributes to a row: a slab, by number, and its entry for the row.
+type Contributor = (usize, u32);
 
 impl<'a, E: Element> Merge<'a, E> {
     /// Of `slabs` of a table with rows of `width` elements. `finite`: sums have to be.
@@ -65,16 +60,15 @@ impl<'a, E: Element> Merge<'a, E> {
         }
     }
 
-    /// Who contributes to `row`, which the cursor's slab has.
-    fn merged(&self, slab: usize, row: u32) -> Merged {
+    /// Appends who contributes to `row`, which slab number `slab` has, to `from`. (To a list of the caller's, since this is done for
+    /// each row that is sent.) `false`: an earlier slab's row has carried it already.
+    fn contributors(&self, slab: usize, row: u32, from: &mut Vec<Contributor>) -> bool {
         if self.slabs[..slab].iter().any(|earlier| earlier.find(row) != 0) {
-            return Merged::Carried;
+            return false;
         }
-        let from: Vec<_> = (slab..self.slabs.len())
-            .filter_map(|other| Some((other, self.slabs[other].find(row))).filter(|(_, entry)| *entry != 0))
-            .collect();
-        let cells = from.iter().all(|(_, entry)| Slab::<E>::is_cells(*entry));
-        Merged::From(from, cells)
+        let entries = (slab..self.slabs.len()).map(|other| (other, self.slabs[other].find(row)));
+        from.extend(entries.filter(|(_, entry)| *entry != 0));
+        true
     }
 
     /// Whether the updates of the row at the cursor go one by one: their sum would not be finite.
@@ -109,7 +103,7 @@ impl<'a, E: Element> Merge<'a, E> {
         if done { Cursor { slab: cursor.slab + 1, ..Cursor::default() } } else { cursor }
     }
 
-    fn goes_with(&self, from: &[(usize, u32)], part: usize) {
+    fn goes_with(&self, from: &[Contributor], part: usize) {
         for (slab, entry) in from {
             self.slabs[*slab].goes_with(*entry, part);
         }
@@ -147,20 +141,23 @@ impl<'a, E: Element> Merge<'a, E> {
         }
         let slab = self.slabs[cursor.slab];
         let room = writer.room_for_rows(row_bytes);
-        let (mut rows, mut from) = (Vec::new(), Vec::new());
+        // The rows, who contributes to all of them, and where each row's contributors end.
+        let (mut rows, mut from, mut ends) = (Vec::new(), Vec::new(), Vec::new());
         while cursor.row < slab.rows() && rows.len() < room && !self.is_divided(cursor) {
-            let row = slab.row(cursor.row);
-            if let Merged::From(contributors, ..) = self.merged(cursor.slab, row) {
-                self.goes_with(&contributors, part);
+            let (row, first) = (slab.row(cursor.row), from.len());
+            if self.contributors(cursor.slab, row, &mut from) {
+                self.goes_with(&from[first..], part);
                 rows.push(row);
-                from.push(contributors);
+                ends.push(from.len());
             }
             cursor.row += 1;
         }
         if !rows.is_empty() {
             let values = writer.rows(self.table, &rows, row_bytes);
-            for (into, contributors) in values.chunks_exact_mut(row_bytes).zip(from) {
+            let mut start = 0;
+            for (into, end) in values.chunks_exact_mut(row_bytes).zip(ends) {
                 let into = <[E]>::mut_from_bytes(into).expect("sections are aligned");
+                let contributors = &from[std::mem::replace(&mut start, end)..end];
                 let ((first, entry), others) = contributors.split_first().expect("a row has a contributor");
                 self.slabs[*first].copy_entry(*entry, into);
                 others.iter().for_each(|(slab, entry)| self.slabs[*slab].add_entry(*entry, 0, into));
@@ -172,10 +169,11 @@ impl<'a, E: Element> Merge<'a, E> {
     /// Writes a row that is longer than a message, as far as there is room.
     fn write_part(&self, cursor: &mut Cursor, writer: &mut BatchWriter<'_>, part: usize) -> bool {
         let row = self.row(cursor).expect("whole rows are there");
-        let Merged::From(from, ..) = self.merged(cursor.slab, row) else {
+        let mut from = Vec::new();
+        if !self.contributors(cursor.slab, row, &mut from) {
             cursor.row += 1;
             return true;
-        };
+        }
         let count = writer.room_for_part(size_of::<E>()).min(self.width - cursor.column);
         if count == 0 {
             return false;
@@ -204,14 +202,15 @@ impl<'a, E: Element> Merge<'a, E> {
         let slab = self.slabs[cursor.slab];
         let end = slab.rows() + slab.cell_rows();
         let mut section = CellSection::default();
-        let mut more = true;
+        let (mut more, mut from) = (true, Vec::new());
         while cursor.row < end && !self.is_divided(cursor) {
-            let merged = self.row(cursor).map(|row| (row, self.merged(cursor.slab, row)));
-            let Some((row, Merged::From(from, cells))) = merged else {
+            from.clear();
+            let row = self.row(cursor).filter(|row| self.contributors(cursor.slab, *row, &mut from));
+            let Some(row) = row else {
                 cursor.row += 1;
                 continue;
             };
-            if !cells {
+            if !from.iter().all(|(_, entry)| Slab::<E>::is_cells(*entry)) {
                 if section.rows.is_empty() {
                     return self.write_whole(cursor, writer, part, row, &from);
                 }
@@ -245,7 +244,7 @@ impl<'a, E: Element> Merge<'a, E> {
         writer: &mut BatchWriter<'_>,
         part: usize,
         row: u32,
-        from: &[(usize, u32)],
+        from: &[Contributor],
     ) -> bool {
         let row_bytes = self.width * size_of::<E>();
         if !writer.fits_a_message(row_bytes) {

@@ -33,7 +33,7 @@ use crate::{
 /// Slabs of a shard beyond which acknowledged ones go though a copy may lack them. (Where bugs are looked for so few that jobs of
 /// some clocks get there.)
 const MANY: usize = if cfg!(feature = "mutants") { 4 } else { 64 };
-/// Empty slabs kept for use again, per shard.
+/// Slabs that have gone, kept for use again, per shard.
 const SPARE: usize = 4;
 
 /// What is known of a copy when it is completed.
@@ -91,7 +91,7 @@ pub struct ShardUpdates<E> {
     floor: u64,
     /// LSN of the last slab that went.
     gone: u64,
-    spare: Vec<Slab<E>>,
+    spare: Vec<Arc<Slab<E>>>,
 }
 
 impl<E: Element> ShardUpdates<E> {
@@ -126,7 +126,7 @@ impl<E: Element> ShardUpdates<E> {
         if self.current.is_empty() {
             return None;
         }
-        let next = self.spare.pop().unwrap_or_else(|| Slab::new(self.rows, self.width, self.pool.clone()));
+        let next = self.take_spare().unwrap_or_else(|| Slab::new(self.rows, self.width, self.pool.clone()));
         let mut slab = std::mem::replace(&mut self.current, next);
         slab.hand_over(stamp);
         let slab = Arc::new(slab);
@@ -153,14 +153,22 @@ impl<E: Element> ShardUpdates<E> {
             }
             self.gone = self.gone.max(lsn);
             let gone = self.outstanding.pop_front().expect("it was there");
-            // Who sent it may hold it for a moment longer; then its memory is given back instead.
-            if let Ok(mut slab) = Arc::try_unwrap(gone.slab)
-                && self.spare.len() < SPARE
-            {
-                slab.reset();
+            if self.spare.len() < SPARE {
+                let mut slab = gone.slab;
+                if let Some(slab) = Arc::get_mut(&mut slab) {
+                    slab.reset();
+                }
                 self.spare.push(slab);
             }
         }
+    }
+
+    /// An empty slab. Who sent one may hold it for a moment longer than it is needed.
+    fn take_spare(&mut self) -> Option<Slab<E>> {
+        let free = self.spare.iter_mut().rposition(|slab| Arc::get_mut(slab).is_some())?;
+        let mut slab = Arc::into_inner(self.spare.remove(free)).expect("nobody else holds it");
+        slab.reset();
+        Some(slab)
     }
 
     /// A copy that was READ as of an LSN below this one may lack what is no longer here.

@@ -114,6 +114,8 @@ pub struct Slab<E> {
     geometry: Geometry,
     index: RowIndex,
     blocks: Vec<Block>,
+    /// How many blocks its contents before these took.
+    used_before: usize,
     /// Whole rows.
     rows: usize,
     cells: Vec<Cells<E>>,
@@ -147,6 +149,7 @@ impl<E: Element> Slab<E> {
             geometry: Geometry::new(width * size_of::<E>(), pool.is_some()),
             index: RowIndex::new(rows),
             blocks: Vec::new(),
+            used_before: 0,
             rows: 0,
             cells: Vec::new(),
             emptied: 0,
@@ -410,11 +413,16 @@ impl<E: Element> Slab<E> {
 
     /// Empty again, its memory kept.
     pub fn reset(&mut self) {
+        if self.is_empty() {
+            return;
+        }
         let mut index = std::mem::replace(&mut self.index, RowIndex::new(0));
         index.clear((0..self.rows).map(|at| self.row(at)).chain(self.cells.iter().map(|cells| cells.row)));
         self.index = index;
-        // What a single great clock needed is given back.
-        self.blocks.truncate(1);
+        // What a single great clock needed is given back; what two did may be needed again. Of the pool all have use.
+        let used = self.rows.div_ceil(1 << self.geometry.shift);
+        self.blocks.truncate(if self.pool.is_some() { 1 } else { used.min(self.used_before).max(1) });
+        self.used_before = used;
         self.rows = 0;
         self.cells.clear();
         self.emptied = 0;
