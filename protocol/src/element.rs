@@ -223,13 +223,41 @@ mod tests {
     #[test]
     fn not_a_number_is_found_wherever_it_stands() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
-            for at in 0..33 {
-                let mut values = [f32::MAX; 33];
-                assert!(f32::all_finite(&values));
-                values[at] = bad;
-                assert!(!f32::all_finite(&values));
-                assert!(!f64::all_finite(&[0.0, f64::from(bad)]));
+            for len in 1..70 {
+                for at in 0..len {
+                    let mut values = vec![f32::MAX; len];
+                    values[at] = bad;
+                    assert!(!all_finite(&values) && !f32::all_finite(&values), "{bad} at {at} of {len}");
+                    let wider: Vec<f64> = values.iter().map(|value| f64::from(*value)).collect();
+                    assert!(!all_finite(&wider) && !f64::all_finite(&wider), "{bad} at {at} of {len}");
+                }
             }
+        }
+        let extremes = [f32::MAX, f32::MIN, f32::MIN_POSITIVE, -0.0, f32::from_bits(1)];
+        assert!((0..70).all(|len| all_finite(&extremes.repeat(14)[..len])));
+        assert!(all_finite(&[f64::MAX, f64::MIN, f64::MIN_POSITIVE, -0.0, f64::from_bits(1)]));
+    }
+
+    #[test]
+    fn what_is_added_is_finite_or_nothing_is() {
+        for len in 0..70 {
+            let deltas: Vec<f32> = (0..len).map(|at| at as f32).collect();
+            let mut sums = vec![0.5; len];
+            assert!(add_finite(&mut sums, &deltas));
+            add_all(&mut sums, &deltas);
+            let twice: Vec<f32> = (0..len).map(|at| 0.5 + 2.0 * at as f32).collect();
+            assert_eq!(sums, twice);
+            for at in 0..len {
+                let mut great = sums.clone();
+                great[at] = f32::MAX;
+                let (before, mut deltas) = (great.clone(), deltas.clone());
+                deltas[at] = f32::MAX;
+                assert!(!add_finite(&mut great, &deltas), "the sum at {at} of {len} is infinite");
+                assert_eq!(great, before);
+            }
+            let (mut whole, ones) = (vec![i64::MAX; len], vec![1; len]);
+            assert!(add_finite(&mut whole, &ones));
+            assert_eq!(whole, vec![i64::MIN; len]);
         }
     }
 }

@@ -84,7 +84,7 @@ impl<T: Transport> Worker<T> {
         if !self.prefetched.is_empty() {
             self.take_all_prefetched(table, rows, &mut missed, needed, into)?;
         }
-        let places = self.free_places(table.layout().image_bytes(), missed.len())?;
+        let places: Vec<_> = self.free_places(table.layout().image_bytes(), missed.len())?.collect();
         for group in missed.chunks(places.len()) {
             self.read_group(table, rows, group, &places, needed, into)?;
         }
@@ -213,7 +213,7 @@ impl<T: Transport> Worker<T> {
         if let Some(clock) = self.take_prefetched(table, row, at, needed, into)? {
             return Ok(clock);
         }
-        let place = self.free_places(table.layout().image_bytes(), 1)?[0];
+        let place = self.free_places(table.layout().image_bytes(), 1)?.next().expect("there is one");
         self.miss_alone(table, row, at, into, place)
     }
 

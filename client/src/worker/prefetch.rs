@@ -47,7 +47,7 @@ impl<T: Transport> Worker<T> {
             if !self.has_room()? {
                 break;
             }
-            let place = self.free_places(table.layout().image_bytes(), 1)?[0];
+            let place = self.free_places(table.layout().image_bytes(), 1)?.next().expect("there is one");
             let before = self.before(shard);
             self.post(table, shard, image, place)?;
             let (table, clock) = (table.number(), self.clock);
@@ -70,7 +70,11 @@ impl<T: Transport> Worker<T> {
     }
 
     /// Places for images with `bytes` bytes of data in which nothing is: at least one, and `wanted` if there are as many.
-    pub(super) fn free_places(&mut self, bytes: usize, wanted: usize) -> Result<Vec<usize>, Error> {
+    pub(super) fn free_places(
+        &mut self,
+        bytes: usize,
+        wanted: usize,
+    ) -> Result<impl Iterator<Item = usize>, Error> {
         let places = self.reader()?.places();
         if !self.reader()?.fits(bytes) || self.prefetched.len() + wanted.max(1) > places {
             self.forget_prefetched()?;
@@ -78,7 +82,7 @@ impl<T: Transport> Worker<T> {
             self.reader()?.fit(&transport, bytes)?;
         }
         let taken = |place: &usize| self.prefetched.iter().any(|one| one.place == *place);
-        Ok((0..places).filter(|place| !taken(place)).take(wanted.max(1)).collect())
+        Ok((0..places).filter(move |place| !taken(place)).take(wanted.max(1)))
     }
 
     /// Waits for READs that were started ahead and drops them: their places are needed.
