@@ -86,7 +86,7 @@ pub trait Element:
     fn to_f64(self) -> f64;
 
     /// Whether all of `values` are finite. One pass without branches, so that it costs next to nothing. This, and what
-    /// follows, is inlined, for loops that are compiled for [`wide`](crate::wide) vectors.
+    /// follows, is inlined, for loops that are compiled for [`wide`] vectors.
     #[inline(always)]
     fn all_finite(values: &[Self]) -> bool {
         values.iter().fold(true, |all, value| all & value.is_finite())
