@@ -5,12 +5,12 @@
 //!             └─▶ opened ─▶ sealed, a piece a turn, if it was not ─▶ mirror filled, run by run ─▶ answered
 //! ```
 //!
-//! A client that is answered finds what it will look at: checks, and all images in its mirror. Nothing here takes longer for a larger
-//! table, but the sets of its images.
+//! When a client is answered, all that it will look at is there: the checks, and all images in its mirror. No
+//! single step takes longer for a larger table, except making the sets of its images.
 //!
-//! **All or nothing.** A client opens a table at all shards. If one refuses, it takes the others' opens back ([`ShardCore::release`]). A
-//! table that nobody has open and nobody has changed is as if it had never been: its memory is free again. One that was changed stays, for
-//! the next job.
+//! **All or nothing.** A client opens a table at all shards. If one shard refuses, the client takes back its
+//! opens at the others ([`ShardCore::release`]). If nobody has a table open and nobody has changed it, it is
+//! as if it had never been: its memory is free again. A table that was changed stays, for the next job.
 
 use std::ops::Range;
 
