@@ -176,7 +176,7 @@ impl<T: Transport> Engine<T> {
                 channel.heard.visible = batch;
                 link.visible.fetch_max(batch, Ordering::Release);
             }
-            Err(bits) => link.lose(format!("it sent an immediate of no kind: {bits:#x}")),
+            Err(bits) => link.lose(format!("it sent an immediate of an unknown kind: {bits:#x}")),
         }
     }
 

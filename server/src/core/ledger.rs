@@ -24,7 +24,7 @@ impl Ledger {
     pub fn charge(&mut self, bytes: usize, what: impl FnOnce() -> String) -> Result<(), String> {
         if bytes > self.limit - self.used {
             return Err(format!(
-                "{} needs {bytes} bytes of bookkeeping in this shard, of whose {} bytes {} are free: start the server with \
+                "{} needs {bytes} bytes of bookkeeping in this shard, which has {} bytes, {} of them free: start the server with \
                  more --bookkeeping",
                 what(),
                 self.limit,

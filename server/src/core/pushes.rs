@@ -94,7 +94,7 @@ impl ShardCore {
         let Self { tables, clients, ledger, .. } = self;
         let client = clients[id.0 as usize].as_mut().expect("it has joined");
         let Some(table) = tables.get_mut(table_id as usize).and_then(Option::as_mut) else {
-            return bad(format!("table = {table_id}, which there is not"));
+            return bad(format!("table = {table_id}, but there is no such table"));
         };
         let name = &table.schema.name;
         if table.openers.get(&id).is_none_or(|opener| opener.hold == Hold::InPlace) {
