@@ -118,7 +118,7 @@ pub fn run(options: &CheckOptions) -> Result<Checked> {
     let all = usize::from(options.clients) * usize::from(options.workers);
     ensure!(
         usize::from(options.width) >= all,
-        "--width {}: {all} workers need as many elements",
+        "--width {} is too small: {all} workers need as many elements, so write at least that number",
         options.width
     );
     // One more client, for the sums at the end.

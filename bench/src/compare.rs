@@ -17,13 +17,13 @@ const PERCENTILES: [f64; 5] = [50.0, 90.0, 99.0, 99.9, 100.0];
 /// Options of `fervor-bench compare`.
 #[derive(Debug, Clone, Args)]
 pub struct CompareOptions {
-    /// HdrHistogram logs (V2); the others are compared with the first
+    /// HdrHistogram logs (V2), as `latency --hlog` writes them. All others are compared with the first
     #[arg(required = true, num_args = 2.., value_name = "FILE.hlog")]
     pub logs: Vec<PathBuf>,
     /// Draw the percentiles of all runs into one picture
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
-    /// Fail if a median is more than so many times that of the first log
+    /// Fail if a median is more than RATIO times that of the first log
     #[arg(long, value_name = "RATIO")]
     pub max_ratio: Option<f64>,
 }
@@ -50,7 +50,10 @@ pub fn run(options: &CompareOptions) -> Result<()> {
     if let Some(most) = options.max_ratio
         && let Some((what, ratio)) = medians.into_iter().find(|(_, ratio)| *ratio > most)
     {
-        bail!("the median of {what} is {ratio:.2} times that of {}: more than {most} times", names[0]);
+        bail!(
+            "the median of {what} is {ratio:.2} times that of {}: more than {most} times, the --max-ratio",
+            names[0]
+        );
     }
     Ok(())
 }

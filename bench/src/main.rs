@@ -24,23 +24,24 @@ enum Command {
     Mf(Box<mf::MfOptions>),
     /// Topics of documents: latent Dirichlet allocation by collapsed Gibbs sampling
     Lda(Box<lda::LdaOptions>),
-    /// A job with 1, 2, 4 … workers, beside as many plain threads
+    /// How long a job takes with 1, 2, 4 … workers, compared with as many plain threads
     Scaling(Box<scaling::ScalingOptions>),
-    /// What this machine allows: loads, copies, messages between cores, wakes, and perftest where there is a device
+    /// How fast this machine is without Fervor: loads, copies, messages between cores, wakes, and perftest if there is an
+    /// RDMA device
     Limits(limits::LimitsOptions),
     /// How long single operations take: hits, misses, updates, clocks, barriers
     Latency(Box<latency::LatencyOptions>),
     /// How many rows a second are read, updated and pushed
     Throughput(Box<throughput::ThroughputOptions>),
-    /// Compare the latencies of several runs
+    /// Compare the latencies of several runs, from their logs
     Compare(compare::CompareOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
     Demo(demo::DemoOptions),
-    /// The paper's experiments on 64 simulated nodes: figures, and one page that says what came of each claim
+    /// The paper's experiments on 64 simulated nodes: figures, and one page with the verdict on each claim
     Paper(paper::PaperOptions),
     /// The RDMA devices of this machine
     Devices,
-    /// Check the guarantee of a consistency model: every read against its bounds, every update exactly once
+    /// Check the guarantee of a consistency model: every read is within its bounds, every update counts exactly once
     Check(check::CheckOptions),
     /// Run a command that gets SIGTERM when the process that started this one dies
     #[command(name = server::WITH_PARENT, hide = true)]

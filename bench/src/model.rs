@@ -11,9 +11,9 @@ use fervor_client::{Model, TableOptions};
 pub enum ModelName {
     /// Bulk synchronous: a read sees everything that any worker did before its last clock
     Bsp,
-    /// Stale synchronous: a read may lack the last clocks of other workers
+    /// Stale synchronous: a read may lack the last --staleness clocks of other workers
     Ssp,
-    /// Eager SSP: as SSP, and the server pushes what changed
+    /// Eager SSP: the same bound, and the server pushes changed rows
     Essp,
     /// No guarantee between workers
     Async,
@@ -42,12 +42,12 @@ pub struct ModelOptions {
     /// Clocks that a read may lag, under ssp and essp [default: 3]
     #[arg(long)]
     pub staleness: Option<u32>,
-    /// Under vap: the greatest sum of a worker's updates of an element that some do not see yet, in its first clock; it
-    /// falls with the square root of the clock
+    /// Under vap: the bound in the first clock. It bounds the sum of a worker's updates of an element that some do not
+    /// see yet, and falls with the square root of the clock
     #[arg(long, value_name = "BOUND", required_if_eq("model", "vap"))]
     pub v0: Option<f32>,
-    /// Under essp and async: bytes per second (as in 500000, 20M or max) that each shard may push besides rounds, the most
-    /// changed rows first
+    /// Under essp and async: bytes per second that each shard may push besides the pushes after a clock, as in 500000,
+    /// 20M or max. It pushes the most changed rows first
     #[arg(long, value_name = "BYTES", value_parser = rate)]
     pub continuous: Option<u64>,
 }
@@ -75,17 +75,21 @@ impl ModelOptions {
         let bounded = matches!(self.model, ModelName::Ssp | ModelName::Essp);
         ensure!(
             bounded || self.staleness.unwrap_or(0) == 0,
-            "--staleness {} goes with --model ssp or essp, not {}",
+            "--staleness {} goes with --model ssp or essp, not {}: leave it out, or choose one of these",
             self.staleness.unwrap_or(0),
             self.model
         );
         if let Some(v0) = self.v0 {
-            ensure!(self.model == ModelName::Vap, "--v0 {v0} goes with --model vap, not {}", self.model);
-            ensure!(v0 > 0.0 && v0.is_finite(), "--v0 {v0}: it is a positive number");
+            ensure!(
+                self.model == ModelName::Vap,
+                "--v0 {v0} goes with --model vap, not {}: leave it out, or choose vap",
+                self.model
+            );
+            ensure!(v0 > 0.0 && v0.is_finite(), "--v0 {v0}: write a finite number above 0");
         }
         ensure!(
             self.continuous.is_none() || matches!(self.model, ModelName::Essp | ModelName::Async),
-            "--continuous goes with --model essp or async, not {}",
+            "--continuous goes with --model essp or async, not {}: leave it out, or choose one of these",
             self.model
         );
         Ok(())

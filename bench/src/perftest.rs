@@ -41,10 +41,10 @@ pub struct Ends {
 /// Options of measuring beside perftest.
 #[derive(Debug, Clone, Args)]
 pub struct PerftestOptions {
-    /// Measure in turns with the perftest program that does the same, and give the ratio. Needs --server
+    /// Take turns with the perftest program that measures the same, and show the ratio. Needs --server
     #[arg(long)]
     pub beside_perftest: bool,
-    /// How many turns; the best of each counts
+    /// Number of turns of each program. The best turn of each counts
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = value_parser!(u32).range(1..=100))]
     pub rounds: u32,
     /// The ends of perftest.

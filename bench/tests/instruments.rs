@@ -116,7 +116,7 @@ fn throughput_has_a_row_for_each_setting() {
 fn throughput_refuses_nonsense_with_the_cure() {
     for (arguments, message) in [
         (&["--size=6"][..], "--size 6: an element has 4 bytes"),
-        (&["--duration=0"], "--duration 0: it is above 0"),
+        (&["--duration=0"], "--duration 0: write a number of seconds above 0"),
         (
             &["--op=hit", "--beside-perftest", "--server=rdma://x:1"],
             "--op read, --op many-read and --op push",

@@ -187,7 +187,10 @@ fn bad_input_is_refused_with_the_cure() {
         (vec!["lda", "--generate=9x9:9", "--alpha=0"], "--alpha 0: a concentration is a number above 0"),
         (vec!["lda", "--generate=9x9:9", "--model=bsp", "--staleness=2"], "--staleness 2 goes with"),
         (vec!["lda", "--generate=9x9:9", "--topics=0"], "--topics"),
-        (vec!["lda", "--generate=9x9:9", "--server=shm:///s", "--client-index=2"], "the last has index 1"),
+        (
+            vec!["lda", "--generate=9x9:9", "--server=shm:///s", "--client-index=2"],
+            "with --clients 2 it is 0 to 1",
+        ),
         (vec!["lda", "--generate=90x90:900", "--memory=4K"], "table `lda-"),
     ] {
         let said = fail(&arguments);

@@ -163,7 +163,7 @@ fn what_cannot_be_measured_is_refused() {
     for (arguments, message) in [
         (&["latency", "--size=63"][..], "a multiple of 4"),
         (&["latency", "--size=1..2"], "none of its sizes is a multiple of 4"),
-        (&["latency", "--rate=0"], "--rate 0: it is above 0"),
+        (&["latency", "--rate=0"], "--rate 0: write a number above 0"),
         (&["latency", "--duration=1", "--iterations=100"], "cannot be used with"),
         (&["compare", "/nonexistent/a.hlog", "/nonexistent/b.hlog"], "cannot read /nonexistent/a.hlog"),
         (

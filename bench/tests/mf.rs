@@ -130,7 +130,7 @@ fn bad_input_is_refused_with_the_cure() {
         (vec!["mf", "--digits", "--server=tcp://a:1"], "shm:///path/to/socket and rdma://host:port"),
         (vec!["mf", "--digits", "--server=shm:///nonexistent/s.sock"], "/nonexistent/s.sock"),
         (vec!["mf", "--digits", "--client-index=0"], "--server"),
-        (vec!["mf", "--digits", "--server=shm:///s", "--client-index=2"], "the last has index 1"),
+        (vec!["mf", "--digits", "--server=shm:///s", "--client-index=2"], "with --clients 2 it is 0 to 1"),
         (vec!["mf", "--digits", "--memory=much"], "much"),
         (vec!["mf", "--digits", "--memory=4K"], "table `mf-"),
     ] {
@@ -196,7 +196,7 @@ fn nothing_is_left_over_when_the_parent_is_killed() {
 #[test]
 fn a_client_or_server_that_dies_ends_the_job_with_an_error() {
     for (victim, message) in
-        [("fervor-server", "fervor-server ended by itself"), ("fervor-bench", "ended without a word")]
+        [("fervor-server", "fervor-server ended by itself"), ("fervor-bench", "ended without saying why")]
     {
         let (job, children) = long_job();
         let pid = children

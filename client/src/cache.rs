@@ -1,7 +1,7 @@
 //! The cache of one table's part in one shard: slots, which workers read without locks and the server writes.
 //!
-//! A slot holds an [image](fervor_protocol::row), which proves itself by its checksum. What a slot is
-//! for is said by its *state word*:
+//! A slot holds an [image](fervor_protocol::row), and the image's checksum shows whether it is whole. A
+//! slot's *state word* says what the slot is used for:
 //!
 //! ```text
 //! │ generation (29 bits) │ state (3 bits) │ image (32 bits) │
@@ -16,20 +16,24 @@
 //! | `Asked` | the server, once | the worker that put it there |
 //! | `Closing` | perhaps the server: WRITEs may be on their way | nobody |
 //!
-//! A reader loads the word, copies, and loads the word again: if it has not changed, the slot was for
-//! that image all the time. The generation grows with each change, so a slot that was given away and came back
-//! is told apart. A reader that loses takes it for a miss.
+//! **How a worker reads.** It loads the word, copies the image, and loads the word again. If the word has not
+//! changed, the slot was for that image all the time. Each change of the word raises the generation. So the
+//! reader also notices a slot that was given away and came back. If the word has changed, the reader treats
+//! it as a miss.
 //!
-//! **Where an image may be.** In one of the [`WAYS`] slots of its *set*, whose words lie on one cache line, so that to find it is to compare them;
-//! no index is needed, and memory follows the slots, not the rows. A cache that has a slot for each image has sets of one.
+//! **Where an image may be.** An image may be in any of the [`WAYS`] slots of its *set*. The words of a set
+//! lie on one cache line, and finding an image means comparing them. No index is needed, and memory grows
+//! with the number of slots, not of rows. If the cache has a slot for each image, each set has one slot.
 //!
-//! Slots are given away under the mutex, by second chance ("clock") within the set. A subscribed one is first unsubscribed, and
-//! free only when the shard has said that nothing more is on its way (invariant 6).
+//! **How slots are given away.** This happens under the mutex, by second chance ("clock") within the set. A
+//! subscribed slot is first unsubscribed. It is free only when the shard has said that nothing more is on its
+//! way (invariant 6).
 //!
-//! **What the shard is told has the order of what happened here.** A row that one worker has just given up may be
-//! taken again by another at once, in another slot, and a slot that was just taken may be given up at once. So the
-//! wishes are left for the shard while the mutex is still held: a subscription reaches it before the end of that
-//! subscription, and the end of one before the next one of the same image.
+//! **The shard hears of changes in the order in which they happened here.** One worker may give up a row that
+//! another takes again at once, in another slot. A worker may also give up a slot that was just taken. So a
+//! worker leaves its wishes for the shard while it still holds the mutex. Therefore the shard hears of a
+//! subscription before the end of that subscription. It hears of that end before the next subscription of the
+//! same image.
 
 use std::sync::{
     Mutex, MutexGuard, PoisonError,

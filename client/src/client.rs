@@ -11,7 +11,7 @@ use std::{
 
 use fervor_protocol::{
     Element, Model, Schema,
-    limits::{CLIENT_RECEIVES, CONTROL_BYTES, MAX_CREDITS, REPLY_BYTES},
+    limits::{CLIENT_RECEIVES, CONTROL_BYTES, MAX_CREDITS, MAX_ROW_BYTES, REPLY_BYTES},
     route::Router,
     wire::{Hello, Hold, Kind, MemoryHeader, OpenTable, ReleaseHeader, TableReply},
 };
@@ -228,7 +228,9 @@ impl<T: Transport> Client<T> {
             name: name.to_owned(),
             element: E::TYPE,
             rows,
-            width: u32::try_from(width).map_err(|_| refused(format!("{width} columns are too many")))?,
+            width: u32::try_from(width).map_err(|_| {
+                refused(format!("{width} columns are too many: a row has at most {MAX_ROW_BYTES} bytes"))
+            })?,
             model,
             non_finite: options.non_finite,
             continuous: options.continuous,
@@ -284,7 +286,7 @@ impl<T: Transport> Client<T> {
                     opened.push(reply);
                     continue;
                 }
-                Ok(Answer::Named(_)) => "the server answered something else".to_owned(),
+                Ok(Answer::Named(_)) => "the server sent an answer of another kind".to_owned(),
                 Err(reason) => reason,
             };
             for (shard, reply) in opened.iter().enumerate() {
@@ -333,8 +335,8 @@ impl<T: Transport> Client<T> {
                 drop(space);
                 self.give_back(schema, &holdings);
                 return Err(format!(
-                    "{budget} bytes of cache are left for it, and its rows take {stride} bytes each, of which at least \
-                     {FEWEST_SLOTS} must fit for each shard: raise ClientOptions::cache_bytes ({})",
+                    "{budget} bytes of cache are left for it, and its rows take {stride} bytes each. At least {FEWEST_SLOTS} rows \
+                     must fit for each shard: raise ClientOptions::cache_bytes ({})",
                     self.core.options.cache_bytes
                 ));
             };

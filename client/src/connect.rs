@@ -49,7 +49,10 @@ pub fn find_shards<T: Transport>(
         .flat_map(|(_, address, shards)| (0..shards).map(move |shard| (address.clone(), shard)))
         .collect();
     if shards.is_empty() || shards.len() > MAX_SHARDS {
-        return Err(Error::Servers(format!("{} shards: 1 to {MAX_SHARDS} are possible", shards.len())));
+        return Err(Error::Servers(format!(
+            "the servers have {} shards together: 1 to {MAX_SHARDS} are possible; name fewer or more servers",
+            shards.len()
+        )));
     }
     Ok(shards)
 }

@@ -65,7 +65,7 @@ pub enum Error {
         width: usize,
     },
     /// A buffer is not as long as what it is for.
-    #[error("a buffer of {length} elements, but the table `{table}` needs {needed} here")]
+    #[error("the buffer has {length} elements, but the table `{table}` needs {needed} here")]
     Length {
         /// Elements given.
         length: usize,
@@ -90,7 +90,9 @@ pub enum Error {
         value: String,
     },
     /// The table belongs to another client.
-    #[error("the table `{table}` was opened by another client than this worker's")]
+    #[error(
+        "the table `{table}` was opened by another client than this worker's: open it with the worker's client"
+    )]
     ForeignTable {
         /// The table.
         table: String,

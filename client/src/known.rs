@@ -1,4 +1,5 @@
-//! What a worker knows of a shard before it reads a copy of a row. It is what the copy is then trusted for.
+//! What a worker knows of a shard before it reads a copy of a row. It decides what the copy may be trusted
+//! for.
 
 /// What a worker knows of a shard before it looks at a copy.
 #[derive(Debug, Clone, Copy)]

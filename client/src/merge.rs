@@ -1,10 +1,11 @@
 //! The slabs of a table in one shard, merged row by row while they are written into messages.
 //!
-//! A row's update is in one batch as a whole, unless it is longer than a message. Each slab is told which batch carries which
-//! of its rows *before* that batch is posted (see [`slab`](crate::slab)).
+//! One batch carries the whole update of a row, unless the update is longer than a message. Each slab is told
+//! which batch carries which of its rows *before* that batch is posted (see [`slab`](crate::slab)).
 //!
-//! Sums that are not finite though their terms are go as they are, one after the other: it is for the row to overflow, and not for
-//! a server to find a client that sends infinity.
+//! Finite updates of several slabs may have a sum that is not finite. Then they are sent separately, one
+//! after the other. So the row overflows at the server, and the server does not blame the client for sending
+//! infinity.
 
 use std::sync::Arc;
 

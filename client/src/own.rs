@@ -1,19 +1,23 @@
-//! A worker's own updates: those of its present clock, and those that copies may lack (read-my-writes).
+//! A worker's own updates: those of its present clock, and older ones that copies may still lack. `get` adds
+//! them to the copy, so a worker always reads its own writes.
 //!
-//! They are the worker's alone, so `get` and `inc` take no lock and share no word that another worker writes, but for the
-//! LSNs of acknowledgements. Per shard of a table there is the slab of the present clock, and those handed over before, oldest first.
+//! Only the worker itself uses these updates. So `get` and `inc` take no lock, and share no word that another
+//! worker writes, except the LSNs of acknowledgements. For each shard of a table there is the
+//! [slab](crate::slab) of the present clock, and the slabs that were handed over before, oldest first.
 //!
-//! **When a slab may go.** When every copy that will be read contains it:
+//! **When a slab may go.** A slab may go when every copy that will be read from now on contains it:
 //!
-//! | rows are | it may go when |
+//! | rows are | the slab may go when |
 //! |---|---|
-//! | read in place, or READ each time | it is acknowledged: the shard has applied all of it, and a look or a READ from now on sees it |
+//! | read in place, or READ each time | it is acknowledged: the shard has applied all of it, so every later look or READ sees it |
 //! | pushed when the clock rises | the last closed round was closed at its LSN or later, or (VAP) it is visible |
 //! | kept when they are READ | copies that were READ before it was acknowledged have become too old to be used |
 //!
-//! **The floor.** Where that may take long (copies with great bounds, or none), the oldest acknowledged slab goes beyond
-//! [`MANY`], and the floor is raised to its LSN: a copy below the floor may lack an update that is no longer here, and must not be
-//! used, unless it is known to be as of the floor or later. So dropping too much costs a READ, never an update.
+//! **The floor.** Where copies may be very old, that can take long, or never happen. So if there are more
+//! than [`MANY`] slabs and the oldest is acknowledged, it goes anyway, and the *floor* rises to its LSN. A
+//! copy with an LSN below the floor may lack an update that is no longer here. It must not be used, unless it
+//! is known to be as of the floor or later. So letting a slab go too early costs a READ, and never loses an
+//! update.
 
 use std::{any::Any, collections::VecDeque, sync::Arc};
 

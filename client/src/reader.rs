@@ -1,7 +1,7 @@
-//! A worker's own way to the rows: one connection per shard, for READs that it posts and polls itself.
+//! A worker's own connections for READs: one for each shard. The worker posts and polls these READs itself.
 //!
-//! No other thread is involved, at the client or at the server (invariant 1). The buffer of a READ is a place
-//! of the scratch memory; a place is free again when its READ has completed and has been taken.
+//! No other thread is involved, at the client or at the server (invariant 1). A READ's buffer is a *place* in
+//! the scratch memory. A place is free again when its READ has completed and its data has been taken.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
-//! A worker's updates of one clock for the rows of one table in one shard, in the form in which they are sent. (A *row* is an
-//! [image](fervor_protocol::row) here: a row of the table, or the block of small ones that share an image.)
+//! A *slab*: a worker's updates of one clock, for the rows of one table in one shard. It has the form in
+//! which updates are sent. (A *row* is an [image](fervor_protocol::row) here: a row of the table, or the
+//! block of small rows that share an image.)
 //!
 //! ```text
 //!  inc, inc_at          clock()                        acknowledged, and every copy contains it
@@ -10,15 +11,17 @@
 //! | field | written | read |
 //! |---|---|---|
 //! | values, index | by its worker, before it is handed over | by its worker; by whoever sends it; by the server, if it lies in named memory |
-//! | `delivery`, `parts` | by who sends it, before the batch is posted (release) | by its worker, after it copied an image (acquire) |
-//! | `Delivery::lsns` | by who takes the acknowledgement (release) | by its worker (acquire) |
+//! | `delivery`, `parts` | by the thread that sends it, before the batch is posted (release) | by its worker, after it copied an image (acquire) |
+//! | `Delivery::lsns` | by the thread that takes the acknowledgement (release) | by its worker (acquire) |
 //!
-//! A worker that copied an image and then finds the update unsent knows that the image does not contain it: the shard could
-//! only have applied it after it was posted, and so after `parts` said so.
+//! **What a worker concludes.** Suppose that a worker copies an image, then looks at the slab, and finds the
+//! update unsent. Then the image does not contain the update. The reason is the order of events: the sender
+//! sets `parts`, then it posts the batch, and then the shard applies it.
 //!
-//! **Where it lies.** Whole rows lie in blocks: the row numbers, then the values, aligned, as in a section of a
-//! [batch](fervor_protocol::batch). A client on the server's host takes its blocks from memory that the server sees, and sends their
-//! places instead of their contents; other clients use memory of their own.
+//! **Where it lies.** Whole rows lie in blocks. A block has the row numbers, then the values, aligned, as in
+//! a section of a [batch](fervor_protocol::batch). A client on the server's host takes its blocks from memory
+//! that the server sees, and sends their places instead of their contents. Other clients use memory of their
+//! own.
 
 use std::{
     any::Any,

@@ -4,10 +4,11 @@
 //! |---|---|---|
 //! | read in place | the server is on this host | copies the row out of the shard's memory, under the sequence lock of its image |
 //! | mirrored | the server pushes them, and the cache has room for all of them | copies it out of the mirror, and verifies it |
-//! | in slots | otherwise, if the model keeps copies | likewise, if there is a slot; else it READs |
+//! | in slots | otherwise, if the model keeps copies | copies it out of its slot and verifies it; without a slot, it READs |
 //!
-//! Nothing here is written but the mirror and the slots, which the server writes, or a worker that installs what it has
-//! READ ([`cache`](crate::cache)). A worker's own updates are its own ([`own`](crate::own)).
+//! Only the mirror and the slots are ever written here. The server writes them, or a worker that installs
+//! what it has READ ([`cache`](crate::cache)). A worker keeps its own updates elsewhere
+//! ([`own`](crate::own)).
 
 use std::{any::Any, fmt, sync::Arc};
 

@@ -1,24 +1,31 @@
-//! Acknowledgement words, credits, batch numbers and immediates: how nothing is lost and nothing counted twice.
+//! Acknowledgement words, credits, batch numbers and immediates: how nothing is lost and nothing counted
+//! twice.
 //!
 //! **Messages.** A client numbers its messages to a shard 1, 2, 3 ... (the *sequence*). The shard takes them
-//! in order and for each writes one 8-byte word into the client's ring, at `sequence % ACK_RING`: the low bits of
-//! the sequence and the shard's LSN. One aligned word is written whole, says of itself which message it is for, and
-//! needs no receive buffer; so the client finds it in memory without a completion, in whatever order the words
-//! become visible, and *an acknowledgement can never wait for a credit*. That breaks the circle in which each side
-//! waits for the other's credits.
+//! in order. For each it writes one 8-byte word, the *acknowledgement*, into the client's ring, at `sequence
+//! % ACK_RING`. The word has the low bits of the sequence, and the shard's LSN.
 //!
-//! **Credits.** The acknowledgement of a message returns its receive buffer: a client has at most as many
-//! messages out as it was granted ([`SendWindow`]). The other way, each reply and each immediate takes one of the
-//! receive buffers that the client granted; every message of the client says how many it has given back since the
-//! start ([`Receives`]).
+//! An aligned word is written whole, and says which message it is for. So the client finds it in memory
+//! without a completion, in whatever order the words become visible. It needs no receive buffer. So *an
+//! acknowledgement can never wait for a credit*: the two sides cannot end up waiting for each other's
+//! credits.
 //!
-//! **Rounds.** The WRITE with immediate that closes a round of clock `C` also tells the shard's LSN of that moment: in one of a few words, with the
-//! low bits of `C`, so that a client that finds the word of a later round there does not take it for this one's ([`round_word`]).
+//! **Credits.** A client has at most as many messages on their way as it was granted credits
+//! ([`SendWindow`]). The acknowledgement of a message returns the receive buffer that the message used at the
+//! shard. In the other direction, each reply and each immediate takes one of the receive buffers that the
+//! client granted. Each message of the client says how many of them it has given back since the start
+//! ([`Receives`]).
 //!
-//! **Announcements.** For clients on its own host a shard keeps rings of the same words in its exported region: what batch is applied at which
-//! LSN, published *before* the first image is changed. See [`inclusion`](crate::inclusion).
+//! **Rounds.** A WRITE with immediate closes the round of clock `C`. It also writes the shard's LSN of that
+//! moment into one of a few words at the client, together with the low bits of `C`. A later round may have
+//! overwritten that word. The low bits let the client notice this ([`round_word`]).
 //!
-//! **Batches.** Numbered per client and shard, without gaps. [`BatchNumbers`] lets each be applied once.
+//! **Announcements.** For clients on its own host, a shard keeps rings of the same words in its exported
+//! region. They say which batch is applied at which LSN, and are published *before* the first image is
+//! changed. See [`inclusion`](crate::inclusion).
+//!
+//! **Batches.** They are numbered per client and shard, without gaps. [`BatchNumbers`] makes sure that each
+//! is applied once.
 
 use crate::{
     limits::{ACK_RING, ACK_SEQUENCE_BITS, IMMEDIATE_BITS, ROUND_WORDS},

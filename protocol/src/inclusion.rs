@@ -1,21 +1,33 @@
-//! Which of a client's own batches a copy contains: the inclusion rule (read-my-writes, each update exactly once).
+//! The inclusion rule: which of a client's own batches a copy contains. It makes a worker read its own
+//! writes, each exactly once.
 //!
-//! A worker keeps its updates of a clock as a *slab*, in the form in which they are sent, until every copy that it will read
-//! contains them. What `get` returns is the copy, plus the updates of the slabs that the copy does not contain.
+//! A worker keeps its updates of a clock as a *slab*, in the form in which they are sent. It keeps the slab
+//! until every copy that it will read contains these updates. `get` returns the copy, plus the updates of the
+//! slabs that the copy does not contain.
 //!
-//! Whether a copy contains a batch is never guessed from the order in which things arrived. The LSN decides: a
-//! shard applies batches one by one, and an image's LSN is that of the last batch which changed it. If batch `n`, which changed the image,
-//! was applied at `L`, then a version with LSN `>= L` came of applying it or something later, and one below `L` came before. That
-//! holds for a copy read in place, for one that was READ, and for one that was pushed.
+//! **The LSN decides.** The order in which things arrive says nothing about what a copy contains. The log
+//! sequence number (LSN) does. A shard applies batches one by one, and gives each the next LSN. An image's
+//! LSN is that of the last batch that changed the image. Suppose that batch `n` changed the image, and was
+//! applied at LSN `L`. Then:
+//! - A version of the image with LSN `>= L` was made by batch `n`, or later: it contains the batch.
+//! - A version with an LSN below `L` was made before: it does not.
 //!
-//! `L` is known from the acknowledgement. Before it comes, something is known all the same: batches are acknowledged in
-//! order, so every unacknowledged batch has an LSN greater than that of the last acknowledged one; and acknowledgements are posted before
-//! the pushes of a round, so one that was not found after the round's immediate was polled is of a batch applied after the round was closed.
-//! The greater of the two is `below`. A copy at or under it contains no unacknowledged batch; of a newer one it is *unknown*
-//! until the acknowledgement comes, which needs nothing of the client.
+//! That holds for a copy read in place, for one that was READ, and for one that was pushed.
 //!
-//! A client that reads in place never has to wait: the shard announces a batch's LSN in its own memory before it changes the first
-//! image for it. An image that was copied before the announcement could be seen does not contain the batch.
+//! **Before the acknowledgement.** The client learns `L` from the acknowledgement. Until that comes, it knows
+//! two lower bounds of `L`:
+//! - Batches are acknowledged in order. So an unacknowledged batch has a greater LSN than the last
+//!   acknowledged one.
+//! - Acknowledgements are posted before the pushes of a round. So if the client polled a round's immediate
+//!   and found no acknowledgement of a batch, the batch was applied after the round was closed.
+//!
+//! The greater of the two bounds is `below`. A copy with an LSN at or under `below` contains no
+//! unacknowledged batch. For a newer copy it is *unknown* until the acknowledgement comes. The client need
+//! not do anything for it to come.
+//!
+//! **In place, nothing is unknown.** The shard announces a batch's LSN in its own memory before it changes
+//! the first image for the batch. So if the announcement could not be seen after an image was copied, that
+//! copy does not contain the batch. A client that reads in place never has to wait.
 
 use crate::mutants::{Mutant, mutant};
 

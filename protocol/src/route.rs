@@ -1,8 +1,8 @@
 //! Which shard has a row, and where in the shard it is.
 //!
-//! Rows are dealt out to the shards in turn, so that neighbours (often alike in popularity) are spread.
-//! Shards are ordered by (server id, number in the server), which all clients of a job see alike, whatever
-//! order they name the servers in.
+//! Rows are dealt out to the shards in turn. Neighbouring rows are often alike in popularity, so this spreads
+//! popular rows over the shards. Shards are ordered by server id, and within a server by their number there.
+//! All clients of a job see this order alike, whatever order they name the servers in.
 
 /// The shards of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

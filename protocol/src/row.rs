@@ -1,4 +1,4 @@
-//! The image of a row: what lies in a shard's memory, travels in a READ or a push, and lies in a mirror or a slot.
+//! The image of a row: its form in a shard's memory, in a READ or a push, and in a mirror or a slot.
 //!
 //! ```text
 //! byte 0      8        16           16 + data     stride (multiple of 16)
@@ -10,22 +10,27 @@
 //! | `version` | LSN of the last batch that changed the image (48 bits), a count that tells rewrites under one LSN apart (15), and whether its owner is rewriting it now (1) |
 //! | `check` | proves that version and data belong together |
 //!
-//! The image says nothing of its reader: one image is right for everybody. What a copy contains of its reader's own batches
-//! follows from the LSN ([`inclusion`](crate::inclusion)), and which clock it is good for from the rounds that the reader has seen closed.
+//! The image holds nothing that depends on its reader: one image is right for everybody. The LSN tells a
+//! reader which of its own batches a copy contains ([`inclusion`](crate::inclusion)). The rounds that it has
+//! seen closed tell it as of which clock the copy is.
 //!
-//! **Blocks.** Rows of at most 32 bytes share an image, so that header and padding stay below half of the data: a power of two
-//! of adjacent rows, at most 64 bytes of data together ([`Layout`]). All that is said of a row's image is then said of its block:
-//! the LSN is that of the last batch that changed any of them.
+//! **Blocks.** Rows of at most 32 bytes share an image, so that header and padding stay below half of the
+//! data. Such a *block* has a power of two of adjacent rows, with at most 64 bytes of data together
+//! ([`Layout`]). What is said of a row's image then holds for its block. The LSN is that of the last batch
+//! that changed any row of the block.
 //!
-//! **Why a checksum.** One READ or WRITE delivers cache lines in any order, so a copy may mix two versions. `check`
-//! is a 64-bit hash of the data and the version, so a mixture is taken for a version once in
-//! 2^64 times; a 32-bit one would be once an hour at a million torn reads a second. It is a sum (exclusive or) of a hash of the
-//! data, a hash of the version, and a constant of the table that makes the all-zero image valid: a new table
-//! is zeroed memory and costs nothing to make.
+//! **Why a checksum.** One READ or WRITE delivers cache lines in any order, so a copy may mix two versions.
+//! `check` is a 64-bit hash of the data and the version. So a mixture passes for a version once in 2^64
+//! times. With 32 bits that would be once an hour at a million torn reads a second.
 //!
-//! **Why a sequence lock too.** A client on the server's host reads the image in place. It loads `version`, copies, and loads it again:
-//! the owner makes it odd before it changes the data, and gives it a new even value after. So an unchanged, even version
-//! proves the copy without a hash, and images that nobody copies need no check at all.
+//! The check is the exclusive or of three terms: a hash of the data, a hash of the version, and a constant of
+//! the table. The constant makes the all-zero image valid. So a new table is zeroed memory, and costs nothing
+//! to make.
+//!
+//! **Why a sequence lock too.** A client on the server's host reads the image in place. It loads `version`,
+//! copies the image, and loads `version` again. The owner makes `version` odd before it changes the data, and
+//! gives it a new even value after. So an unchanged, even version proves the copy without a hash. Images that
+//! nobody copies over a network need no check at all.
 
 use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};

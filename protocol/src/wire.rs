@@ -130,7 +130,7 @@ pub enum Fault {
         row: u64,
     },
     /// Its kind.
-    #[error("kind = {0} is not a message")]
+    #[error("kind = {0} is no kind of message")]
     Kind(u8),
     /// Something that depends on what came before.
     #[error("{0}")]
@@ -302,13 +302,16 @@ impl OpenTable {
         };
         schema.check().map_err(|error: SchemaError| state(error.to_string()))?;
         if header.shard >= header.shards {
-            return Err(state(format!("shard = {} of {}", header.shard, header.shards)));
+            return Err(state(format!(
+                "shard = {} of {}: the first shard is 0",
+                header.shard, header.shards
+            )));
         }
         let hold = match header.hold {
             0 => Hold::Slots,
             1 => Hold::Mirror(header.base),
             2 => Hold::InPlace,
-            hold => return Err(state(format!("hold = {hold}, which there is not"))),
+            hold => return Err(state(format!("hold = {hold} is no way to hold a table: 0 to 2 are"))),
         };
         Ok(Self { schema, shard: header.shard, shards: header.shards, hold })
     }

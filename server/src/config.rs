@@ -98,24 +98,39 @@ impl Config {
     pub(crate) fn check(&self) -> Result<(), ServerError> {
         let bad = |text: String| Err(ServerError::Config(text));
         if self.cores.is_empty() || self.cores.len() > usize::from(u16::MAX) {
-            return bad(format!("{} shards: give at least one core", self.cores.len()));
+            return bad(format!(
+                "{} shards: 1 to {} are possible; change --shards or --cores",
+                self.cores.len(),
+                u16::MAX
+            ));
         }
         if self.clients == 0 || self.clients > usize::from(u16::MAX) {
-            return bad(format!("clients = {}: 1 to {} are possible", self.clients, u16::MAX));
+            return bad(format!(
+                "clients = {}: 1 to {} are possible; change --clients",
+                self.clients,
+                u16::MAX
+            ));
         }
         if self.credits == 0 || self.credits > MAX_CREDITS.min(ACK_RING) {
-            return bad(format!("credits = {}: 1 to {MAX_CREDITS} are possible", self.credits));
+            return bad(format!(
+                "credits = {}: 1 to {MAX_CREDITS} are possible; change --credits",
+                self.credits
+            ));
         }
         if self.quota() < LEAST_QUOTA {
             return bad(format!(
-                "staging = {} bytes: at least {} are needed for {} clients",
+                "staging = {} bytes: at least {} are needed for {} clients; raise --staging, or lower --clients",
                 self.staging,
                 (self.clients + 1) * LEAST_QUOTA,
                 self.clients
             ));
         }
         if self.memory < self.cores.len() * PAGE {
-            return bad(format!("memory = {} bytes: at least a page per shard is needed", self.memory));
+            return bad(format!(
+                "memory = {} bytes: at least a page per shard is needed, {} bytes in all; raise --memory",
+                self.memory,
+                self.cores.len() * PAGE
+            ));
         }
         Ok(())
     }

@@ -19,10 +19,11 @@ use signal_hook::{
     iterator::Signals,
 };
 
-/// Serves tables of parameters: workers read rows with one-sided READs and get changes pushed into their caches.
+/// Serves tables of parameters to the workers of a job
 ///
-/// Prints its memory budget and then `fervor-server ready at URL`. SIGTERM or ctrl-C: what has been received is
-/// applied, clients are told, and it exits with 0.
+/// Workers on this host read rows in the server's memory. Workers elsewhere read them with one-sided READs, or from
+/// caches that the server pushes changes into. The server prints its memory budget, and then `fervor-server ready at
+/// URL`. To stop it, send SIGTERM or press ctrl-C: it applies what it has received, tells its clients, and exits with 0.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
@@ -30,8 +31,8 @@ struct Arguments {
     #[arg(long, value_name = "URL", default_value = "shm:///tmp/fervor.sock")]
     listen: Address,
 
-    /// Processors to pin polling threads to, one shard each: 0,1 [default: over RDMA those near the NIC, one for
-    /// each of its completion vectors; over shared memory see --shards]
+    /// Processors to pin polling threads to, as in 0,1. Each thread polls one shard, a part of the rows [default: over
+    /// RDMA the processors near the NIC, one for each of its completion vectors; over shared memory see --shards]
     #[arg(long, value_name = "LIST", value_delimiter = ',', conflicts_with = "shards")]
     cores: Option<Vec<usize>>,
 
@@ -39,17 +40,17 @@ struct Arguments {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     shards: Option<u16>,
 
-    /// Memory for rows, over all shards: 512M, 4G
+    /// Memory for the rows of all shards together, as in 512M or 4G
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256M")]
     memory: usize,
 
-    /// Most memory for what is remembered of tables and clients, over all shards: who holds which rows, and what has
-    /// changed [default: half of --memory]
+    /// Most memory, in all shards together, for records of who holds which rows and of what has changed [default: half
+    /// of --memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     bookkeeping: Option<usize>,
 
-    /// Memory that pushes are sent from, in each shard; a part of it, divided by one more than --clients, bounds what is on
-    /// its way to one client, and the width of a row [default: enough for rows of 1 MiB, up to 64M]
+    /// Memory that pushes are sent from, in each shard. Each client may use this divided by (--clients + 1), and no row
+    /// may be wider than that [default: enough for rows of 1 MiB, up to 64M]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     staging: Option<usize>,
 
@@ -61,7 +62,7 @@ struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 8)]
     workers: usize,
 
-    /// Messages that a client may have on their way to one shard; each has a receive buffer
+    /// Messages that a client may have on their way to one shard. The shard has a receive buffer for each
     #[arg(long, value_name = "N", default_value_t = 8)]
     credits: usize,
 }
@@ -75,14 +76,16 @@ fn parse_size(text: &str) -> Result<usize, String> {
                 'M' => 20,
                 'G' => 30,
                 'T' => 40,
-                _ => return Err(format!("`{text}` is not a size: the unit is K, M, G or T")),
+                _ => return Err(format!("`{text}` is not a size: the unit is K, M, G or T, as in 512M")),
             };
             (&text[..at], shift)
         }
         _ => (text, 0),
     };
     let number: usize = digits.parse().map_err(|_| format!("`{text}` is not a size: write 512M or 4G"))?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is more than this machine can address"))
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| format!("`{text}` is more than this machine can address: write a smaller size"))
 }
 
 /// Refuses a budget that the machine cannot have: better now than by the out-of-memory killer later.
@@ -129,7 +132,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     std::io::stdout().flush()?;
     signals.forever().next();
     if !server.stop() {
-        bail!("a thread panicked; see above");
+        bail!("a thread of the server panicked: its message is above");
     }
     println!("fervor-server stopped");
     Ok(ExitCode::SUCCESS)

@@ -2,10 +2,10 @@
 //!
 //! | order | what | why there |
 //! |---|---|---|
-//! | 1 | acknowledgements | they give credits back, and a client reads what a round contains of its own updates from them: before any push |
+//! | 1 | acknowledgements | they give credits back. They also tell a client which of its own updates a round contains, so they come before any push |
 //! | 2 | answers | they are few, and somebody waits |
 //! | 3 | owed runs of mirrors, then slots | |
-//! | 4 | `Closed` | slots are free when all WRITEs to them are visible: the earlier ones of this connection |
+//! | 4 | `Closed` | it says that slots are free. That is so when all earlier WRITEs of this connection to them are visible |
 //! | 5 | a proof, `Visible` | a READ behind all pushes |
 //! | 6 | `Round` | last, and only when nothing is owed and no slot waits: it says that all of the round is there |
 //!
@@ -17,8 +17,8 @@
 //!
 //! So an acknowledgement waits for nothing but the send queue, which empties by itself.
 //!
-//! **Bounds.** Acknowledgements are bounded by the client's credits, answers by [`MAX_ANSWERS`], slots by its subscriptions and
-//! [`MAX_ASKED`]. A client that exceeds one is at fault, and is told the numbers.
+//! **Bounds.** Acknowledgements are bounded by the client's credits, answers by [`MAX_ANSWERS`], slots by its
+//! subscriptions and [`MAX_ASKED`]. A client that exceeds one is at fault, and is told the numbers.
 
 use std::collections::{BTreeSet, VecDeque};
 

@@ -1,11 +1,11 @@
 //! One client's connection: what was posted to it and has not completed.
 //!
-//! | field | written | until |
+//! | field | meaning | how it changes |
 //! |---|---|---|
-//! | `inflight` | at each post that reads staging memory | a completion says that it, or a later post, is done |
-//! | `pinned` | with it: bytes of those entries | at most the quota, so that a client that takes nothing leaves enough for the others |
-//! | `serial` | number of the last such post | |
-//! | `unsignalled` | there is such a post that nothing will complete | [`Peer::ask_for_completion`] |
+//! | `inflight` | posts that read staging memory | each such post adds an entry; a completion of that post, or of a later one, takes it away |
+//! | `pinned` | bytes of those entries | with `inflight`. It is at most the quota, so that a client that takes nothing leaves enough for the others |
+//! | `serial` | number of the last such post | each such post raises it |
+//! | `unsignalled` | some such post has no completion coming that would release it | until [`Peer::ask_for_completion`] |
 
 use std::collections::VecDeque;
 

@@ -1,10 +1,13 @@
 //! A polling thread: the one owner of a shard, its completion queue and its clients' connections.
 //!
-//! One turn takes mail, polls, hands what has come to the [core](crate::core), pushes what changed if the shard clock rose, and
-//! posts what waits. It costs what there is to do: nothing is looked at but completions, the images that changed and the clients that have
-//! something. A turn with nothing to do makes no system call. After some idle turns (spinning, then yielding the
-//! processor) the thread sleeps until the endpoint has something: on two cores, two pollers and two workers must
-//! not starve each other. One-sided READs do not wake it, nor does a client that reads in place.
+//! One turn takes mail, polls, and hands what has come to the [core](crate::core). If the shard clock rose,
+//! it pushes what changed. Then it posts what waits. A turn costs what there is to do: it looks only at
+//! completions, at the images that changed, and at the clients that have something. A turn with nothing to do
+//! makes no system call.
+//!
+//! In idle turns the thread first spins, then yields the processor. After some idle turns it sleeps until the
+//! endpoint has something. It has to sleep: two pollers and two workers on two cores must not starve each
+//! other. One-sided READs do not wake it, nor does a client that reads in place.
 //!
 //! | module | knows | does not know |
 //! |---|---|---|

@@ -6,11 +6,12 @@
 //!                                        └─part of it─WRITE──▶ slot of client 3
 //! ```
 //!
-//! **A client that cannot take more** (send queue full, staging full or its quota of it used, no receive buffer for an immediate) is owed
-//! what it could not take, each image once, and its round is closed later. Nobody else waits.
+//! **A client that cannot take more** is owed what it could not take, each image once, and its round is
+//! closed later. Nobody else waits. There are three reasons: its send queue is full; staging is full, or the
+//! client's quota of it is used; there is no receive buffer for an immediate.
 //!
-//! **Who has something.** A client is in the list `busy` from when something is to be posted to it until nothing waits any more. A turn looks
-//! at those alone.
+//! **Who has something.** A client is in the list `busy` from the moment when something is to be posted to it
+//! until nothing waits any more. A turn looks at those clients alone.
 
 use fervor_protocol::{
     limits::REPLY_BYTES,

@@ -1,11 +1,14 @@
 //! The memory that pushes are sent from.
 //!
-//! A push must read stable memory (invariant 5): the row itself may be changed by the next batch while the NIC
-//! still gathers. So a row is copied here once, for all its subscribers, and stays until the last of
-//! their WRITEs has completed. Entries are freed in any order: a subscriber whose WRITEs do not complete (it is
-//! dying, which takes up to two seconds) holds up its own entries only, and no more of them than its quota.
+//! A push must read stable memory (invariant 5). The row itself is not stable: the next batch may change it
+//! while the NIC still gathers. So a row is copied here once, for all its subscribers, and stays until the
+//! last of their WRITEs has completed.
 //!
-//! Entries are taken as near to the beginning as can be: so a few that stay do not leave free memory in pieces.
+//! Entries are freed in any order. A subscriber that is dying does not complete its WRITEs, for up to two
+//! seconds. It holds up its own entries only, and no more of them than its quota.
+//!
+//! Entries are taken as near to the beginning as possible. So a few entries that stay long do not split the
+//! free memory into pieces.
 //!
 //! | field | written | read | until |
 //! |---|---|---|---|

@@ -37,7 +37,11 @@ impl FromStr for Address {
             "rdma" => {
                 let (endpoint, from) = match rest.split_once("?from=") {
                     Some((endpoint, from)) if !from.is_empty() => (endpoint, Some(from.to_owned())),
-                    Some(_) => return Err(bad("?from= names no address")),
+                    Some(_) => {
+                        return Err(bad(
+                            "?from= names no address; write ?from=ADDRESS of a local device, or leave it out",
+                        ));
+                    }
                     None => (rest, None),
                 };
                 let (host, port) =

@@ -22,13 +22,13 @@ const TARGET: f64 = 0.04;
 /// Options of `fervor-bench demo`.
 #[derive(Debug, Clone, Args)]
 pub struct DemoOptions {
-    /// Folder for the pictures and the results; made if it is not there
+    /// Folder for the pictures and the results. It is made if it does not exist
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// Passes over the pictures
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub epochs: u32,
-    /// Numbers in a factor
+    /// Numbers in the factor of a picture or pixel
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub rank: u32,
     /// Clocks that a read may lag under ssp and essp

@@ -21,7 +21,7 @@ pub struct JobOptions {
     /// Clocks that each worker ends in one pass over its data
     #[arg(long, default_value_t = 10, value_parser = value_parser!(u32).range(1..=1_000_000))]
     pub clocks_per_epoch: u32,
-    /// Passes over the data; fewer if a target is reached before
+    /// Passes over the data. The job makes fewer if it reaches a target before
     #[arg(long, default_value_t = 50, value_parser = value_parser!(u32).range(1..=1_000_000))]
     pub epochs: u32,
     /// Seed of all that is drawn: generated data, initial values, the order of the ratings, topics
@@ -39,14 +39,14 @@ pub struct JobOptions {
     /// Use this running server instead of starting one; may be repeated
     #[arg(long, value_name = "URL")]
     pub server: Vec<String>,
-    /// Train with plain threads of one process, clients x workers of them, without any parameter server
+    /// Train with plain threads of one process and no parameter server. There are --clients times --workers threads
     #[arg(long, conflicts_with_all = ["server", "client_index"])]
     pub no_server: bool,
     /// Be client number I of a job whose other clients are started elsewhere in the same way
     #[arg(long, value_name = "I", requires = "server")]
     pub client_index: Option<u16>,
-    /// Name of the job on the servers, used once: its clients work together [default: one of its own, or the
-    /// name of this command with --client-index]
+    /// Name of the job on the servers. Clients that give the same name work together. A name can be used once [default:
+    /// a new name, or with --client-index the name of this command]
     #[arg(long)]
     pub job: Option<String>,
     /// The server that is started if none is named.
@@ -58,8 +58,8 @@ pub struct JobOptions {
     /// Write the results to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Fail when a read returns older data than the model allows. The client checks each read, and a further table of counters checks
-    /// the client
+    /// Fail when a read returns older data than the model allows. The client checks each read, and an extra table of
+    /// counters checks the client
     #[arg(long, conflicts_with = "no_server")]
     pub check: bool,
     /// How rows are read.
@@ -82,7 +82,7 @@ impl JobOptions {
         self.model.validate()?;
         if let Some(index) = self.client_index.filter(|&index| index >= self.clients) {
             bail!(
-                "--client-index {index}: of {} clients, the last has index {}",
+                "--client-index {index} is too large: with --clients {} it is 0 to {}",
                 self.clients,
                 self.clients - 1
             );

@@ -110,11 +110,13 @@ fn listen<R>(
                     clients.stop();
                 }
             }
-            Ok((index, Heard::Nonsense(line))) => bail!("client {index} said what is no message: {line}"),
+            Ok((index, Heard::Nonsense(line))) => {
+                bail!("client {index} sent a line that is no message: {line}")
+            }
             Ok((index, Heard::End)) => {
                 let status = clients.0[index].process.wait().context("cannot wait for a client")?;
                 if !status.success() {
-                    bail!("client {index} ended without a word ({status})");
+                    bail!("client {index} ended without saying why ({status})");
                 }
             }
             Err(RecvTimeoutError::Timeout) => {}

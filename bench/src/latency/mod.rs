@@ -57,7 +57,7 @@ use sizes::{Sizes, expand};
 pub enum Op {
     /// A `get` that the cache answers
     Hit,
-    /// A `get` on the server's own host, in place where the client can do that, else as a hit
+    /// A `get` on the server's own host: in place if the client can do that, else as a hit
     InPlace,
     /// A `get` that takes one READ
     Miss,
@@ -65,11 +65,11 @@ pub enum Op {
     Many,
     /// An `inc` of a row
     Inc,
-    /// A `clock` with one row updated, until the update is posted
+    /// A `clock` after one row was updated, until the update is posted
     Clock,
-    /// From `inc` at one client until another client's cache shows it
+    /// The time from an `inc` at one client until another client's cache shows it
     Visible,
-    /// Two clocks under BSP, of two clients
+    /// Two clocks of two clients under BSP
     Barrier,
 }
 
@@ -139,34 +139,38 @@ pub struct LatencyOptions {
     /// What to measure; may be repeated, or separated by commas [default: all]
     #[arg(long, value_enum, value_delimiter = ',')]
     pub op: Vec<Op>,
-    /// Bytes of a row, a multiple of 4, or a sweep as in 2..65536, which doubles; may be repeated, or separated by commas [default: 64,512,4096]
+    /// Bytes of a row, a multiple of 4; or a sweep that doubles the size, as in 2..65536. May be repeated, or separated by
+    /// commas [default: 64,512,4096]
     #[arg(long, short = 's', value_name = "BYTES", value_delimiter = ',')]
     pub size: Vec<Sizes>,
-    /// How many operations of each kind and size [default: 1,000,000 of hit, in-place and inc, 100,000 of miss and clock, 10,000 of the others]
+    /// Number of operations of each kind and size [default: 1,000,000 of hit, in-place and inc, 100,000 of miss and clock,
+    /// 10,000 of the others]
     #[arg(long, short = 'n', visible_aliases = ["iters", "count"], value_parser = value_parser!(u64).range(100..))]
     pub iterations: Option<u64>,
-    /// Measure each kind and size for so many seconds, instead of a number of operations
+    /// Measure each kind and size for this many seconds, instead of a number of operations
     #[arg(long, short = 'D', value_name = "SECONDS", conflicts_with_all = ["iterations", "beside_perftest"])]
     pub duration: Option<f64>,
-    /// Have so many operations due in a second. A sample then counts from when its operation was due, even if the one before it ended later
+    /// Make this many operations due each second. The latency of each counts from the time when it was due, even if the
+    /// operation before it ended later
     #[arg(long, value_name = "PER_SECOND", conflicts_with = "beside_perftest")]
     pub rate: Option<f64>,
-    /// Write the figures to this file: an object if there is one operation and one size, else an array of them
+    /// Write the figures to this file: an object for one operation and one size, else an array of objects
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
     /// Write the figures to this file, as comma-separated values
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
-    /// Write the histograms to this file, as an HdrHistogram interval log (V2), in nanoseconds. `fervor-bench compare` reads it
+    /// Write the histograms to this file, as an HdrHistogram interval log (V2), in nanoseconds. `fervor-bench compare`
+    /// reads it
     #[arg(long, value_name = "FILE")]
     pub hlog: Option<PathBuf>,
     /// Draw the percentiles to this file
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
-    /// Draw the runs of these logs (of --hlog) into the same picture; may be repeated
+    /// Draw the runs of this log, written by --hlog, into the same picture; may be repeated
     #[arg(long, value_name = "FILE", requires = "svg")]
     pub svg_with: Vec<PathBuf>,
-    /// Do not measure what the machine allows beside the figures
+    /// Leave out the machine's own limits, which are measured for comparison
     #[arg(long)]
     pub no_limits: bool,
     /// Use this running server instead of starting one; may be repeated
@@ -175,7 +179,7 @@ pub struct LatencyOptions {
     /// The server that is started if none is named.
     #[command(flatten)]
     pub embedded: EmbeddedOptions,
-    /// Fail if the ratio to perftest is greater
+    /// Fail if this takes more than RATIO times as long as perftest
     #[arg(long, value_name = "RATIO", requires = "beside_perftest")]
     pub max_ratio: Option<f64>,
     /// Measuring beside perftest.
@@ -189,7 +193,7 @@ impl LatencyOptions {
             if let Some(value) = value {
                 ensure!(
                     value.is_finite() && value > 0.0 && value <= 1e9,
-                    "--{name} {value}: it is above 0 and at most 1e9"
+                    "--{name} {value}: write a number above 0 and at most 1e9"
                 );
             }
         }
@@ -197,7 +201,7 @@ impl LatencyOptions {
             let odd = self.ops().iter().find(|op| op.perftest().is_none());
             if let Some(odd) = odd {
                 bail!(
-                    "perftest has nothing like {}: --beside-perftest goes with --op miss, --op visible and --op barrier",
+                    "perftest has nothing like --op {}: --beside-perftest goes with --op miss, --op visible and --op barrier",
                     odd.name()
                 );
             }
@@ -231,7 +235,7 @@ impl LatencyOptions {
                 figures.beside.as_ref().filter(|beside| beside.ratio > most)
             {
                 bail!(
-                    "{} of {} bytes takes {ratio:.2} times as long as {tool}: more than {most} times",
+                    "{} of {} bytes takes {ratio:.2} times as long as {tool}: more than {most} times, the --max-ratio",
                     figures.op,
                     figures.size
                 );

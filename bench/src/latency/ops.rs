@@ -145,7 +145,10 @@ impl Seat {
             first = (first + group) % GROUP;
         }
         let missed = self.worker.stats().misses - before;
-        ensure!(missed == 0, "{missed} of the gets were no hits");
+        ensure!(
+            missed == 0,
+            "{missed} of the gets were not answered by the cache, but only such gets count as hits"
+        );
         Ok(())
     }
 
@@ -184,7 +187,7 @@ impl Seat {
         let (missed, reads) = (after.misses - before.misses, after.reads - before.reads);
         ensure!(
             missed == count && reads == count,
-            "{count} gets were {missed} misses and took {reads} READs"
+            "{count} gets missed the cache {missed} times and took {reads} READs, but each must miss and take one READ"
         );
         Ok(())
     }
@@ -269,7 +272,11 @@ impl Seat {
                     bail!("an update was not seen within {LONG:?}");
                 }
             }
-            ensure!(self.row[0] == seen + 1, "the row went from {seen} to {}", self.row[0]);
+            ensure!(
+                self.row[0] == seen + 1,
+                "the row went from {seen} to {}, but one update adds 1",
+                self.row[0]
+            );
             seen = self.row[0];
             let before = std::mem::replace(&mut misses, self.worker.stats().misses);
             read_instead += u64::from(misses > before);
@@ -308,7 +315,7 @@ impl Seat {
 fn seen_in_cache(read: u64, updates: u64) -> Result<()> {
     ensure!(
         read * ONE_READ_IN <= updates,
-        "{read} of {updates} updates were READ: they were not seen in the cache alone"
+        "{read} of {updates} updates were READ: the cache alone must show nearly all of them"
     );
     Ok(())
 }

@@ -32,7 +32,7 @@ impl FromStr for Sizes {
             None => Ok(Sizes::One(number(text)?)),
             Some((first, last)) => match (number(first)?, number(last)?) {
                 (first, last) if first <= last => Ok(Sizes::Sweep(first, last)),
-                _ => Err(format!("`{text}` goes down: write the less size first")),
+                _ => Err(format!("`{text}` goes down: write the smaller size first")),
             },
         }
     }

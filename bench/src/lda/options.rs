@@ -19,7 +19,7 @@ use crate::{
 #[derive(Debug, Clone, Args)]
 #[command(group = ArgGroup::new("input").required(true))]
 pub struct LdaOptions {
-    /// Documents in a folder: every text file in it and below is one
+    /// A folder of documents: each text file in it and in its subfolders is one document
     #[arg(long, value_name = "DIR", group = "input")]
     pub corpus: Option<PathBuf>,
     /// How text becomes tokens.
@@ -28,20 +28,20 @@ pub struct LdaOptions {
     /// A bag of words of the UCI repository, docword.NAME.txt; plain or gzip
     #[arg(long, value_name = "FILE", group = "input")]
     pub docword: Option<PathBuf>,
-    /// Its vocabulary [default: vocab.NAME.txt beside it]
+    /// The vocabulary of --docword [default: vocab.NAME.txt in the same folder]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["corpus", "generate"])]
     pub vocabulary: Option<PathBuf>,
-    /// Documents made up around planted topics
+    /// Generate documents from random topics, as in 5000x10000:1000000
     #[arg(long, value_name = "DOCSxWORDS:TOKENS", group = "input")]
     pub generate: Option<Planted>,
 
     /// Number of topics to learn
     #[arg(long, default_value_t = 100, value_parser = value_parser!(u32).range(1..=65_535))]
     pub topics: u32,
-    /// Concentration of a document's topics: the less, the fewer it has
+    /// Concentration of a document's topics: a smaller value gives a document fewer topics
     #[arg(long, default_value_t = 0.1)]
     pub alpha: f64,
-    /// Concentration of a topic's words: the less, the fewer it has
+    /// Concentration of a topic's words: a smaller value gives a topic fewer words
     #[arg(long, default_value_t = 0.1)]
     pub beta: f64,
     /// Stop when the log-likelihood is at least this
@@ -62,17 +62,20 @@ impl LdaOptions {
         self.job.validate()?;
         ensure!(
             self.job.model.continuous.is_none() || self.job.model.model == ModelName::Essp,
-            "--continuous goes with --model essp here: under async, copies would not be up to date even when all counts \
-             have settled, and the account at the end would not come out"
+            "--continuous goes with --model essp here: under async, copies might lack updates even when all counts have \
+             settled, and the check of all counts at the end would fail"
         );
         for (name, value) in [("alpha", self.alpha), ("beta", self.beta)] {
             ensure!(
                 value.is_finite() && value > 0.0,
-                "--{name} {value}: a concentration is a number above 0"
+                "--{name} {value}: a concentration is a number above 0, as in 0.1"
             );
         }
         let share = self.text.max_share;
-        ensure!(share > 0.0 && share <= 1.0, "--max-share {share}: it is above 0 and at most 1");
+        ensure!(
+            share > 0.0 && share <= 1.0,
+            "--max-share {share}: write a number above 0 and at most 1, as in 0.2"
+        );
         Ok(())
     }
 

@@ -128,7 +128,10 @@ impl Tables {
         sampler.initial(|word, counts| add(worker, &self.words, word.into(), counts))?;
         add(worker, &self.totals, 0, sampler.totals())?;
         let last = self.sign(worker, own, 1)?;
-        ensure!(last.is_some(), "a worker has not started: its client has failed");
+        ensure!(
+            last.is_some(),
+            "a worker has not started: its client has failed, and its own output says why"
+        );
         Ok(())
     }
 
@@ -172,7 +175,9 @@ impl Tables {
         let mut sign = worker.now() as i64 + 1;
         let greatest = loop {
             match self.sign(worker, own, sign)? {
-                None => anyhow::bail!("a worker has not started: its client has failed"),
+                None => anyhow::bail!(
+                    "a worker has not started: its client has failed, and its own output says why"
+                ),
                 Some((1, _)) => sign = 0,
                 Some((_, greatest)) => break greatest as u64,
             }

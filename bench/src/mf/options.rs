@@ -21,23 +21,23 @@ pub struct MfOptions {
     /// The built-in handwritten digits: 1797 pictures of 64 pixels
     #[arg(long, group = "input")]
     pub digits: bool,
-    /// Ratings made up around planted factors
+    /// Generate ratings from random factors, as in 2000x1000:200000
     #[arg(long, value_name = "ROWSxCOLS:RATINGS", group = "input")]
     pub generate: Option<Planted>,
 
-    /// Numbers in a factor
+    /// Numbers in the factor of a row or column
     #[arg(long, default_value_t = 32, value_parser = value_parser!(u32).range(1..=65_536))]
     pub rank: u32,
     /// Size of a step in the first epoch [default: one that suits the input]
     #[arg(long)]
     pub step: Option<f32>,
-    /// What the step is multiplied with after each epoch
+    /// The step is multiplied by this after each epoch
     #[arg(long, default_value_t = 0.99)]
     pub decay: f32,
     /// Stop when the sum of squared errors is at most this
     #[arg(long, value_name = "LOSS", conflicts_with = "client_index")]
     pub target_loss: Option<f64>,
-    /// Stop when the loss is at most this part of the loss before the first epoch
+    /// Stop when the loss is at most this part of the loss before the first epoch, as in 0.02
     #[arg(long, value_name = "PART", conflicts_with_all = ["target_loss", "client_index"])]
     pub target_fraction: Option<f64>,
 
@@ -61,11 +61,18 @@ impl MfOptions {
     pub fn validate(&self) -> Result<()> {
         self.job.validate()?;
         if let Some(step) = self.step {
-            ensure!(step.is_finite() && step > 0.0, "--step {step}: a step is a number above 0");
+            ensure!(step.is_finite() && step > 0.0, "--step {step}: a step is a number above 0, as in 0.01");
         }
-        ensure!(self.decay > 0.0 && self.decay <= 1.0, "--decay {}: it is above 0 and at most 1", self.decay);
+        ensure!(
+            self.decay > 0.0 && self.decay <= 1.0,
+            "--decay {}: write a number above 0 and at most 1, as in 0.99",
+            self.decay
+        );
         if let Some(part) = self.target_fraction {
-            ensure!(part > 0.0 && part < 1.0, "--target-fraction {part}: it is between 0 and 1, as in 0.02");
+            ensure!(
+                part > 0.0 && part < 1.0,
+                "--target-fraction {part}: write a number between 0 and 1, as in 0.02"
+            );
         }
         Ok(())
     }

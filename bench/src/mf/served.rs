@@ -143,7 +143,7 @@ impl Factors for Served<'_> {
         }
         ensure!(
             self.is_written()?,
-            "the client with index 0 did not write the initial factors: it has failed"
+            "the client with index 0 did not write the initial factors: it has failed, and its own output says why"
         );
         Ok(())
     }

@@ -82,16 +82,16 @@ impl Costs {
 /// Options of `fervor-bench paper`.
 #[derive(Debug, Clone, Args)]
 pub struct PaperOptions {
-    /// Folder for the page, the figures and the results; made if it is not there
+    /// Folder for the page, the figures and the results. It is made if it does not exist
     #[arg(long, value_name = "DIR", default_value = "out/paper")]
     pub out: PathBuf,
-    /// Fewer clocks, values of s and seeds, a smaller matrix
+    /// Run less: fewer clocks, fewer staleness values, fewer seeds, a smaller matrix
     #[arg(long)]
     pub quick: bool,
-    /// Train on this machine, too, in real time
+    /// Also train on this machine, in real time
     #[arg(long)]
     pub real: bool,
-    /// Let computing cost what it does on this machine now, instead of what it is taken to: then no two runs are the same
+    /// Measure on this machine how long computing takes, instead of using fixed times. Then no two runs are the same
     #[arg(long)]
     pub measure: bool,
     /// The first seed of the data, the initial values and the simulations

@@ -99,7 +99,7 @@ impl fmt::Display for Shards {
 /// Options of `fervor-bench scaling`.
 #[derive(Debug, Clone, Args)]
 pub struct ScalingOptions {
-    /// The job
+    /// The job to run
     #[arg(long, value_enum, default_value_t = Job::Mf)]
     pub job: Job,
     /// Greatest number of workers: the job runs with 1, 2, 4 … up to this many [default: the number of processors]
@@ -114,7 +114,7 @@ pub struct ScalingOptions {
     /// Clocks that a read may lag, under ssp and essp
     #[arg(long, default_value_t = 3)]
     pub staleness: u32,
-    /// How often everything is run; the figures are medians over the rounds
+    /// How often each setting is run. The figures are medians over these rounds
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = value_parser!(u32).range(1..=1000))]
     pub rounds: u32,
     /// Passes over the data in a run [default: 300 for mf, 10 for lda]
@@ -124,7 +124,7 @@ pub struct ScalingOptions {
     /// 5000x10000:1000000 for lda]
     #[arg(long, value_name = "SIZES")]
     pub generate: Option<String>,
-    /// Numbers in a factor, for mf
+    /// Numbers in the factor of a row or column, for mf
     #[arg(long, default_value_t = 32)]
     pub rank: u32,
     /// Topics to learn, for lda
@@ -142,14 +142,14 @@ pub struct ScalingOptions {
     /// How rows are read.
     #[command(flatten)]
     pub reads: ReadOptions,
-    /// Fail when a ratio is greater. One number, or several separated by commas: the first is for 1 worker, the next for 2, and so
-    /// on; the last also holds for all further ones
+    /// Fail when the job takes more than RATIO times as long as plain threads. Give one number, or several separated by
+    /// commas: for 1 worker, for 2, for 4 and so on. The last number also holds for all greater numbers of workers
     #[arg(long, value_name = "RATIO", value_delimiter = ',')]
     pub max_ratio: Vec<f64>,
     /// Write the results to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Draw the speed-up against the number of workers to this file
+    /// Draw the speed-up against the number of workers, into this file
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
 }

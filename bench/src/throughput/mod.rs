@@ -53,7 +53,7 @@ const WRITES: u32 = 128;
 pub enum Op {
     /// `get` from the cache
     Hit,
-    /// `get` on the server's own host, in place where the client can do that, else from the cache
+    /// `get` on the server's own host: in place if the client can do that, else from the cache
     InPlace,
     /// `get`, one READ at a time
     Read,
@@ -63,7 +63,7 @@ pub enum Op {
     ManyRead,
     /// `inc` of many rows, then `clock`
     Inc,
-    /// The same, and the server pushes the rows to another client
+    /// As inc, and the server pushes the rows to another client
     Push,
 }
 
@@ -120,7 +120,8 @@ pub struct ThroughputOptions {
     /// What to measure; may be repeated, or separated by commas [default: all]
     #[arg(long, value_enum, value_delimiter = ',')]
     pub op: Vec<Op>,
-    /// Bytes of a row, a multiple of 4, or a sweep as in 2..65536, which doubles; may be repeated, or separated by commas [default: 64,512,4096]
+    /// Bytes of a row, a multiple of 4; or a sweep that doubles the size, as in 2..65536. May be repeated, or separated by
+    /// commas [default: 64,512,4096]
     #[arg(long, short = 's', value_name = "BYTES", value_delimiter = ',')]
     pub size: Vec<Sizes>,
     /// Numbers of workers, separated by commas
@@ -129,10 +130,10 @@ pub struct ThroughputOptions {
     /// Numbers of shards of the server that is started, separated by commas
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "1", conflicts_with = "server", value_parser = value_parser!(u32).range(1..=256))]
     pub shards: Vec<u32>,
-    /// Numbers of READs in flight to one shard, of many-read, separated by commas
+    /// For many-read: numbers of READs in flight to one shard, separated by commas
     #[arg(long, short = 'o', value_name = "LIST", value_delimiter = ',', default_value = "16", value_parser = value_parser!(u32).range(1..=1024))]
     pub outstanding: Vec<u32>,
-    /// Rows of one get_many, and rows that are updated in a clock
+    /// Rows of one get_many, and rows that are updated between two clocks
     #[arg(long, default_value_t = 256, value_name = "ROWS", value_parser = value_parser!(u32).range(1..=1 << 20))]
     pub batch: u32,
     /// How long each setting is measured
@@ -144,13 +145,13 @@ pub struct ThroughputOptions {
     /// Memory of the server that is started
     #[arg(long, default_value = "512M", value_name = "SIZE", conflicts_with = "server")]
     pub memory: String,
-    /// Do not measure what the machine allows beside the figures
+    /// Leave out the machine's own limits, which are measured for comparison
     #[arg(long)]
     pub no_limits: bool,
     /// Write the figures to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Fail if the ratio to perftest is less
+    /// Fail if this moves less than RATIO times as much as perftest
     #[arg(long, value_name = "RATIO", requires = "beside_perftest")]
     pub min_ratio: Option<f64>,
     /// Measuring beside perftest.
@@ -166,14 +167,14 @@ impl ThroughputOptions {
     fn validate(&self) -> Result<()> {
         ensure!(
             self.duration > 0.0 && self.duration <= 86_400.0,
-            "--duration {}: it is above 0 and at most 86400 seconds",
+            "--duration {}: write a number of seconds above 0 and at most 86400",
             self.duration
         );
         if self.perftest.beside_perftest
             && let Some(odd) = self.ops().iter().find(|op| op.perftest(1).is_none())
         {
             bail!(
-                "perftest has nothing like {}: --beside-perftest goes with --op read, --op many-read and --op push",
+                "perftest has nothing like --op {}: --beside-perftest goes with --op read, --op many-read and --op push",
                 odd.name()
             );
         }

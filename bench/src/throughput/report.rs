@@ -68,7 +68,7 @@ pub(super) fn judge(rows: &[Row], least: Option<f64>) -> Result<()> {
     for row in rows {
         if let Some(Beside { tool, ratio, .. }) = row.beside.as_ref().filter(|beside| beside.ratio < least) {
             bail!(
-                "{} of {} bytes moves {ratio:.2} times as much as {tool}: less than {least} times",
+                "{} of {} bytes moves {ratio:.2} times as much as {tool}: less than {least} times, the --min-ratio",
                 row.op,
                 row.size
             );

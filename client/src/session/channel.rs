@@ -1,7 +1,8 @@
 //! A connection to one shard: messages on their way there, acknowledgements and answers on their way back.
 //!
-//! A message lies in one of the buffers of the outbox, as many as the shard granted credits, from its post until it is acknowledged and its
-//! SEND has completed. Of a batch the slabs are kept as well, since a reference names their memory.
+//! A message lies in one of the buffers of the outbox. There are as many buffers as the shard granted
+//! credits. The message stays in its buffer from its post until two things have happened: it is acknowledged,
+//! and its SEND has completed. For a batch the slabs are kept as long, since a reference names their memory.
 
 use std::{
     collections::{BTreeMap, VecDeque},

@@ -1,9 +1,10 @@
-//! The slabs of several workers on their way over a wire: one update per row, in as few messages as they fit.
+//! The slabs of several workers, sent over a wire as one update per row, in as few messages as they fit.
 //!
-//! Workers of one client often update the same rows. Sent one by one their updates would multiply the bytes by the number of
-//! workers; so the slabs of a clock are merged, row by row, while they are written into messages. Whoever drives the engine does it,
-//! since nobody else may send; the slabs are not changed by then, so no worker waits for it. How rows are merged is in
-//! [`merge`](crate::merge).
+//! Workers of one client often update the same rows. If each worker's updates were sent separately, the bytes
+//! would grow with the number of workers. So the slabs of a clock are merged, row by row, while they are
+//! written into messages. The thread that drives the engine does this, since only that thread may send. The
+//! slabs do not change any more by then, so no worker waits for it. [`merge`](crate::merge) says how rows are
+//! merged.
 
 use std::sync::Arc;
 

@@ -1,10 +1,13 @@
-//! The client's one endpoint for messages: what any of its threads does when it waits or ends a clock.
+//! The client's one endpoint for messages, and what a thread of the client does with it when it waits or ends
+//! a clock.
 //!
-//! There is no thread of its own. Whoever holds the lock polls, takes acknowledgements and immediates, and
-//! sends what is due; the others go on or wait for it. What the threads leave for each other is in [`link`](super::link).
+//! The engine has no thread of its own. Whichever thread holds its lock polls, takes acknowledgements and
+//! immediates, and sends what is due. The other threads continue, or wait for it. What the threads leave for
+//! each other is in [`link`](super::link).
 //!
-//! **Two ways to send.** To a shard whose memory is seen from here, the slabs that wait go at once, named in one message. Over a wire
-//! they wait until the client's clock ends, or somebody asks, or there are too many; then they are [combined](super::combine).
+//! **Two ways to send.** If this host can see the shard's memory, the waiting slabs are sent at once: one
+//! message names them. Over a wire they wait until the client's clock ends, or somebody asks, or there are
+//! too many. Then they are [combined](super::combine).
 
 use std::{
     collections::BTreeMap,
@@ -173,7 +176,7 @@ impl<T: Transport> Engine<T> {
                 channel.heard.visible = batch;
                 link.visible.fetch_max(batch, Ordering::Release);
             }
-            Err(bits) => link.lose(format!("it sent an immediate of no kind: {bits:#x}")),
+            Err(bits) => link.lose(format!("it sent an immediate of an unknown kind: {bits:#x}")),
         }
     }
 

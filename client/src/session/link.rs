@@ -1,8 +1,10 @@
-//! What the threads of a client tell each other about one shard: words, a queue of slabs, and wishes.
+//! What the threads of a client tell each other about one shard: words, a queue of slabs, and wishes. (A
+//! *wish* asks the shard to push an image into a slot: from now on, once, or no longer.) The *holder* is the
+//! thread that holds the lock of the [engine](super::engine).
 //!
 //! | field | written | read |
 //! |---|---|---|
-//! | `clock` | by the holder of the engine, after the round's immediate was polled | by workers, before they look at a copy |
+//! | `clock` | by the holder, after the round's immediate was polled | by workers, before they look at a copy |
 //! | `round_lsn`, then `sealed` | by the holder, before that `clock`, and after all acknowledgements that are visible by then were taken | by workers, before they complete a copy |
 //! | `acknowledged_lsn` | by the holder, after the slabs were told | likewise |
 //! | `joined` | by the holder, after the first round's `clock` | by the thread that connects |
@@ -14,13 +16,18 @@
 //! | `posted`, then `flushed` | by the holder, after the batch was posted | by threads that asked |
 //! | `wishes` | by workers | by the holder |
 //!
-//! **Why nothing is late.** The batch that ends clock `c` is posted when, after `due >= c` was read, every slab stamped below
-//! `c` has been taken from the queue and posted; every such slab was in the queue before `due` was raised. Slabs of later clocks do
-//! not hold it up: a worker that is far ahead cannot keep the slowest from ending its clock.
+//! **Why no update misses its clock.** Workers put every slab stamped below `c` into the queue, and only then
+//! is `due` raised to `c`. The holder reads `due >= c`, and takes and posts every such slab. Then it posts
+//! the batch that ends clock `c`. Slabs of later clocks do not delay that batch: a worker that is far ahead
+//! cannot keep the slowest one from ending its clock.
 //!
-//! **Why `below` is below.** `acknowledged_lsn` and `round_lsn` are raised only after the slabs of all batches up to that LSN have been told theirs.
-//! For an acknowledgement that is so because they are taken in order. For a round, because the shard posts acknowledgements
-//! before the round's immediate, so all of batches up to the round's LSN are visible when that was polled, and are taken first.
+//! **Why an unacknowledged batch has an LSN above `acknowledged_lsn` and `round_lsn`.** (The greater of the
+//! two is `below` in [`inclusion`](fervor_protocol::inclusion).) Each is raised to an LSN only after the
+//! slabs of all batches up to that LSN have been told theirs:
+//! - `acknowledged_lsn`: acknowledgements are taken in order.
+//! - `round_lsn`: the shard posts acknowledgements before the round's immediate. So when the immediate was
+//!   polled, the acknowledgements of all batches up to the round's LSN are visible. The holder takes them
+//!   first.
 
 use std::{
     collections::VecDeque,

@@ -2,10 +2,10 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`link`] | per shard the words by which threads tell each other; no connection |
-//! | [`channel`] | per shard the connection: messages out, acknowledgements and answers in |
+//! | [`link`] | for each shard, the words by which threads tell each other things; no connection |
+//! | [`channel`] | for each shard, the connection: messages out, acknowledgements and answers in |
 //! | [`combine`] | the slabs of several workers, made one update per row, in messages |
-//! | [`engine`] | the endpoint: what any thread does that waits or ends a clock |
+//! | [`engine`] | the endpoint, and what a thread does with it when it waits or ends a clock |
 //! | [`core`] | all of it together, clocks of the workers, waiting |
 
 pub mod channel;

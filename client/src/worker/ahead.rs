@@ -1,4 +1,4 @@
-//! A READ that was started ahead ([`prefetch`](super::prefetch)).
+//! A READ that was started before its row was asked for ([`prefetch`](super::prefetch)).
 
 use fervor_protocol::Element;
 

@@ -1,4 +1,5 @@
-//! Updates of value-bounded tables: when they may be made, and what becomes of them. See [`fervor_protocol::value`].
+//! Updates of value-bounded tables: when a worker may make them, and how they become visible to all. See
+//! [`fervor_protocol::value`].
 
 use std::{collections::BTreeSet, sync::atomic::Ordering};
 

@@ -1,10 +1,11 @@
 //! Rows that are read where they are, in the memory of a shard on this host.
 //!
-//! One row is one snapshot of its bytes under the sequence lock of its image. Many rows are read shard by shard in *runs*: what is the
-//! same for all rows of a run (the clock, the shard's memory, the worker's own updates) is looked up once. Of rows that share an image
-//! and follow each other, one snapshot serves all.
+//! One row is one snapshot of its bytes under the sequence lock of its image. Many rows are read shard by
+//! shard, in *runs*. What is the same for all rows of a run (the clock, the shard's memory, the worker's own
+//! updates) is looked up once. If rows follow each other in one image, one snapshot serves them all.
 //!
-//! **Clocks.** A run is as of the clock that was known before its first row was read; it is counted for all of its rows at once.
+//! **Clocks.** A run is as of the clock that was known before its first row was read. All of its rows are
+//! counted at that clock, at once.
 
 use fervor_protocol::{
     Element,

@@ -1,12 +1,14 @@
-//! READs that are started ahead, and found on their way by a later `get`.
+//! READs that are started ahead. A later `get` finds them on their way.
 //!
-//! Each has a place of the [reader](crate::reader)'s until it is asked for. One that was not asked for in the clock of the worker in which it
-//! was started gives its place to the next that needs one.
+//! Each has one of the [reader](crate::reader)'s places until its row is asked for. If that does not happen
+//! in the clock in which the worker started the READ, its place goes to the next READ that needs one.
 //!
-//! **When the copy may be used.** It is as of the clock that was known before it was posted, as for any READ: it is used if
-//! that is late enough. And it may lack own updates. Those that the worker still has are added; the worker lets one go when
-//! every copy *that will be READ* contains it, which says nothing of a READ posted before. So the copy is used only if it is as of the
-//! last update that went.
+//! **When the copy may be used.** Two conditions must hold:
+//! - *It is late enough.* As for any READ, the copy is as of the clock that was known before the READ was
+//!   posted.
+//! - *It lacks no own update that is gone.* The copy may lack own updates. Those that the worker still has
+//!   are added to it. But the worker lets an update go when every copy *that will be READ* contains it, and
+//!   this READ was posted before. So the copy must be as of the last update that went.
 
 use fervor_protocol::Element;
 use fervor_verbs::transport::Transport;

@@ -1,20 +1,25 @@
-//! Adding a batch's values to rows: one pass over each section, with the element type and the kind decided before the first row.
+//! Adding a batch's values to rows. Each section takes one pass. The element type and the kind of the section
+//! are decided before its first row.
 //!
-//! Values come from two places, of which only one is ours:
+//! Values come from two places. Only the first is the shard's own:
 //!
-//! - *in the message*: the receive buffer is the shard's until it is given back, and all values were checked before any is added.
-//! - *in the client's memory*: the client can change it at any time. So a piece is copied to memory of the shard's own, checked
-//!   there, and added from there. What is not finite is left out; the client is told and put out. It spoils what it may
-//!   write anyway, and nothing else: what decides (table, rows, columns, lengths) was copied before it was checked.
+//! - *In the message.* The receive buffer belongs to the shard until it is given back. All values were
+//!   checked before any is added.
+//! - *In the client's memory.* The client can change it at any time. So a piece is copied to memory of the
+//!   shard's own, checked there, and added from there. Values that are not finite are left out. The client is
+//!   told, and its connection is ended. What decides where values go (table, rows, columns, lengths) was
+//!   copied before it was checked. So such a client spoils only what it may write anyway.
 //!
-//! **One image, one rewrite.** A batch names images, each at most once, so that an image has the batch's LSN exactly if all that the batch has for it
-//! is in it: that is what a reader concludes from the LSN. (A client that names one twice deceives itself, about its own
-//! updates.) A rewrite is done under
-//! the image's sequence lock, with the next version of the batch's LSN, and makes the check anew if the table is sealed. It is made
-//! within the lock rather than once a turn: a READ that falls between the two would find a check that does not fit, and try again, for as long
-//! as a turn lasts.
+//! **One image, one rewrite.** A batch names each image at most once. So an image has the batch's LSN exactly
+//! if it contains all that the batch has for it. A reader concludes just that from the LSN. (A client that
+//! names an image twice deceives itself, about its own updates.)
 //!
-//! A stored row may overflow (adding two finite values): that is the sum, and is not refused.
+//! A rewrite is done under the image's sequence lock, and gives the image the next version with the batch's
+//! LSN. If the table is sealed, the rewrite also renews the check, within the lock. Checks could be renewed
+//! once a turn instead. But then a READ between the rewrite and that moment would find a check that does not
+//! fit, and would try again, for as long as a turn lasts.
+//!
+//! A stored row may overflow when two finite values are added. That is the sum, and it is not refused.
 
 use fervor_protocol::{
     Element, ElementType,

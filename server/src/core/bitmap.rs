@@ -1,7 +1,9 @@
-//! A set of images of a table: a bit for each, and above them bits that say which words have any.
+//! A set of images of a table: one bit for each image, and levels of bits above that show which words have
+//! any bit set.
 //!
-//! A table may have 10^9 images of which a batch changes ten. So the words of bits have *summaries*: a bit for each word that is
-//! not zero, and so on, until one word is left. The next image of a set is found in as many steps as there are levels (five for 2^30).
+//! A table may have 10^9 images, of which a batch changes ten. So the words of bits have *summaries*: one bit
+//! for each word that is not zero. The words of a summary have a summary too, and so on, until one word is
+//! left. The next image of a set is found in as many steps as there are levels (five for 2^30).
 //!
 //! | call | steps |
 //! |---|---|

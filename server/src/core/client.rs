@@ -1,4 +1,4 @@
-//! What a shard knows of one client, but for its connection.
+//! What a shard knows of one client, except its connection.
 
 use std::collections::BTreeSet;
 

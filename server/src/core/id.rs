@@ -1,4 +1,4 @@
-//! What a shard calls its clients and its tables.
+//! The identifiers by which a shard names its clients and its tables.
 
 /// A client's place in a shard, for as long as its connection lasts; then another client may get it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -1,7 +1,8 @@
-//! Bytes of bookkeeping: what a shard remembers of its tables and clients, on the heap, and how much that may be.
+//! Bytes of bookkeeping: how much heap memory a shard's records of tables and clients take, and how much they
+//! may take.
 //!
-//! What is counted is what grows with tables and clients: sets of images, rankings, subscriptions. What is bounded by the number of clients
-//! alone (numbers, answers, acknowledgements) is not.
+//! The ledger counts what grows with tables and clients: sets of images, rankings, subscriptions. It does not
+//! count what the number of clients alone bounds: numbers, answers, acknowledgements.
 
 /// See the module.
 #[derive(Debug)]
@@ -23,7 +24,7 @@ impl Ledger {
     pub fn charge(&mut self, bytes: usize, what: impl FnOnce() -> String) -> Result<(), String> {
         if bytes > self.limit - self.used {
             return Err(format!(
-                "{} needs {bytes} bytes of bookkeeping in this shard, of whose {} bytes {} are free: start the server with \
+                "{} needs {bytes} bytes of bookkeeping in this shard, which has {} bytes, {} of them free: start the server with \
                  more --bookkeeping",
                 what(),
                 self.limit,

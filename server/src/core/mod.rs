@@ -17,15 +17,20 @@
 //! | [`open`] | opening, sealing and freeing tables |
 //! | [`pushes`] | what is to be pushed to whom |
 //! | [`client`] | one client: numbers, seat, what it is owed |
-//! | [`id`] | what clients and tables are called |
+//! | [`id`] | identifiers of clients and tables |
 //! | [`visible`], [`ranking`], [`bitmap`], [`ledger`] | value bounds; continuous pushing; sets of images; bytes of bookkeeping |
 //!
-//! **A batch, in order.** All of it is checked, its clock too: what is refused has changed nothing. Then, for a client that reads in
-//! place, its LSN is announced; then the images change, one by one, each under its sequence lock; then, if the shard clock rose,
-//! the clock word says so. Nobody can see the shard between two images but in place and by READs, which promise nothing across rows.
-//! The poller acknowledges the batch after all that, and pushes after the acknowledgement.
+//! **A batch, in order.**
+//! 1. The shard checks all of the batch, its clock too. A batch that is refused has changed nothing.
+//! 2. If the client reads in place, the shard announces the batch's LSN.
+//! 3. The images change, one by one, each under its sequence lock.
+//! 4. If the shard clock rose, the clock word says so.
 //!
-//! **Who writes, who reads.** The poller alone has a `ShardCore`, and writes through `&mut`. Peers see the region, at any time: [`region`].
+//! Then the poller acknowledges the batch, and after that it pushes. A peer can see the shard between two
+//! images only in place or by READs, and those promise nothing across rows.
+//!
+//! **Who writes, who reads.** Only the poller has a `ShardCore`, and it writes through `&mut`. Peers may look
+//! at the [`region`] at any time.
 
 use std::collections::VecDeque;
 

@@ -5,12 +5,12 @@
 //!             └─▶ opened ─▶ sealed, a piece a turn, if it was not ─▶ mirror filled, run by run ─▶ answered
 //! ```
 //!
-//! A client that is answered finds what it will look at: checks, and all images in its mirror. Nothing here takes longer for a larger
-//! table, but the sets of its images.
+//! When a client is answered, all that it will look at is there: the checks, and all images in its mirror. No
+//! single step takes longer for a larger table, except making the sets of its images.
 //!
-//! **All or nothing.** A client opens a table at all shards. If one refuses, it takes the others' opens back ([`ShardCore::release`]). A
-//! table that nobody has open and nobody has changed is as if it had never been: its memory is free again. One that was changed stays, for
-//! the next job.
+//! **All or nothing.** A client opens a table at all shards. If one shard refuses, the client takes back its
+//! opens at the others ([`ShardCore::release`]). If nobody has a table open and nobody has changed it, it is
+//! as if it had never been: its memory is free again. A table that was changed stays, for the next job.
 
 use std::ops::Range;
 
@@ -40,7 +40,9 @@ impl ShardCore {
             return Err(Fault::State(format!("base = {base}: the mirror is outside the client's region")));
         }
         if self.client(id).opening >= MAX_OPENING {
-            return Err(Fault::State(format!("{MAX_OPENING} tables are being opened, as many as may be")));
+            return Err(Fault::State(format!(
+                "{MAX_OPENING} tables are being opened: no more may be at a time"
+            )));
         }
         let found = self.find(&open).and_then(|found| match found {
             Some(table) => Ok(table),
@@ -102,7 +104,7 @@ impl ShardCore {
         let offset = usize::try_from(bytes).ok().and_then(|bytes| self.region.allocate(bytes));
         let offset = offset.ok_or_else(|| {
             format!(
-                "the table {} needs {bytes} bytes in this shard, of whose {} bytes {} are free: start the server with more \
+                "the table {} needs {bytes} bytes in this shard, which has {} bytes, {} of them free: start the server with more \
                  --memory, or more servers",
                 open.schema,
                 self.region.memory().len(),
@@ -231,7 +233,7 @@ impl ShardCore {
         let opener = self.table_mut(table_id).and_then(|table| table.openers.get_mut(&id));
         let Some(opener) = opener else {
             return Err(Fault::State(format!(
-                "table = {table_id} is released, which the client has not open"
+                "table = {table_id} is released, but the client has not opened it"
             )));
         };
         opener.times -= 1;

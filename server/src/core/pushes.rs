@@ -1,15 +1,21 @@
 //! What is to be pushed to whom: runs of dirty images, slots, and what is owed.
 //!
-//! The poller takes a *run* of adjacent dirty images, which are clean from then on, and asks for its [deliveries](ShardCore::deliveries): for
-//! each holder, which bytes of the run go where. It makes each of them, or says that the client [is owed](ShardCore::owe) it.
+//! The poller takes a *run* of adjacent dirty images, which are clean from then on. It asks for the run's
+//! [deliveries](ShardCore::deliveries): which bytes of the run go where, for each holder of copies. For each
+//! delivery it either posts the WRITE, or says that the client [is owed](ShardCore::owe) the images.
 //!
-//! **Why a copy is current.** The round of `C` is closed behind every push that belongs to it, on the same connection; when the
-//! client has polled it, all of them are visible. An image that was not pushed has not changed. An image subscribed meanwhile was pushed
-//! when the subscription was processed, or later, and a mirror was filled after its table was opened: as of the last round before,
-//! or newer. So a copy is as of the last round that its reader knew of before it looked, and it needs to say nothing of clocks.
+//! **Why a copy is current.** A copy is as of the last round that its reader knew of before it looked, or
+//! newer:
+//! - Each push of the round of `C` is posted before the immediate that closes the round, on the same
+//!   connection. So when the client has polled the immediate, all these pushes are visible.
+//! - An image that was not pushed has not changed.
+//! - An image that was subscribed meanwhile was pushed when the subscription was processed, or later.
+//! - A mirror was filled after its table was opened, so it is as of the last round before that, or newer.
 //!
-//! **The LSN of a round** is that at which its dirty images were taken: what changed later may not have been pushed. Batches up to it are in
-//! all copies of its tables.
+//! So a copy need not say anything about clocks.
+//!
+//! **The LSN of a round** is the shard's LSN at the moment when the round's dirty images were taken. All
+//! copies of the round's tables contain the batches up to it. Later changes may not have been pushed.
 
 use std::{ops::Range, time::Duration};
 
@@ -88,7 +94,7 @@ impl ShardCore {
         let Self { tables, clients, ledger, .. } = self;
         let client = clients[id.0 as usize].as_mut().expect("it has joined");
         let Some(table) = tables.get_mut(table_id as usize).and_then(Option::as_mut) else {
-            return bad(format!("table = {table_id}, which there is not"));
+            return bad(format!("table = {table_id}, but there is no such table"));
         };
         let name = &table.schema.name;
         if table.openers.get(&id).is_none_or(|opener| opener.hold == Hold::InPlace) {

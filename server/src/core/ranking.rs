@@ -1,25 +1,27 @@
-//! Which images of a table to push next, when it is pushed between rounds: the most changed first, within a budget.
+//! Which images of a table to push next, when the table is pushed between rounds: the most changed first,
+//! within a budget.
 //!
-//! A table may ask for that under ESSP, where it takes work from the rounds and makes copies fresher than the model asks,
-//! and under Async, where it is the only pushing. Bösen (Wei et al., SoCC 2015) sends the most changed rows first
-//! when bandwidth is to spare; this is the same for pushes.
+//! A table may ask for that under two models. Under ESSP it leaves less for the rounds to push, and makes
+//! copies fresher than the model asks. Under Async it is the only pushing. Bösen (Wei et al., SoCC 2015)
+//! sends the most changed rows first when bandwidth is to spare; this is the same for pushes.
 //!
-//! **What is pushed.** An image that has changed since it was last pushed is *ranked* by the sum of the greatest elements of
-//! its updates since, which bounds how far any element of a copy is off. Ranks are powers of two; among equals the
-//! image that has waited longer goes first. Every [`TURN`]th push is of the next rank in turn, whichever it is, so that
-//! images that change much cannot keep the others from ever being pushed.
+//! **What is pushed.** An image that has changed since it was last pushed is *ranked*. Its rank comes from a
+//! sum: the greatest elements of its updates since then, added up. The sum bounds how far any element of a
+//! copy is off. Ranks are powers of two. Among images of equal rank, the one that has waited longest goes
+//! first. Every [`TURN`]th push takes the next rank in turn, whichever it is. So images that change much
+//! cannot keep the others from ever being pushed.
 //!
-//! **When.** After what else a turn has to do, a few images each turn, as long as the budget lasts and all who hold the
-//! image can take it at once: nothing is owed for these pushes, so a round never waits for more than its own images. What could
-//! not be pushed stays ranked.
+//! **When.** The poller pushes a few images each turn, after the turn's other work, while the budget lasts.
+//! It pushes an image only if all who hold it can take it at once. So nothing is owed for these pushes, and a
+//! round never waits for more than its own images. What could not be pushed stays ranked.
 //!
-//! **Why it is right.** It is the push of a round at another time. A ranked image is a dirty one, so a round pushes it
-//! when the clock rises, and closes behind it. (There is no round of an Async table: what its copies contain is known from
-//! their LSNs.) An image that a continuous push has made clean was posted
-//! to all who hold it, on the connections on which the round is closed later.
+//! **Why it is right.** Such a push is the push of a round at another time. A ranked image is a dirty one.
+//! When the clock rises, the round pushes it before it closes. If a continuous push has made an image clean,
+//! that push was posted to all who hold the image, on the connections on which the round is closed later.
+//! (There is no round of an Async table. What its copies contain is known from their LSNs.)
 //!
-//! **Cost.** An update costs one more look at its values and, when the rank of its image changes, a few links. Nothing
-//! is allocated.
+//! **Cost.** An update costs one more look at its values. If the rank of its image changes, it also costs a
+//! few changes of links. Nothing is allocated.
 
 use std::time::Duration;
 

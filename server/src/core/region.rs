@@ -4,17 +4,18 @@
 //! │ clock word, to 128 │ 64 announcements of seat 0 │ ... of seat 1 │ ... │ images of tables ...
 //! ```
 //!
-//! | what | written by the poller | read in place, or READ |
+//! | what | written by the poller | when a peer looks at it, and what it learns |
 //! |---|---|---|
 //! | clock word | after the last batch below the clock has been applied | before a row: the row is as of that clock, or later |
-//! | announcement of batch `n` | before the first image changes for it | after a row: no announcement, then the row does not contain `n` |
-//! | image | under its sequence lock; with its check if its table is sealed | in place by the lock, elsewhere by the check |
+//! | announcement of batch `n` | before the first image changes for it | after a row: if there is no announcement, the row does not contain `n` |
+//! | image | under its sequence lock; with its check if its table is sealed | in place the lock shows that it is whole, elsewhere the check does |
 //!
-//! Nobody but the poller writes any of it: peers have the right to READ, and no other.
+//! Only the poller writes any of it. Peers have the right to READ, and no other.
 //!
-//! **Seats.** A client that names its memory gets a ring of announcements. A seat that was given back is the last to be given out
-//! again, and its ring is wiped then: a client that has not noticed yet that it was put out finds no other client's
-//! announcements among its own.
+//! **Seats.** A client that names its memory gets a *seat* with a ring of announcements. A client whose
+//! connection the shard has ended may not have noticed that yet, and may still look at its old ring. It must
+//! not find another client's announcements there. So a seat that was given back is the last to be given out
+//! again, and its ring is wiped then.
 
 use std::{collections::VecDeque, ops::Range};
 

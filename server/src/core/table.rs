@@ -1,19 +1,22 @@
-//! One table's part in a shard: where its images are, who has it open, and who is to be told when they change.
+//! One table's part in a shard: where its images are, who has it open, and who is to be told when they
+//! change.
 //!
-//! | who | what of the table |
+//! | how a client reads | what the shard keeps for it |
 //! |---|---|
-//! | reads in place | nothing is kept for it: it looks at the images themselves |
-//! | READs | the images are *sealed*: their checks are kept |
-//! | has slots | sealed; an entry in [`Holders::slots`] for each image that it has subscribed to |
-//! | has a mirror | sealed; a [`Mirror`] with a set of the images that it is *owed* |
+//! | in place | nothing: the client looks at the images themselves |
+//! | by READ | the images are *sealed*: their checks are kept |
+//! | from slots | sealed images; an entry in [`Holders::slots`] for each image that the client has subscribed to |
+//! | from a mirror | sealed images; a [`Mirror`] with a set of the images that the client is *owed* |
 //!
-//! **Dirty and owed.** An image that changes is marked *dirty* while anybody holds copies. A round takes the dirty images in runs of
-//! adjacent ones and pushes each run to all; whoever cannot take a run now is owed it. A set has an image once, however often it
-//! changed, so what is owed is bounded, and is pushed as it is by then.
+//! **Dirty and owed.** An image that changes is marked *dirty* while anybody holds copies. A round takes the
+//! dirty images in runs of adjacent ones, and pushes each run to all holders. A client that cannot take a run
+//! now is *owed* it. A set has an image once, however often the image changed. So what is owed is bounded. It
+//! is pushed later, with the contents that it has by then.
 //!
-//! **Sealing.** A table that only clients on this host have open needs no checks. When the first other one opens it, checks are kept from
-//! then on, and those of the images written before are made a piece at a time; the client is answered when all have one. An image that was
-//! never written is zero, and valid as it is.
+//! **Sealing.** A table needs no checks while only clients on this host have it open. When the first other
+//! client opens it, the shard begins to keep checks. It makes those of the images written before a piece at a
+//! time, and answers the client when all images have one. An image that was never written is zero, and valid
+//! as it is.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},

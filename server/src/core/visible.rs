@@ -1,8 +1,10 @@
-//! What of the value-bounded tables is visible to whom: the other half of [`fervor_protocol::value`].
+//! Which updates of the value-bounded tables are visible to which client. This is the server's half of
+//! [`fervor_protocol::value`].
 //!
-//! After each turn that applied batches, the images that they changed in such tables are pushed to all who hold them.
-//! A WRITE's completion does not say that the peer's processor sees it; that of a READ posted behind it does (transport
-//! rule 3). So for each client there is at most one READ on its way, the *proof*:
+//! After each turn that applied batches, the images that they changed in such tables are pushed to all who
+//! hold them. A WRITE's completion does not say that the peer's processor sees it. The completion of a READ
+//! that is posted after it does (transport rule 3). So for each client there is at most one READ on its way,
+//! the *proof*:
 //!
 //! ```text
 //!   batch at LSN 7 ─▶ pushes to the client ─▶ READ of a word of the client, for LSN 7 ─▶ completed: proved = 7
@@ -15,13 +17,16 @@
 //! | `proved` | all pushes up to this LSN are visible at the client |
 //! | `batches` | the client's own batches that it has not been told of: number and LSN |
 //!
-//! The *visible LSN* of the shard is the least over the clients of `proved`, or of the LSN up to which all is pushed where nothing is
-//! on its way. It never falls: a client that subscribes later fills its copy with what is in the image by then. A batch at or below
-//! it is visible to all, and its client is told so by an immediate. A client that holds no copy (it reads in place, or has
-//! none) is never waited for; one that dies, until its connection has ended.
+//! **The visible LSN of the shard** is the least over the clients. A client counts with its `proved`; if
+//! nothing is on its way to it, it counts with the LSN up to which all is pushed. The visible LSN never
+//! falls: a client that subscribes later fills its copy with what is in the image by then. A batch at or
+//! below the visible LSN is visible to all, and an immediate tells its client so.
 //!
-//! **Why a READ of a worker does no harm.** A `get` that READs returns what was in the row at some moment of that call,
-//! and keeps no copy of it: rows of such tables enter caches by pushes alone.
+//! The shard never waits for a client that holds no copy (one that reads in place, or has none). It waits for
+//! a client that dies only until the client's connection has ended.
+//!
+//! **Why a READ of a worker does no harm.** A `get` that READs returns what was in the row at some moment of
+//! that call. It keeps no copy of the row: rows of such tables enter caches by pushes alone.
 
 use std::collections::VecDeque;
 

@@ -1,7 +1,8 @@
-//! Memory with one writer: what a shard's rows live in, and what a client tells a server of its own host.
+//! Memory with one writer: a shard keeps its rows in it, and a client keeps in it what it tells a server of
+//! its own host.
 //!
-//! Peers READ it, or look at it through a [`View`](crate::transport::View), at any time. How the owner tells them
-//! what is whole:
+//! Peers READ it, or look at it through a [`View`](crate::transport::View), at any time. The owner tells them
+//! in one of these ways what is whole:
 //!
 //! | the owner calls | and then a peer that | knows |
 //! |---|---|---|

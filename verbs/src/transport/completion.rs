@@ -15,7 +15,9 @@ pub enum PostError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum WorkError {
     /// The peer has no such region there, or grants no such right.
-    #[error("remote access error: outside the peer's region, or without the right")]
+    #[error(
+        "remote access error: the range is outside the peer's region, or the region does not grant this access"
+    )]
     RemoteAccess,
     /// The message did not fit the receiver's buffer, or the request was malformed for the peer.
     #[error("remote invalid request: the message is longer than the receive buffer")]

@@ -13,63 +13,65 @@
 //! # What a user may assume, and no more
 //!
 //! **Memory.**
-//! 1. Where a READ or a WRITE begins at a multiple of 8 in the peer's memory, each aligned 8-byte word there is read and
-//!    written whole and once, wherever the payload lies in the poster's memory. (Where it begins between, a device may
-//!    move words of its own that lie across the peer's.) Nothing larger is whole: inside one READ or WRITE, cache lines
-//!    come in any order, and a READ may mix old and new lines.
-//! 2. Two WRITEs of one connection may be seen in either order by code that only looks at memory. When the
-//!    completion of a SEND or of a WRITE with immediate ([`Completion::Received`],
-//!    [`Completion::WriteImmediate`]) has been polled at the receiver, every earlier WRITE of that connection
-//!    is visible.
-//! 3. The completion of a WRITE at its sender means that it reached the peer's NIC, not that the peer's CPU
-//!    sees it. The completion of a READ posted after it on the same connection proves that it is visible.
-//! 4. Two READs in flight together may see memory in either order; to order them, wait for the first.
+//! 1. Suppose that a READ or a WRITE begins at a multiple of 8 in the peer's memory. Then each aligned 8-byte
+//!    word there is read or written whole, and once, wherever the payload lies in the poster's memory. (If it
+//!    begins elsewhere, a device may move words of its own that lie across the peer's.) Nothing larger is
+//!    whole. Inside one READ or WRITE, cache lines come in any order, and a READ may mix old and new lines.
+//! 2. Code that only looks at memory may see two WRITEs of one connection in either order. Completions give
+//!    an order: when the receiver has polled the completion of a SEND or of a WRITE with immediate
+//!    ([`Completion::Received`], [`Completion::WriteImmediate`]), every earlier WRITE of that connection is
+//!    visible.
+//! 3. The completion of a WRITE at its sender means that the WRITE reached the peer's NIC. It does not mean
+//!    that the peer's CPU sees it. The completion of a READ posted after it on the same connection proves
+//!    that it is visible.
+//! 4. Two READs in flight together may see memory in either order. To order them, wait for the first.
 //! 5. After an error on a connection, every operation not completed may or may not have happened.
-//! 6. What a thread wrote to its own memory before it posted is what a READ posted by anyone who learned
-//!    of that post (by a message, an immediate, a WRITE) sees, or something later.
-//! 7. A [`View`] reads each aligned 8-byte word whole, and nothing larger. What the owner wrote before it published
-//!    a word ([`Exclusive::publish`], or the version at the end of a [`rewrite`](Exclusive::rewrite)) is seen by whoever
-//!    has loaded that word. Rule 6 holds for views, too. Nothing else is ordered, and what was copied may be torn.
+//! 6. A thread writes to its own memory, and then posts. Somebody learns of that post (by a message, an
+//!    immediate, a WRITE), and then posts a READ. That READ sees what the thread wrote, or something later.
+//! 7. A [`View`] reads each aligned 8-byte word whole, and nothing larger. The owner publishes a word with
+//!    [`Exclusive::publish`], or as the version at the end of a [`rewrite`](Exclusive::rewrite). Whoever has
+//!    loaded that word sees what the owner wrote before it. Rule 6 holds for views, too. Nothing else is
+//!    ordered, and what was copied may be torn.
 //!
-//! **Work requests.** Those of one connection execute in the order they were posted; a READ may be overtaken
-//! by later SENDs and WRITEs. A post may take effect at any time from the call on, and takes effect at the
-//! latest after [`Connection::ring`]: post many, ring once. A post is `signalled` if it has an id; then there
-//! is one [`Completion::Work`] with that id, which says the same of every unsignalled one before it on that connection.
-//! The send queue holds [`EndpointConfig::send_depth`] requests; a post beyond is refused with
-//! [`PostError::Full`] and nothing happens (poll, then post again). The provider sees to it that unsignalled
-//! requests leave the queue too, as the endpoint is polled.
+//! **Work requests.** Those of one connection execute in the order in which they were posted, except that
+//! later SENDs and WRITEs may overtake a READ. A post may take effect at any time from the call on. It takes
+//! effect at the latest after [`Connection::ring`]: post many, ring once. A post that has an id is
+//! `signalled`: there is one [`Completion::Work`] with that id. It says the same of every unsignalled post
+//! before it on that connection. The send queue holds [`EndpointConfig::send_depth`] requests. A post beyond
+//! that is refused with [`PostError::Full`], and nothing happens: poll, then post again. The provider sees to
+//! it that unsignalled requests leave the queue too, as the endpoint is polled.
 //!
-//! **Buffers.** Memory named in a request belongs to the transport from the post until its completion (or
-//! that of a later signalled request of the same connection); a payload given [`Payload::Inline`] is copied at the
-//! post. The provider keeps a registered region alive as long as a connection that has named it. A receive
-//! buffer belongs to the user from [`Completion::Received`] to [`Endpoint::release`], and nobody writes
-//! it in between.
+//! **Buffers.** Memory named in a request belongs to the transport from the post until the request's
+//! completion, or that of a later signalled request of the same connection. A payload given as
+//! [`Payload::Inline`] is copied at the post. The provider keeps a registered region alive as long as a
+//! connection that has named it. A receive buffer belongs to the user from [`Completion::Received`] to
+//! [`Endpoint::release`], and nobody writes it in between.
 //!
-//! **Receiving.** Each SEND uses up one receive buffer of the receiver's endpoint, each WRITE with immediate
-//! one receive *credit* of it (a buffer that the provider takes and gives back by itself when the completion is
-//! polled). The buffers are shared by all connections of the endpoint. A sender whose receiver
-//! has none left may wait or lose the connection: it is for the user's protocol to see that this does not
-//! happen (credits). A SEND longer than [`EndpointConfig::receive_size`] breaks the connection.
+//! **Receiving.** Each SEND uses up one receive buffer of the receiver's endpoint. Each WRITE with immediate
+//! uses up one receive *credit* of it: a buffer that the provider takes, and gives back by itself when the
+//! completion is polled. All connections of the endpoint share the buffers. If a receiver has no buffer left,
+//! its sender may wait or lose the connection. The user's protocol must see to it that this does not happen,
+//! by credits. A SEND longer than [`EndpointConfig::receive_size`] breaks the connection.
 //!
-//! **Remote access.** A connection reaches those regions of its peer that were registered when it was made,
-//! and later ones only if the provider can. Out of bounds, or without the right: an error at the
-//! initiator, nothing read or written, and the connection is broken.
-//! [`Connection::view`] gives a view of what a connection may READ, when both ends are on one host and the provider
-//! can map memory; the view outlives the connection.
+//! **Remote access.** A connection reaches the regions of its peer that were registered when the connection
+//! was made. It reaches later ones only if the provider can do that. An access out of bounds, or without the
+//! right, is an error at the initiator: nothing is read or written, and the connection is broken.
+//! [`Connection::view`] gives a view of what a connection may READ, if both ends are on one host and the
+//! provider can map memory. The view outlives the connection.
 //!
-//! **Errors.** When a connection breaks (a failed request, a dead peer, [`Connection::disconnect`], the drop of
-//! the peer's end) every signalled request that is outstanding completes, with an error if it is not known to have
-//! happened; then there is exactly one [`Completion::Disconnected`], the last word of that connection. A dead
-//! peer is found out within two seconds, on idle connections too, provided that the endpoint is polled. Once `Disconnected`
-//! has been polled, nothing of that connection changes memory any more.
-//! Posts on a broken connection are refused with [`PostError::Disconnected`].
+//! **Errors.** A connection breaks by a failed request, a dead peer, [`Connection::disconnect`], or the drop
+//! of the peer's end. Then every outstanding signalled request completes, with an error unless it is known to
+//! have happened. After those comes exactly one [`Completion::Disconnected`], the last completion of that
+//! connection. Once it has been polled, nothing of that connection changes memory any more. A dead peer is
+//! found out within two seconds, on idle connections too, provided that the endpoint is polled. Posts on a
+//! broken connection are refused with [`PostError::Disconnected`].
 //!
 //! **Threads and time.** User code reads the time, waits, sleeps and starts threads through the transport and
 //! its objects alone. These calls may let other threads run: [`Transport::relax`], [`Transport::connect`],
-//! [`Endpoint::wait`], [`Signal::wait`], [`Listener::accept`], [`Request::accept`], [`Thread::join`], [`View::load`],
-//! [`View::copy`], [`View::snapshot`]. A thread that is
-//! in one of them must hold no lock that another takes without `try_lock`. Calls of a view never wait. The other calls neither
-//! block nor let others run. Waiting without any of them does not end in a simulation.
+//! [`Endpoint::wait`], [`Signal::wait`], [`Listener::accept`], [`Request::accept`], [`Thread::join`],
+//! [`View::load`], [`View::copy`], [`View::snapshot`]. A thread that is in one of them must hold no lock that
+//! another takes without `try_lock`. Calls of a view never wait. The other calls neither block nor let others
+//! run. A thread that waits without any of these calls never stops waiting in a simulation.
 //!
 //! # Wrong order does not compile
 //!

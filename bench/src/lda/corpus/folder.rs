@@ -27,16 +27,16 @@ pub struct TextOptions {
     /// Read only files with these extensions, as in rs,md [default: every file that is text]
     #[arg(long, value_delimiter = ',', conflicts_with_all = ["docword", "generate"], value_name = "EXT")]
     pub extensions: Vec<String>,
-    /// A word is in at least this many documents, or it is left out
+    /// Leave out words that are in fewer documents than this
     #[arg(long, default_value_t = 5, value_name = "N", conflicts_with_all = ["docword", "generate"], value_parser = value_parser!(u32).range(1..))]
     pub min_documents: u32,
-    /// A word is in at most this part of the documents, or it is left out
+    /// Leave out words that are in a greater part of the documents than this
     #[arg(long, default_value_t = 0.2, value_name = "PART", conflicts_with_all = ["docword", "generate"])]
     pub max_share: f64,
-    /// Words of the vocabulary at most: the most frequent ones
+    /// Keep at most this many words, the most frequent ones
     #[arg(long, default_value_t = 20_000, value_name = "N", conflicts_with_all = ["docword", "generate"], value_parser = value_parser!(u32).range(1..))]
     pub max_words: u32,
-    /// A file of words to be left out, instead of the built-in English ones
+    /// Leave out the words in this file, instead of the built-in English ones
     #[arg(long, value_name = "FILE", conflicts_with_all = ["docword", "generate"])]
     pub stop_words: Option<PathBuf>,
 }

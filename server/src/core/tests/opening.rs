@@ -117,7 +117,7 @@ fn bookkeeping_is_bounded_and_comes_back() {
             }
         };
         assert!((15..21).contains(&most), "{most}");
-        assert!(fault.contains("of whose 2000 bytes") && fault.contains("--bookkeeping"), "{fault}");
+        assert!(fault.contains("which has 2000 bytes") && fault.contains("--bookkeeping"), "{fault}");
         assert_eq!(world.core.subscriptions(ClientId(0)), most as usize);
         if round == 0 {
             for image in 0..most {

@@ -53,7 +53,7 @@ const MOST: u64 = 1 << 20;
 
 /// The peer wrote something that the protocol does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a ring of a wrong size, or with indices or records that cannot be")]
+#[error("the ring has a wrong size, or impossible indices or records")]
 pub(super) struct Corrupt;
 
 /// Bytes that a message of `length` bytes takes.
