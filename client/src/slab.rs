@@ -222,17 +222,20 @@ impl<E: Element> Slab<E> {
         (cells.row, &cells.pairs)
     }
 
-    /// A place for the whole row `row`, which has none.
-    fn place_row(&mut self, row: u32) -> usize {
-        let at = self.rows;
-        let (block, within) = self.place(at);
+    /// A place for the whole row `row`, which has none: its values, which may be anything.
+    #[inline]
+    fn place_row(&mut self, row: u32) -> &mut [E] {
+        let (block, within) = self.place(self.rows);
         if block == self.blocks.len() {
             self.blocks.push(Block::new(self.pool.as_ref(), self.geometry.bytes));
         }
-        self.blocks[block].bytes_mut()[within * 4..within * 4 + 4].copy_from_slice(&row.to_le_bytes());
         self.rows += 1;
-        self.index.set(row, at as u32 + 1);
-        at
+        self.index.set(row, self.rows as u32);
+        let bytes = self.blocks[block].bytes_mut();
+        bytes[within * 4..within * 4 + 4].copy_from_slice(&row.to_le_bytes());
+        let start = self.geometry.values_at + within * self.geometry.row_bytes;
+        <[E]>::mut_from_bytes(&mut bytes[start..start + self.geometry.row_bytes])
+            .expect("blocks and rows are aligned")
     }
 
     /// Adds `delta` to the whole row `row`. `finite`: the sum has to be, and `delta`. `false`: it would not be; nothing is added.
@@ -243,8 +246,7 @@ impl<E: Element> Slab<E> {
                 if finite && !element::all_finite(delta) {
                     return false;
                 }
-                let at = self.place_row(row);
-                self.values_mut(at).copy_from_slice(delta);
+                self.place_row(row).copy_from_slice(delta);
                 true
             }
             entry if entry & SPARSE != 0 => {
@@ -323,11 +325,10 @@ impl<E: Element> Slab<E> {
         let cells = &mut self.cells[(entry & !SPARSE) as usize - 1];
         let (row, pairs) = (cells.row, std::mem::take(&mut cells.pairs));
         self.emptied += 1;
-        let at = self.place_row(row);
-        let values = self.values_mut(at);
+        let values = self.place_row(row);
         values.fill(E::default());
         add_pairs(values, &pairs);
-        at
+        self.rows - 1
     }
 
     /// Adds to the elements of `row` from column `start` on, as [`Slab::add`]: to one of the small rows that share an image.
