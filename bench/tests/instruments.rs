@@ -96,8 +96,8 @@ fn throughput_has_a_row_for_each_setting() {
     let results = folder.json("throughput.json");
     let rows = results["rows"].as_array().expect("rows");
     // Two numbers of workers; READs of many rows with two depths.
-    assert_eq!(rows.len(), 2 * 8);
-    for op in ["hit", "in-place", "read", "many-hit", "many-read", "inc", "push"] {
+    assert_eq!(rows.len(), 2 * 10);
+    for op in ["hit", "in-place", "read", "many-hit", "many-in-place", "range", "many-read", "inc", "push"] {
         let of = rows.iter().filter(|row| row["op"] == op);
         assert_eq!(of.count(), if op == "many-read" { 4 } else { 2 }, "{op}");
     }

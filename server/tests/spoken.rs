@@ -18,7 +18,11 @@ use fervor_protocol::{
     },
 };
 use fervor_server::Server;
-use fervor_verbs::transport::{Region, any::Host};
+use fervor_verbs::transport::{
+    Region,
+    any::Host,
+    faulty::{Faulty, Plan},
+};
 use scene::{
     IMAGE, Raw, SLOTS, Scene, Speaks, WIDTH, record, schema,
     support::{Folder, config, raw::PATIENCE},
@@ -158,14 +162,16 @@ fn mirror_has(raw: &Raw, value: f32) -> bool {
     })
 }
 
-/// A mirror is filled before its table is opened; after that its images come in runs: what is pushed is 1.125 times the data. (That these are
-/// 9 WRITEs is the arithmetic of `core/tests/orders.rs`.)
+/// A mirror is filled before its table is opened. After that its images come in runs: what is pushed is 1.125 times the data, in
+/// at most 16 WRITEs, the round's own among them.
 #[test]
 fn a_mirror_is_filled_and_then_pushed_in_runs() {
     let folder = Folder::new("runs");
     let address = folder.address("s.sock");
     let host = Host::for_addresses(std::slice::from_ref(&address)).unwrap();
-    let server = Server::start(&host, &config(&address, 1)).unwrap();
+    // Nothing goes wrong there: it counts.
+    let counting = Faulty::new(host.clone(), Plan::default());
+    let server = Server::start(&counting, &config(&address, 1)).unwrap();
     let schema = Schema { rows: MANY as u64, width: 32, ..schema(Model::Essp { staleness: 0 }) };
     let mut raw = Raw::connect(&host, &address);
     raw.ask(schema.clone(), Hold::Slots);
@@ -179,8 +185,9 @@ fn a_mirror_is_filled_and_then_pushed_in_runs() {
     other.acknowledgement(2);
     other.returned = other.arrived;
     let pushed = |raw: &Raw| raw.region.memory().load(CONTROL_PUSHED);
+    let written = || counting.report().connections[1].writes;
     for clock in 2..=4 {
-        let before = pushed(&other);
+        let (before, writes) = (pushed(&other), written());
         add_to_all(&mut raw, 4 * clock - 3, clock);
         other.until("the round", |raw| raw.immediates.contains(&Immediate::Round(clock)).then_some(()));
         assert!(mirror_has(&other, clock as f32));
@@ -189,6 +196,9 @@ fn a_mirror_is_filled_and_then_pushed_in_runs() {
             clock == 2 || bytes.div_ceil(1000) == MANY * STRIDE / 1000,
             "{bytes} bytes for 128,000 of data"
         );
+        // 113 images are a run of 16 KiB, and all of them 9 runs.
+        let writes = written() - writes;
+        assert!((9..=16).contains(&writes), "{writes} WRITEs for a round of {MANY} adjacent rows");
     }
     drop((raw, other));
     assert!(server.stop());

@@ -6,6 +6,8 @@
 //! | `in-place` | `get` on the server's own host, as the client reads unless it is told to copy | it was read |
 //! | `read` | `get` of rows that no cache keeps (Async): one READ at a time | it was read |
 //! | `many-hit` | `get_many` of `--batch` rows that the cache has | it was read |
+//! | `many-in-place` | the same on the server's own host, read as `in-place` does | it was read |
+//! | `range` | `get_range` of `--batch` adjacent rows there | it was read |
 //! | `many-read` | `get_many` of `--batch` rows, with `--outstanding` READs in flight | it was read |
 //! | `inc` | `inc` of `--batch` rows of its own, then `clock` | its update was applied: the time until the servers have acknowledged all of them counts |
 //! | `push` | the same under ESSP(3), while a second client holds all rows | the server has pushed it to that client |
@@ -59,6 +61,10 @@ pub enum Op {
     Read,
     /// `get_many` from the cache
     ManyHit,
+    /// `get_many` on the server's own host, as for in-place
+    ManyInPlace,
+    /// `get_range` on the server's own host, as for in-place
+    Range,
     /// `get_many`, several READs at a time
     ManyRead,
     /// `inc` of many rows, then `clock`
@@ -69,7 +75,17 @@ pub enum Op {
 
 impl Op {
     /// All of them.
-    pub const ALL: [Op; 7] = [Op::Hit, Op::InPlace, Op::Read, Op::ManyHit, Op::ManyRead, Op::Inc, Op::Push];
+    pub const ALL: [Op; 9] = [
+        Op::Hit,
+        Op::InPlace,
+        Op::Read,
+        Op::ManyHit,
+        Op::ManyInPlace,
+        Op::Range,
+        Op::ManyRead,
+        Op::Inc,
+        Op::Push,
+    ];
 
     /// Its name on the command line and in files.
     pub fn name(self) -> &'static str {
@@ -78,6 +94,8 @@ impl Op {
             Op::InPlace => "in-place",
             Op::Read => "read",
             Op::ManyHit => "many-hit",
+            Op::ManyInPlace => "many-in-place",
+            Op::Range => "range",
             Op::ManyRead => "many-read",
             Op::Inc => "inc",
             Op::Push => "push",
@@ -87,15 +105,17 @@ impl Op {
     fn model(self) -> Model {
         match self {
             // Nobody is ever too far behind to read.
-            Op::Hit | Op::InPlace | Op::ManyHit => Model::Essp { staleness: 1 << 20 },
+            Op::Hit | Op::InPlace | Op::ManyHit | Op::ManyInPlace | Op::Range => {
+                Model::Essp { staleness: 1 << 20 }
+            }
             Op::Read | Op::ManyRead | Op::Inc => Model::Async,
             Op::Push => Model::Essp { staleness: 3 },
         }
     }
 
     fn reads(self) -> ReadOptions {
-        // All but one are about what happens over a network.
-        ReadOptions { copies: self != Op::InPlace }
+        // All others are about what happens over a network.
+        ReadOptions { copies: !matches!(self, Op::InPlace | Op::ManyInPlace | Op::Range) }
     }
 
     /// Whether each worker has rows of its own.
@@ -133,7 +153,7 @@ pub struct ThroughputOptions {
     /// For many-read: numbers of READs in flight to one shard, separated by commas
     #[arg(long, short = 'o', value_name = "LIST", value_delimiter = ',', default_value = "16", value_parser = value_parser!(u32).range(1..=1024))]
     pub outstanding: Vec<u32>,
-    /// Rows of one get_many, and rows that are updated between two clocks
+    /// Rows of one get_many or get_range, and rows that are updated between two clocks
     #[arg(long, default_value_t = 256, value_name = "ROWS", value_parser = value_parser!(u32).range(1..=1 << 20))]
     pub batch: u32,
     /// How long each setting is measured

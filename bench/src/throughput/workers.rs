@@ -190,7 +190,7 @@ impl<'a> Mover<'a> {
             op if op.writes() => number * batch,
             _ => (number * batch) % setting.rows(),
         };
-        let many = matches!(op, Op::ManyHit | Op::ManyRead);
+        let many = matches!(op, Op::ManyHit | Op::ManyInPlace | Op::Range | Op::ManyRead);
         let width = table.width() * if many { batch as usize } else { 1 };
         Mover {
             setting,
@@ -216,7 +216,7 @@ impl<'a> Mover<'a> {
 
     /// Fills the cache.
     fn prepare(&mut self) -> Result<()> {
-        if matches!(self.setting.op, Op::Hit | Op::InPlace | Op::ManyHit) {
+        if matches!(self.setting.op, Op::Hit | Op::InPlace | Op::ManyHit | Op::ManyInPlace | Op::Range) {
             fill(&mut self.worker, self.table)?;
         }
         Ok(())
@@ -234,7 +234,12 @@ impl<'a> Mover<'a> {
                 }
                 Ok(EACH)
             }
-            Op::ManyHit | Op::ManyRead => {
+            Op::Range => {
+                worker.get_range(table, self.rows[0], &mut self.values)?;
+                black_box(&self.values);
+                Ok(self.rows.len() as u64)
+            }
+            Op::ManyHit | Op::ManyInPlace | Op::ManyRead => {
                 worker.get_many(table, &self.rows, &mut self.values)?;
                 black_box(&self.values);
                 let (batch, all) = (self.rows.len() as u64, table.rows());
