@@ -227,10 +227,13 @@ impl Setting {
         }
     }
 
-    /// What one worker can do at best, for a row.
+    /// What one worker can do at best: a copy of each row, or of all rows of one call at once.
     fn limit(&self) -> Limit {
-        let size = self.size as usize;
-        Limit::copy(size, size * self.rows().min(self.batch.into()) as usize)
+        let (size, batch) = (self.size as usize, self.size as usize * self.batch as usize);
+        match self.op {
+            Op::ManyHit | Op::ManyInPlace | Op::Range => Limit::copy(batch, batch),
+            _ => Limit::copy(size, size * self.rows().min(self.batch.into()) as usize),
+        }
     }
 }
 

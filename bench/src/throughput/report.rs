@@ -113,7 +113,8 @@ impl fmt::Display for Throughput {
         if self.rows.iter().any(|row| row.limit.is_some()) {
             writeln!(
                 f,
-                "The limit is a copy of each row (see `fervor-bench limits`) by each worker that has a core of its own; for push, by one."
+                "The limit is a copy of each row (see `fervor-bench limits`), or of all rows of one call at once, by each worker \
+                 that has a core of its own; for push, by one."
             )?;
         }
         let mut table =
@@ -138,7 +139,8 @@ impl Row {
     /// What part this is of what the machine allows.
     fn share(&self, limit: &Limit, cores: usize) -> f64 {
         let copiers = if self.op == Op::Push.name() { 1 } else { usize::from(self.workers).min(cores) };
-        self.rows_per_second * limit.ns / 1e9 / copiers as f64
+        let bytes = limit.bytes.unwrap_or(self.size.into());
+        self.bytes_per_second / bytes as f64 * limit.ns / 1e9 / copiers as f64
     }
 }
 
