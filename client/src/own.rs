@@ -25,7 +25,7 @@ use fervor_protocol::{
     Element,
     ack::acknowledged,
     inclusion::{Contained, contained},
-    mutants::{Mutant, mutant},
+    mutants::{Mutant, mutant, pause},
     value::Transit,
 };
 
@@ -72,8 +72,6 @@ pub struct Horizon {
     /// When copies that were READ at this clock can no longer be used: the least that the model needs now. Of tables
     /// whose rows are kept when they are READ.
     pub needed: Option<u64>,
-    /// The clock that is known now.
-    pub known: u64,
 }
 
 /// A slab that has been handed over.
@@ -139,11 +137,16 @@ impl<E: Element> ShardUpdates<E> {
     }
 
     /// Lets those go that every copy to come contains.
-    pub fn retire(&mut self, horizon: &Horizon) {
+    /// `known` loads the clock that is known.
+    pub fn retire(&mut self, horizon: &Horizon, known: &dyn Fn() -> u64) {
         while let Some(first) = self.outstanding.front_mut() {
             let early = || mutant(Mutant::SlabReusedEarly) && first.slab.last_batch().is_some();
+            let before = mutant(Mutant::KnownBeforeAcknowledged).then(known);
+            pause();
             let Some(lsn) = first.slab.applied().or_else(|| early().then_some(0)) else { break };
-            let known = *first.known.get_or_insert(horizon.known);
+            // SYNC POINT: loaded after the slab was found acknowledged. A READ that another worker posted before the shard applied
+            // the slab is trusted for the clock that was known then: at most this one.
+            let known = *first.known.get_or_insert_with(|| before.unwrap_or_else(known));
             let contained = horizon.at_once
                 || lsn <= horizon.round_lsn
                 || first.slab.last_batch().is_some_and(|batch| batch <= horizon.visible)
@@ -296,7 +299,7 @@ pub trait AnyUpdates: Send {
     /// Ends the clock `stamp`: the slab of each shard in which something was updated.
     fn hand_over(&mut self, stamp: u64, each: &mut dyn FnMut(usize, Arc<dyn AnySlab>));
     /// Lets slabs go, given what each shard's horizon is.
-    fn retire(&mut self, horizon: &mut dyn FnMut(usize) -> Horizon);
+    fn retire(&mut self, horizon: &mut dyn FnMut(usize) -> Horizon, known: &dyn Fn(usize) -> u64);
     /// Updates not yet visible to all, of a value-bounded table.
     fn transit(&mut self) -> Option<&mut Transit>;
 }
@@ -339,10 +342,10 @@ impl<E: Element> AnyUpdates for Updates<E> {
         }
     }
 
-    fn retire(&mut self, horizon: &mut dyn FnMut(usize) -> Horizon) {
+    fn retire(&mut self, horizon: &mut dyn FnMut(usize) -> Horizon, known: &dyn Fn(usize) -> u64) {
         for (shard, updates) in self.shards.iter_mut().enumerate() {
             if !updates.outstanding.is_empty() {
-                updates.retire(&horizon(shard));
+                updates.retire(&horizon(shard), &|| known(shard));
             }
         }
     }
@@ -357,7 +360,7 @@ mod tests {
     use super::*;
     use crate::slab::Delivery;
 
-    const NOTHING: Horizon = Horizon { at_once: false, round_lsn: 0, visible: 0, needed: None, known: 0 };
+    const NOTHING: Horizon = Horizon { at_once: false, round_lsn: 0, visible: 0, needed: None };
 
     fn clock(updates: &mut ShardUpdates<i64>, stamp: u64, value: i64) -> Arc<Delivery> {
         updates.current().add(3, &[value], false);
@@ -412,16 +415,16 @@ mod tests {
             (Horizon { round_lsn: 6, ..NOTHING }, false),
             (Horizon { round_lsn: 7, ..NOTHING }, true),
             (Horizon { visible: 1, ..NOTHING }, true),
-            (Horizon { needed: Some(4), known: 4, ..NOTHING }, false),
-            (Horizon { needed: Some(5), known: 4, ..NOTHING }, true),
+            (Horizon { needed: Some(4), ..NOTHING }, false),
+            (Horizon { needed: Some(5), ..NOTHING }, true),
         ];
         for (horizon, goes) in horizons {
             let mut updates = ShardUpdates::<i64>::new(10, 1, None);
             let delivery = clock(&mut updates, 0, 1);
-            updates.retire(&horizon);
+            updates.retire(&horizon, &|| 4);
             assert_eq!(updates.outstanding.len(), 1, "not before it is acknowledged");
             delivery.acknowledged(0, 7);
-            updates.retire(&horizon);
+            updates.retire(&horizon, &|| 4);
             assert_eq!(updates.outstanding.is_empty(), goes, "{horizon:?}");
         }
     }
@@ -431,7 +434,7 @@ mod tests {
         let mut updates = ShardUpdates::<i64>::new(10, 1, None);
         for stamp in 0..MANY as u64 + 3 {
             clock(&mut updates, stamp, 1).acknowledged(0, stamp + 1);
-            updates.retire(&NOTHING);
+            updates.retire(&NOTHING, &|| 0);
         }
         assert_eq!((updates.outstanding.len(), updates.floor), (MANY, 3));
         assert_eq!(get(&updates, 2, 2, 99), Err(Incomplete::Stale));

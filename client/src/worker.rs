@@ -279,27 +279,25 @@ impl<T: Transport> Worker<T> {
     /// Lets those updates go that every copy to come contains.
     fn retire(&mut self) {
         let core = &*self.core;
-        let tables = core.tables.read().unwrap_or_else(std::sync::PoisonError::into_inner);
         for (table, updates) in self.updates.iter_mut().enumerate() {
             let Some(updates) = updates else { continue };
-            let schema = tables[table].schema();
-            let needed = clock::needed(schema.model, self.clock);
-            let keeps_reads = schema.cached() && !schema.eager();
-            updates.retire(&mut |shard| {
+            let (model, cached, eager) = {
+                let tables = core.tables.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let schema = tables[table].schema();
+                (schema.model, schema.cached(), schema.eager())
+            };
+            let needed = (cached && !eager).then(|| clock::needed(model, self.clock));
+            let horizon = &mut |shard: usize| {
                 let link = &core.links[shard];
-                let in_place = link.place.get().is_some();
+                let visible = || link.visible.load(Ordering::Acquire);
                 Horizon {
-                    at_once: in_place || !schema.cached(),
-                    round_lsn: if schema.model.eager() { link.known().round_lsn } else { 0 },
-                    visible: if schema.model.value_bounded() {
-                        link.visible.load(Ordering::Acquire)
-                    } else {
-                        0
-                    },
-                    needed: keeps_reads.then_some(needed),
-                    known: link.round(),
+                    at_once: link.place.get().is_some() || !cached,
+                    round_lsn: if model.eager() { link.known().round_lsn } else { 0 },
+                    visible: if model.value_bounded() { visible() } else { 0 },
+                    needed,
                 }
-            });
+            };
+            updates.retire(horizon, &|shard| core.links[shard].round());
         }
     }
 

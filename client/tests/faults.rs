@@ -67,7 +67,10 @@ fn tables_that_cannot_be() {
     let copies = site.client(options(true));
     let options = TableOptions { cache_bytes: Some(2 * 4 * 416 - 1), ..TableOptions::default() };
     let small = copies.table_with::<f32>("small", 100, 100, Model::Bsp, options);
-    refused(small, &["1663 bytes of cache", "416 bytes each", "at least 4", "ClientOptions::cache_bytes"]);
+    refused(
+        small,
+        &["1663 bytes of cache", "416 bytes each", "At least 4 rows", "ClientOptions::cache_bytes"],
+    );
     copies.close().unwrap();
     // The same name with anything else is shown both ways; the same schema joins.
     let table = client.table::<f32>("t", 10, 4, Model::Essp { staleness: 3 }).unwrap();

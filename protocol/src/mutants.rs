@@ -40,6 +40,7 @@ pub enum Mutant {
     MirrorUnfilled,
     FloorForgotten,
     SlabDroppedEarly,
+    KnownBeforeAcknowledged,
     SlabReusedEarly,
     WishesOutOfOrder,
     ClockEndsEarly,
@@ -131,6 +132,8 @@ catalogue! {
         "slabs are dropped while copies may lack them, and nothing remembers it (client OwnUpdates::drop_oldest)"
     SlabDroppedEarly "slab-dropped-early" "4 own updates count once"
         "a slab is dropped when it is acknowledged, though a copy may lack it (client OwnUpdates::retire)"
+    KnownBeforeAcknowledged "known-before-acknowledged" "4 own updates count once"
+        "a slab is taken to be in all copies of clocks that rose before it was acknowledged (client ShardUpdates::retire)"
     SlabReusedEarly "slab-reused-early" "7 exactly once; references"
         "a slab's memory is used again before the shard has applied it (client OwnUpdates::retire, engine)"
     WishesOutOfOrder "wishes-out-of-order" "6 slots"
