@@ -13,6 +13,10 @@
 //! | pushed when the clock rises | the last closed round was closed at its LSN or later, or (VAP) it is visible |
 //! | kept when they are READ | copies that were READ before it was acknowledged have become too old to be used |
 //!
+//! In the last case, other workers READ copies into the same cache. The clock that is loaded *after* the slab was found
+//! acknowledged is at least the one that any such copy without the slab is trusted for. A clock loaded before could
+//! be too low: the slab would go while such a copy is still used.
+//!
 //! **The floor.** Where copies may be very old, that can take long, or never happen. So if there are more
 //! than [`MANY`] slabs and the oldest is acknowledged, it goes anyway, and the *floor* rises to its LSN. A
 //! copy with an LSN below the floor may lack an update that is no longer here. It must not be used, unless it
