@@ -269,17 +269,14 @@ impl<E: Element> Slab<E> {
 
     /// Adds to single elements of `row`, as [`Slab::add`].
     pub fn add_at(&mut self, row: u32, pairs: &[(u32, E)], finite: bool) -> bool {
-        let entry = match self.index.get(row) {
-            0 => {
-                self.cells.push(Cells { row, pairs: Vec::new(), limit: FEW_CELLS });
-                let entry = SPARSE | self.cells.len() as u32;
-                self.index.set(row, entry);
-                entry
-            }
-            entry => entry,
-        };
+        let mut entry = self.index.get(row);
         if finite && !self.sums_with(entry, pairs) {
             return false;
+        }
+        if entry == 0 {
+            self.cells.push(Cells { row, pairs: Vec::new(), limit: FEW_CELLS });
+            entry = SPARSE | self.cells.len() as u32;
+            self.index.set(row, entry);
         }
         if entry & SPARSE == 0 {
             add_pairs(self.values_mut(entry as usize - 1), pairs);
@@ -296,11 +293,14 @@ impl<E: Element> Slab<E> {
         true
     }
 
-    /// Whether what `entry` has of the columns of `pairs` is finite with them added.
+    /// Whether what `entry` has of the columns of `pairs` is finite with them added. There may be no entry.
     fn sums_with(&self, entry: u32, pairs: &[(u32, E)]) -> bool {
         let magnitudes = |pairs: &[(u32, E)]| pairs.iter().map(|pair| pair.1.to_f64().abs()).sum::<f64>();
-        let whole = (entry & SPARSE == 0).then(|| self.values(entry as usize - 1));
-        let cells = || &self.cells[(entry & !SPARSE) as usize - 1].pairs;
+        let whole = (entry != 0 && entry & SPARSE == 0).then(|| self.values(entry as usize - 1));
+        let cells = || match entry {
+            0 => &[][..],
+            entry => &self.cells[(entry & !SPARSE) as usize - 1].pairs,
+        };
         let before = match whole {
             Some(values) => {
                 pairs.iter().map(|pair| values[pair.0 as usize].to_f64().abs()).fold(0.0, f64::max)
@@ -423,7 +423,8 @@ impl<E: Element> Slab<E> {
         let mut index = std::mem::replace(&mut self.index, RowIndex::new(0));
         index.clear((0..self.rows).map(|at| self.row(at)).chain(self.cells.iter().map(|cells| cells.row)));
         self.index = index;
-        // What a single great clock needed is given back; what two did may be needed again. Of the pool all have use.
+        // What one great clock needed is given back. What two clocks needed is kept: the next may need it, too. Pieces of the
+        // pool are given back: other workers need them.
         let used = self.rows.div_ceil(1 << self.geometry.shift);
         self.blocks.truncate(if self.pool.is_some() { 1 } else { used.min(self.used_before).max(1) });
         self.used_before = used;

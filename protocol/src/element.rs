@@ -44,9 +44,9 @@ impl fmt::Display for ElementType {
     }
 }
 
-/// Compiles a function several times, for vectors of several widths; a call runs the one for the widest vectors that this
-/// processor has. What it calls is compiled so, too, if it is inlined. A call costs a few instructions more, so the
-/// function should have some hundred bytes to work on.
+/// Compiles a function several times, for vectors of several widths. A call runs the version for the widest vectors that this
+/// processor has. What the function calls is compiled likewise if it is inlined. Such a call costs some ten instructions
+/// more than another. The crate that uses this depends on `multiversion`.
 #[macro_export]
 macro_rules! wide {
     ($function:item) => {

@@ -65,6 +65,10 @@ fn a_sum_that_is_not_finite_is_refused_and_changes_nothing() {
         slab.add(3, &[3e38; 4], false) && slab.add(3, &[3e38; 4], false),
         "where the table takes infinity"
     );
+    let mut fresh = Slab::<f32>::new(10, 4, None);
+    assert!(!fresh.add(1, &[f32::NAN; 4], true) && !fresh.add_small(2, 1, &[f32::NAN], true));
+    assert!(!fresh.add_at(3, &[(0, 2e38), (0, 2e38)], true));
+    assert!(fresh.is_empty(), "nothing is to be sent");
 }
 
 /// Memory that a server sees: all pieces, as bytes.
