@@ -104,8 +104,7 @@ impl<T: Transport> Poller<T> {
             if self.turn() > 0 {
                 idle = 0;
             } else if idle < T::AWAKE_TURNS {
-                self.transport.relax(idle);
-                idle += 1;
+                idle = self.transport.relax(idle);
             } else {
                 self.endpoint.wait(self.until_next_push().unwrap_or(SLEEP));
             }
@@ -129,8 +128,7 @@ impl<T: Transport> Poller<T> {
             if self.posting.is_empty() || self.transport.now() >= end {
                 break;
             }
-            self.transport.relax(turn);
-            turn += 1;
+            turn = self.transport.relax(turn);
         }
     }
 
