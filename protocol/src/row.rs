@@ -32,7 +32,7 @@
 //! gives it a new even value after. So an unchanged, even version proves the copy without a hash. Images that
 //! nobody copies over a network need no check at all.
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::{
@@ -181,13 +181,13 @@ pub struct Seal {
 impl Seal {
     /// For images of `image_bytes` bytes of data.
     pub fn new(image_bytes: usize) -> Self {
-        Self { zero: xxh3_64(&vec![0; image_bytes]) ^ word(Version(0)) }
+        Self { zero: XxHash3_64::oneshot(&vec![0; image_bytes]) ^ word(Version(0)) }
     }
 
     /// The check of `data` in this version.
     #[inline]
     pub fn check(&self, version: Version, data: &[u8]) -> u64 {
-        xxh3_64(data) ^ word(version) ^ self.zero
+        XxHash3_64::oneshot(data) ^ word(version) ^ self.zero
     }
 
     /// Whether `header` and `data` are of one version.
