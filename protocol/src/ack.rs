@@ -17,7 +17,7 @@
 //! ([`Receives`]).
 //!
 //! **Rounds.** A WRITE with immediate closes the round of clock `C`. It also writes the shard's LSN of that
-//! moment into one of a few words at the client, together with the low bits of `C`. A later round may have
+//! moment into one of two words at the client, together with the low bits of `C`. A later round may have
 //! overwritten that word. The low bits let the client notice this ([`round_word`]).
 //!
 //! **Announcements.** For clients on its own host, a shard keeps rings of the same words in its exported
@@ -28,7 +28,7 @@
 //! is applied once.
 
 use crate::{
-    limits::{ACK_RING, ACK_SEQUENCE_BITS, IMMEDIATE_BITS, ROUND_WORDS},
+    limits::{ACK_RING, ACK_SEQUENCE_BITS, CONTROL_PUSHED, CONTROL_ROUNDS, IMMEDIATE_BITS},
     mutants::{Mutant, mutant},
 };
 
@@ -54,9 +54,16 @@ pub fn acknowledged(word: u64, sequence: u64) -> Option<u64> {
     (word & ((1 << LSN_BITS) - 1)).checked_sub(1)
 }
 
-/// Index of the word that tells the LSN of the round of `clock`.
-pub fn round_index(clock: u64) -> usize {
-    (clock % ROUND_WORDS as u64) as usize
+/// Byte offset in the control block of the word that tells the LSN of the round of `clock`.
+pub fn round_offset(clock: u64) -> usize {
+    CONTROL_ROUNDS + 16 * (clock % 2) as usize
+}
+
+/// What one WRITE puts into the control block to close the round of `clock` as of `lsn`, after `pushed` bytes of pushes: byte offset
+/// and words.
+pub fn round_words(clock: u64, lsn: u64, pushed: u64) -> (usize, [u64; 2]) {
+    let word = round_word(clock, lsn);
+    if clock.is_multiple_of(2) { (CONTROL_ROUNDS, [word, pushed]) } else { (CONTROL_PUSHED, [pushed, word]) }
 }
 
 /// The word that tells that the round of `clock` was closed when the shard stood at `lsn`.

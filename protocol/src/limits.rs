@@ -3,7 +3,7 @@
 /// First bytes of every handshake: "FRVR".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"FRVR");
 /// Version of the protocol. Client and server must agree on it exactly.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Bytes before the data of an image: version, check.
 pub const ROW_HEADER: usize = 16;
@@ -43,14 +43,20 @@ pub const CLIENT_RECEIVES: usize = 16;
 /// Fewest that it may grant: one for everything, and one for the last word.
 pub const LEAST_RECEIVES: usize = 2;
 
-/// Words in which a client is told the LSN at which a round was closed: round `C` uses word `C % ROUND_WORDS`.
-pub const ROUND_WORDS: usize = 2;
-/// Bytes of a client's control block for one shard: the acknowledgement ring, the bytes pushed, the round words.
-pub const CONTROL_BYTES: usize = (ACK_RING + 16) * 8;
+/// Bytes of a client's control block for one shard: the acknowledgement ring, then three words.
+///
+/// ```text
+/// │ ring of acknowledgements │ round of an even clock │ bytes pushed │ round of an odd clock │
+/// ```
+///
+/// So one WRITE of two words closes a round of either kind, and tells the bytes pushed.
+pub const CONTROL_BYTES: usize = (ACK_RING + 8) * 8;
+/// Byte offset in the control block of the words that tell the LSN at which a round was closed.
+pub const CONTROL_ROUNDS: usize = ACK_RING * 8;
 /// Byte offset in the control block of the count of bytes pushed.
-pub const CONTROL_PUSHED: usize = ACK_RING * 8;
-/// Byte offset in the control block of the round words.
-pub const CONTROL_ROUNDS: usize = (ACK_RING + 8) * 8;
+pub const CONTROL_PUSHED: usize = CONTROL_ROUNDS + 8;
+/// Byte offset in the control block of a word that is used by a mutant alone.
+pub const CONTROL_SPARE: usize = CONTROL_ROUNDS + 24;
 /// Bytes at the start of a shard's region before the rings of announcements: the shard clock, on a cache line of its own.
 pub const REGION_HEADER: usize = 128;
 /// Bytes of a ring of announcements.
@@ -68,6 +74,6 @@ const _: () = assert!((ACK_RING as u64) < 1 << ACK_SEQUENCE_BITS);
 // A version has the LSN of an acknowledgement, the count and the busy bit.
 const _: () = assert!(64 - ACK_SEQUENCE_BITS + COUNT_BITS < 64);
 const _: () = assert!(IMAGE_ALIGN.is_multiple_of(ROW_HEADER) && BLOCK_BYTES.is_multiple_of(8));
-const _: () = assert!(CONTROL_BYTES.is_multiple_of(64) && CONTROL_ROUNDS + 8 * ROUND_WORDS <= CONTROL_BYTES);
+const _: () = assert!(CONTROL_BYTES.is_multiple_of(64) && CONTROL_SPARE + 8 <= CONTROL_BYTES);
 // Every column of a row can be named by a record, and a record of one value fits a message.
 const _: () = assert!(MAX_ROW_BYTES <= u32::MAX as usize);

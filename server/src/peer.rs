@@ -10,9 +10,9 @@
 use std::collections::VecDeque;
 
 use fervor_protocol::{
-    ack::{Immediate, ack_offset, ack_word, round_index, round_word},
+    ack::{Immediate, ack_offset, ack_word, round_words},
     batch::Source,
-    limits::{CONTROL_BYTES, CONTROL_PUSHED, CONTROL_ROUNDS},
+    limits::{CONTROL_BYTES, CONTROL_PUSHED, CONTROL_SPARE},
     mutants::{Mutant, mutant},
     wire::Hello,
 };
@@ -210,27 +210,30 @@ impl<C: Connection> Peer<C> {
     /// The connection is broken.
     pub fn tell(&mut self, immediate: Immediate) -> Result<(), PostError> {
         let pushed = self.pushed.to_le_bytes();
-        self.write_word(CONTROL_PUSHED, &pushed, Some(immediate))
+        self.write_words(CONTROL_PUSHED, &pushed, Some(immediate))
     }
 
-    /// Closes the round of `clock`, of which all has been posted: the LSN, the bytes, and the immediate with the last word.
+    /// Closes the round of `clock`, of which all has been posted: one WRITE of the LSN and the bytes, with the immediate.
     ///
     /// # Errors
     /// The connection is broken.
     pub fn close_round(&mut self, clock: u64, lsn: u64) -> Result<(), PostError> {
         if mutant(Mutant::RoundByPlainWrite) {
-            self.write_word(CONTROL_PUSHED + 8, &clock.to_le_bytes(), None)?;
+            self.write_words(CONTROL_SPARE, &clock.to_le_bytes(), None)?;
         }
-        let pushed = self.pushed.to_le_bytes();
-        self.write_word(CONTROL_PUSHED, &pushed, None)?;
-        let word = round_word(clock, lsn).to_le_bytes();
-        self.write_word(CONTROL_ROUNDS + 8 * round_index(clock), &word, Some(Immediate::Round(clock)))
+        let (at, words) = round_words(clock, lsn, self.pushed);
+        self.write_words(at, words.map(u64::to_le_bytes).as_flattened(), Some(Immediate::Round(clock)))
     }
 
-    fn write_word(&mut self, at: usize, word: &[u8], immediate: Option<Immediate>) -> Result<(), PostError> {
+    fn write_words(
+        &mut self,
+        at: usize,
+        words: &[u8],
+        immediate: Option<Immediate>,
+    ) -> Result<(), PostError> {
         let remote = self.region.at(self.control + at as u64);
         let signal = immediate.map(|_| self.serial);
-        self.connection.write(Payload::Inline(word), remote, immediate.map(Immediate::encode), signal)?;
+        self.connection.write(Payload::Inline(words), remote, immediate.map(Immediate::encode), signal)?;
         self.unsignalled &= immediate.is_none();
         Ok(())
     }

@@ -49,7 +49,7 @@ fn handshakes_that_make_no_sense_are_refused_with_the_reason() {
         (Box::new(|_| vec![]), "not a handshake"),
         (Box::new(|_| vec![7; 48]), "not a handshake"),
         (Box::new(|hello| hello.as_bytes()[..20].to_vec()), "not a handshake"),
-        (Box::new(|hello| hello.with_version(77).as_bytes().to_vec()), "server 2, client 77"),
+        (Box::new(|hello| hello.with_version(77).as_bytes().to_vec()), "server 3, client 77"),
         (Box::new(|hello| with(hello.as_bytes().to_vec(), 6, 9)), "unknown role"),
         (Box::new(field(|hello| hello.shard = 3)), "shard = 3, but the server has 1"),
         (Box::new(field(|hello| hello.clients = 0)), "clients = 0"),
@@ -80,7 +80,7 @@ fn a_client_tells_what_is_wrong_with_a_server() {
     (good.shards, good.credits, good.message_bytes) = (1, 8, MESSAGE_BYTES as u32);
     let good = good.as_bytes().to_vec();
     let answers: Vec<(Option<Vec<u8>>, &str)> = vec![
-        (Some(with(good.clone(), 4, 77)), "client 2, server 77"),
+        (Some(with(good.clone(), 4, 77)), "client 3, server 77"),
         (Some(vec![3; 56]), "not a handshake of Fervor"),
         (Some(good[..30].to_vec()), "not a handshake of Fervor"),
         (Some(with(good.clone(), 44, 200)), "grants 200 messages"),

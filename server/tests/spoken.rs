@@ -8,9 +8,9 @@ use std::{
 use fervor_client::Model;
 use fervor_protocol::{
     Schema,
-    ack::{Immediate, round_index, round_lsn},
+    ack::{Immediate, round_lsn, round_offset},
     batch::{BatchWriter, END_OF_CLOCK, PART, SectionHeader},
-    limits::{CONTROL_PUSHED, CONTROL_ROUNDS, MESSAGE_BYTES, ROW_HEADER},
+    limits::{CONTROL_PUSHED, MESSAGE_BYTES, ROW_HEADER},
     row::{Header, Seal},
     wire::{
         Hold, Kind, MemoryHeader, NOT_SEEN, NamedReply, PUSH_ONCE, ReleaseHeader, SUBSCRIBE, TableReply,
@@ -92,7 +92,7 @@ fn a_slot_is_announced_free_after_its_last_push() {
     raw.until("the second round", |raw| raw.immediates.contains(&Immediate::Round(2)).then_some(()));
     let (header, row) = raw.slot(SLOTS);
     assert_eq!(row[0], 2.0);
-    let told = round_lsn(raw.region.memory().load(CONTROL_ROUNDS + 8 * round_index(2)), 2);
+    let told = round_lsn(raw.region.memory().load(round_offset(2)), 2);
     assert_eq!(told, Some(header.version.lsn()), "nothing was applied after it");
     assert!(raw.region.memory().load(CONTROL_PUSHED) >= 2 * (ROW_HEADER + IMAGE) as u64);
     // Once given up, it is announced free, and nothing comes any more.

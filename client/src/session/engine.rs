@@ -15,9 +15,9 @@ use std::{
 };
 
 use fervor_protocol::{
-    ack::{Immediate, round_index, round_lsn},
+    ack::{Immediate, round_lsn, round_offset},
     batch::{BatchWriter, HEADERS, SECTION},
-    limits::{CLIENT_RECEIVES, CONTROL_PUSHED, CONTROL_ROUNDS, MESSAGE_BYTES},
+    limits::{CLIENT_RECEIVES, CONTROL_PUSHED, CONTROL_SPARE, MESSAGE_BYTES},
     mutants::{Mutant, mutant},
     wire::{Kind, MessageHeader, SlotRecord, UNSUBSCRIBE},
 };
@@ -159,7 +159,7 @@ impl<T: Transport> Engine<T> {
         match Immediate::decode(bits, &channel.heard) {
             Ok(Immediate::Round(clock)) => {
                 channel.heard.round = clock;
-                let word = self.control.load(link.control + CONTROL_ROUNDS + 8 * round_index(clock));
+                let word = self.control.load(link.control + round_offset(clock));
                 // Those of batches applied before the round was closed are visible: see `link`.
                 self.take_acknowledgements(shard, around);
                 if let Some(lsn) = round_lsn(word, clock) {
@@ -183,7 +183,7 @@ impl<T: Transport> Engine<T> {
     fn take_acknowledgements(&mut self, shard: usize, around: &Surroundings<'_, T::View>) -> usize {
         let link = &around.links[shard];
         if mutant(Mutant::RoundByPlainWrite) {
-            link.rise(self.control.load(link.control + CONTROL_PUSHED + 8));
+            link.rise(self.control.load(link.control + CONTROL_SPARE));
         }
         let taken = self.channels[shard].take_acknowledgements(link, &self.control);
         // Words and immediates are found in either order: what this message gave up may have been announced free.
