@@ -9,13 +9,12 @@ use std::{
             AtomicBool, AtomicU32,
             Ordering::{Relaxed, SeqCst},
         },
-        mpsc,
     },
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use fervor_client::{Client, Error, Model, Table, Worker};
 use hdrhistogram::Histogram;
 
@@ -32,7 +31,7 @@ const BURST: usize = 16;
 const MISS_BYTES: usize = 4 << 20;
 /// Groups of `inc`s between two clocks, which are not timed.
 const CLOCK_EVERY: u64 = 64;
-/// Clocks that the reader of `visible` is ahead of the writer, so that the shard clock is the writer's.
+/// The reader of `visible` ends as many clocks at once, before the writer does, so that the shard clock is the writer's.
 const AHEAD: u64 = 8;
 /// How long an update may take to be seen, and a cache to warm up.
 const LONG: Duration = Duration::from_secs(10);
@@ -89,8 +88,8 @@ pub enum Prepared {
     Inc(Seat),
     /// See [`Op::Clock`].
     Clock(Seat),
-    /// See [`Op::Visible`]: the reader, and the thread of the writer.
-    Visible(Seat, Writer),
+    /// See [`Op::Visible`]: the reader and the writer.
+    Visible(Seat, Seat),
     /// See [`Op::Barrier`]: one client, and the thread of the other.
     Barrier(Seat, Partner),
 }
@@ -237,41 +236,24 @@ impl Seat {
         Ok(())
     }
 
-    /// One update after the other: has the writer make it, and reads until it is there. For how many updates the reader had to READ.
-    fn visible(&mut self, writer: &Writer, load: Load, histogram: &mut Histogram<u64>) -> Result<u64> {
+    /// One update of `writer` after the other, read here until it is there. For how many updates this had to READ.
+    ///
+    /// One thread is both clients: where cores are few, a thread for each would measure how the kernel places three.
+    fn visible(&mut self, writer: &mut Seat, load: Load, histogram: &mut Histogram<u64>) -> Result<u64> {
+        let delta = vec![1; writer.row.len()];
         let mut seen = self.row[0];
         let (mut misses, mut read_instead) = (self.worker.stats().misses, 0);
         let mut schedule = load.begin(1);
         while let Some(due) = schedule.next_due() {
-            self.worker.clock()?;
-            writer.go.send(()).context("the writer is gone")?;
-            let start = Instant::now();
-            let mut doubt = start + DOUBT;
-            loop {
-                for _ in 0..BURST {
-                    self.worker.get(&self.table, 0, &mut self.row)?;
-                    if self.row[0] != seen {
-                        break;
-                    }
-                }
-                let now = Instant::now();
-                // Where cores are few, the server may need this one to do what is being waited for.
-                thread::yield_now();
-                if self.row[0] != seen {
-                    // The writer tells when it began before it begins.
-                    let began = writer.began.recv().context("the writer is gone")??;
-                    let start = if load.rate.is_some() { due } else { began };
-                    record(histogram, (now - start).as_nanos() as u64);
-                    break;
-                }
-                if now > doubt {
-                    self.ask_for_life()?;
-                    doubt = Instant::now() + DOUBT;
-                }
-                if now - start > LONG {
-                    bail!("an update was not seen within {LONG:?}");
-                }
+            // Not between two updates: it would be in the way of the second.
+            if seen as u64 % AHEAD == 0 {
+                (0..AHEAD).try_for_each(|_| self.worker.clock())?;
             }
+            let start = if load.rate.is_some() { due } else { Instant::now() };
+            writer.worker.inc(&writer.table, 0, &delta)?;
+            writer.worker.clock()?;
+            let now = self.await_change(seen)?;
+            record(histogram, (now - start).as_nanos() as u64);
             ensure!(
                 self.row[0] == seen + 1,
                 "the row went from {seen} to {}, but one update adds 1",
@@ -282,6 +264,28 @@ impl Seat {
             read_instead += u64::from(misses > before);
         }
         Ok(read_instead)
+    }
+
+    /// Reads until the row is not `seen` any more. When that was.
+    fn await_change(&mut self, seen: i32) -> Result<Instant> {
+        let start = Instant::now();
+        let mut doubt = start + DOUBT;
+        loop {
+            for _ in 0..BURST {
+                self.worker.get(&self.table, 0, &mut self.row)?;
+                if self.row[0] != seen {
+                    return Ok(Instant::now());
+                }
+            }
+            // Where cores are few, the server may need this one to do what is being waited for.
+            thread::yield_now();
+            let now = Instant::now();
+            if now > doubt {
+                self.ask_for_life()?;
+                doubt = now + DOUBT;
+            }
+            ensure!(now - start <= LONG, "an update was not seen within {LONG:?}");
+        }
     }
 
     /// READs a row of every shard. A cache that answers does not notice that its servers are gone.
@@ -318,38 +322,6 @@ fn seen_in_cache(read: u64, updates: u64) -> Result<()> {
         "{read} of {updates} updates were READ: the cache alone must show nearly all of them"
     );
     Ok(())
-}
-
-/// The thread that updates, each time it is told to.
-#[derive(Debug)]
-pub struct Writer {
-    go: mpsc::Sender<()>,
-    began: mpsc::Receiver<Result<Instant>>,
-    thread: thread::JoinHandle<Result<()>>,
-}
-
-impl Writer {
-    fn start(mut seat: Seat) -> Self {
-        let (go, orders) = mpsc::channel();
-        let (told, began) = mpsc::channel();
-        let thread = thread::spawn(move || {
-            let delta = vec![1; seat.row.len()];
-            // Ends with the reader's end of the channel.
-            for () in orders {
-                let now = Instant::now();
-                let outcome =
-                    seat.worker.inc(&seat.table, 0, &delta).and_then(|()| seat.worker.clock()).map(|()| now);
-                let _ = told.send(outcome.map_err(Into::into));
-            }
-            seat.close()
-        });
-        Writer { go, began, thread }
-    }
-
-    fn close(self) -> Result<()> {
-        drop(self.go);
-        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    }
 }
 
 /// The thread of the other client of a barrier, which does nothing else.
@@ -403,14 +375,11 @@ impl Prepared {
             Op::Inc => Prepared::Inc(seat(GROUP, Model::Async, 1)?),
             Op::Clock => Prepared::Clock(seat(1, Model::Async, 1)?),
             Op::Visible => {
-                let model = Model::Essp { staleness: 2 * AHEAD as u32 };
+                let model = Model::Essp { staleness: 4 * AHEAD as u32 };
                 let mut reader = seat(1, model, 2)?;
                 let writer = seat(1, model, 2)?;
                 reader.worker.get(&reader.table, 0, &mut reader.row)?;
-                for _ in 0..AHEAD {
-                    reader.worker.clock()?;
-                }
-                Prepared::Visible(reader, Writer::start(writer))
+                Prepared::Visible(reader, writer)
             }
             Op::Barrier => {
                 let (one, other) = (seat(1, Model::Bsp, 2)?, seat(1, Model::Bsp, 2)?);

@@ -10,7 +10,7 @@
 //! | `range` | `get_range` of `--batch` adjacent rows there | it was read |
 //! | `many-read` | `get_many` of `--batch` rows, with `--outstanding` READs in flight | it was read |
 //! | `inc` | `inc` of `--batch` rows of its own, then `clock` | its update was applied: the time until the servers have acknowledged all of them counts |
-//! | `push` | the same under ESSP(3), while a second client holds all rows | the server has pushed it to that client |
+//! | `push` | under ESSP(3): adds to one element of each row of a batch, then `clock`; a second client holds all rows | the server has pushed the whole row to that client |
 //!
 //! The workers are threads of one client. Bytes are those of the rows, without headers. Each setting has a server of its own, unless one is
 //! named, and runs for `--duration`; `BW peak` is the best tenth of a second.
@@ -69,7 +69,7 @@ pub enum Op {
     ManyRead,
     /// `inc` of many rows, then `clock`
     Inc,
-    /// As inc, and the server pushes the rows to another client
+    /// Updates of one element a row, after which the server pushes the whole rows to another client
     Push,
 }
 

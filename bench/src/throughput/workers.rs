@@ -248,19 +248,20 @@ impl<'a> Mover<'a> {
                 }
                 Ok(batch)
             }
-            Op::Inc | Op::Push => {
+            Op::Inc => {
                 for &row in &self.rows {
                     worker.inc(table, row, &self.values)?;
                 }
                 worker.clock()?;
-                if self.setting.op == Op::Push {
-                    // Waits for the reader, so that each clock has a round of its own.
-                    let mut row = std::mem::take(&mut self.values);
-                    let outcome = worker.get(table, self.rows[0], &mut row);
-                    row.fill(1);
-                    self.values = row;
-                    outcome?;
+                Ok(self.rows.len() as u64)
+            }
+            Op::Push => {
+                for &row in &self.rows {
+                    worker.inc_at(table, row, &[(0, 1)])?;
                 }
+                worker.clock()?;
+                // Waits for the reader, so that each clock has a round of its own.
+                worker.get(table, self.rows[0], &mut self.values)?;
                 Ok(self.rows.len() as u64)
             }
         }
