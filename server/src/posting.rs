@@ -237,9 +237,13 @@ impl<T: Transport> Posting<T> {
     }
 
     /// Posts what waits for the clients that have something. How much that was.
+    ///
+    /// Those listed last go first. They are the clients that wait for what others have sent: who sent it is in the list since its
+    /// message was taken.
     pub fn pump(&mut self, core: &mut ShardCore) -> usize {
         let mut posted = 0;
         let mut busy = std::mem::take(&mut self.busy);
+        busy.reverse();
         busy.retain(|id| {
             posted += self.pump_one(core, *id);
             let Some(peer) = self.peer(*id) else { return false };
