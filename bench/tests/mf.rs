@@ -127,7 +127,10 @@ fn bad_input_is_refused_with_the_cure() {
             "--staleness 2 goes with --model ssp or essp",
         ),
         (vec!["mf", "--digits", "--step=-1"], "a step is a number above 0"),
-        (vec!["mf", "--digits", "--server=tcp://a:1"], "shm:///path/to/socket and rdma://host:port"),
+        (
+            vec!["mf", "--digits", "--server=udp://a:1"],
+            "shm:///path/to/socket, rdma://host:port and tcp://host:port",
+        ),
         (vec!["mf", "--digits", "--server=shm:///nonexistent/s.sock"], "/nonexistent/s.sock"),
         (vec!["mf", "--digits", "--client-index=0"], "--server"),
         (vec!["mf", "--digits", "--server=shm:///s", "--client-index=2"], "with --clients 2 it is 0 to 1"),

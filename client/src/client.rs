@@ -82,7 +82,7 @@ impl<T: Transport> fmt::Debug for Client<T> {
 }
 
 impl Client<Host> {
-    /// Connects to the servers at `urls` (`shm:///path/to/socket` or `rdma://host:port`), as a job of one client.
+    /// Connects to the servers at `urls` (`shm:///path/to/socket`, `rdma://host:port` or `tcp://host:port`), as a job of one client.
     ///
     /// # Errors
     /// A URL that makes no sense; a server that is not there or refuses; no memory for the cache.
@@ -98,7 +98,7 @@ impl Client<Host> {
         let addresses: Vec<_> =
             urls.iter().map(|url| Address::from_str(url.as_ref())).collect::<Result<_, _>>()?;
         if addresses.is_empty() {
-            return Err(Error::Servers("no server: give at least one shm:// or rdma:// URL".into()));
+            return Err(Error::Servers("no server: give at least one shm://, rdma:// or tcp:// URL".into()));
         }
         Client::connect_on(&Host::for_addresses(&addresses)?, &addresses, options)
     }

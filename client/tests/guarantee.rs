@@ -1,5 +1,5 @@
 //! The SSP guarantee: every worker adds 1 to its own element each clock; every reader checks every element against the
-//! bound of the table's model, and its own against equality. Over shared memory with real threads, and in the
+//! bound of the table's model, and its own against equality. Over shared memory and TCP with real threads, and in the
 //! simulator, which delivers the worst that the transport's contract allows.
 
 use std::sync::{
@@ -72,6 +72,16 @@ fn over_shared_memory(model: Model) {
     for copies in [false, true] {
         let after = |host: &_, server: &_| job(model, copies).sums(host, server, |_| CLOCKS);
         rows::over_shared_memory(CLIENTS, client(model, copies, CLOCKS), after);
+    }
+}
+
+#[test]
+fn all_models_over_tcp() {
+    const CLOCKS: u64 = 500;
+    for model in MODELS {
+        let after = |host: &_, server: &_| job(model, false).sums(host, server, |_| CLOCKS);
+        let anywhere = "tcp://127.0.0.1:0".parse().unwrap();
+        rows::on_this_machine(&anywhere, CLIENTS, client(model, false, CLOCKS), after);
     }
 }
 

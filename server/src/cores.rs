@@ -3,15 +3,15 @@
 use fervor_verbs::{Error, transport::any::Host};
 
 /// Over RDMA: one shard for each completion vector of the NIC, pinned to the processors near it (sysfs), as
-/// far as this process may use them. Over shared memory, where workers live on the same processors: half as
-/// many shards as there are, pinned nowhere.
+/// far as this process may use them. Over shared memory and TCP, where workers or threads that serve sockets live
+/// on the same processors: half as many shards as there are, pinned nowhere.
 ///
 /// # Errors
 /// The devices cannot be listed.
 pub fn default(transport: &Host) -> Result<Vec<Option<usize>>, Error> {
     let allowed = core_affinity::get_core_ids().unwrap_or_default();
     match transport {
-        Host::Shm(_) => Ok(vec![None; (allowed.len() / 2).max(1)]),
+        Host::Shm(_) | Host::Tcp(_) => Ok(vec![None; (allowed.len() / 2).max(1)]),
         #[cfg(feature = "rdma")]
         Host::Rdma(rdma) => {
             let devices = fervor_verbs::devices::list()?;

@@ -27,7 +27,7 @@ use signal_hook::{
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// Where to listen: shm:///path/to/socket, or rdma://host:port (port 0: any)
+    /// Where to listen: shm:///path/to/socket, rdma://host:port or tcp://host:port (port 0: any)
     #[arg(long, value_name = "URL", default_value = "shm:///tmp/fervor.sock")]
     listen: Address,
 

@@ -1,4 +1,4 @@
-//! The server program and clients as processes: started, killed, told to stop; over shared memory.
+//! The server program and clients as processes: started, killed, told to stop; over shared memory and over TCP.
 //!
 //! A client process is this test program again, with [`CHILD`] in its environment.
 
@@ -87,7 +87,6 @@ fn a_server_that_cannot_start_says_why_and_what_to_do() {
     let _running = Program::start(&address, &["--memory", "1M"]);
     let nowhere = folder.address("no/such/folder/s.sock");
     let other = folder.address("t.sock");
-    let tcp = "--listen=tcp://localhost:1";
     let cases: [(&Address, &[&str], &str); 8] = [
         (&address, &[], "is in use: another server listens there; stop it or choose another address"),
         (&other, &["--memory", "100T"], "ask for less --memory"),
@@ -104,7 +103,8 @@ fn a_server_that_cannot_start_says_why_and_what_to_do() {
         assert!(!output.status.success(), "{arguments:?}: {errors}");
         assert!(errors.contains(text), "{arguments:?}: {errors}\nhas no {text}");
     }
-    let output = Command::new(env!("CARGO_BIN_EXE_fervor-server")).arg(tcp).output().unwrap();
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_fervor-server")).arg("--listen=udp://localhost:1").output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && errors.contains("the scheme is unknown"), "{errors}");
     // The one that runs has lost nothing by it.
@@ -121,15 +121,13 @@ fn a_killed_server_leaves_its_address_to_the_next_one() {
 }
 
 /// What each of the clients of a dying server is at when it dies, and what it gets.
-fn clients_of_a_dying_server(folder: &str, kill: impl FnOnce(&mut Program), check: fn(&Error)) {
-    let folder = Folder::new(folder);
-    let address = folder.address("s.sock");
-    let mut server = Program::start(&address, &["--memory", "4M", "--shards", "2"]);
+fn clients_of_a_dying_server(address: &Address, kill: impl FnOnce(&mut Program), check: fn(&Error)) {
+    let mut server = Program::start(address, &["--memory", "4M", "--shards", "2"]);
     let started = std::sync::Barrier::new(5);
     let killed = std::sync::Barrier::new(5);
     // Returns how long after the kill it had the error.
     let at = |delay: Duration, act: &dyn Fn(&Client) -> Error| {
-        let client = connect(&address, 4);
+        let client = connect(address, 4);
         started.wait();
         killed.wait();
         let killed = Instant::now();
@@ -140,7 +138,7 @@ fn clients_of_a_dying_server(folder: &str, kill: impl FnOnce(&mut Program), chec
     let times = thread::scope(|scope| {
         let waiting = scope.spawn(|| {
             // Blocked in a get, since the others do not end their clocks.
-            let client = connect(&address, 4);
+            let client = connect(address, 4);
             let table = client.table::<f32>("t", 8, 4, Model::Bsp).unwrap();
             let mut worker = client.worker().unwrap();
             worker.clock().unwrap();
@@ -167,7 +165,7 @@ fn clients_of_a_dying_server(folder: &str, kill: impl FnOnce(&mut Program), chec
             })
         });
         let clocking = scope.spawn(|| {
-            let client = connect(&address, 4);
+            let client = connect(address, 4);
             let mut worker = client.worker().unwrap();
             started.wait();
             killed.wait();
@@ -210,19 +208,35 @@ fn nobody_there(error: &Error) -> bool {
     matches!(error, Error::Transport(text) if text.contains("is the server running there?"))
 }
 
-#[test]
-fn clients_of_a_killed_server_get_an_error_within_two_seconds_and_never_hang() {
+/// An address of this machine that no other process of this test has.
+fn over_tcp(number: u32) -> Address {
+    let process = std::process::id();
+    let host = format!("127.{}.{}.{number}", 1 + process % 250, process / 250 % 250);
+    Address::Tcp { host, port: 7471 }
+}
+
+fn clients_of_a_killed_server(address: &Address) {
     clients_of_a_dying_server(
-        "killed",
+        address,
         |server| server.signal("-KILL"),
         |error| assert!(matches!(error, Error::ServerLost { .. }) || nobody_there(error), "{error:?}"),
     );
 }
 
 #[test]
-fn clients_of_a_stopping_server_are_told() {
+fn clients_of_a_killed_server_get_an_error_within_two_seconds_and_never_hang() {
+    let folder = Folder::new("killed");
+    clients_of_a_killed_server(&folder.address("s.sock"));
+}
+
+#[test]
+fn so_do_those_over_tcp() {
+    clients_of_a_killed_server(&over_tcp(1));
+}
+
+fn clients_of_a_stopping_server(address: &Address) {
     clients_of_a_dying_server(
-        "stopped",
+        address,
         |server| {
             server.signal("-TERM");
             let (status, text) = server.end(Duration::from_secs(5));
@@ -233,6 +247,17 @@ fn clients_of_a_stopping_server_are_told() {
             assert!(told || nobody_there(error), "{error:?}");
         },
     );
+}
+
+#[test]
+fn clients_of_a_stopping_server_are_told() {
+    let folder = Folder::new("stopped");
+    clients_of_a_stopping_server(&folder.address("s.sock"));
+}
+
+#[test]
+fn those_over_tcp_are_told_too() {
+    clients_of_a_stopping_server(&over_tcp(2));
 }
 
 #[test]

@@ -19,6 +19,13 @@ pub enum Address {
         /// Local address to connect from.
         from: Option<String>,
     },
+    /// `tcp://host:port`: TCP, where there is no RDMA.
+    Tcp {
+        /// Name or address of the host.
+        host: String,
+        /// The port.
+        port: u16,
+    },
     /// `sim://name`: a node of a simulation, which lives inside one process.
     Sim(String),
 }
@@ -29,7 +36,9 @@ impl FromStr for Address {
     fn from_str(url: &str) -> Result<Self, Error> {
         let bad = |reason: &str| Error::BadAddress { url: url.to_owned(), reason: reason.to_owned() };
         let Some((scheme, rest)) = url.split_once("://") else {
-            return Err(bad("it has no scheme; write shm:///path/to/socket or rdma://host:port"));
+            return Err(bad(
+                "it has no scheme; write shm:///path/to/socket, rdma://host:port or tcp://host:port",
+            ));
         };
         match scheme {
             "shm" if rest.starts_with('/') && rest.len() > 1 => Ok(Address::Shm(rest.into())),
@@ -44,35 +53,51 @@ impl FromStr for Address {
                     }
                     None => (rest, None),
                 };
+                let (host, port) = host_and_port(endpoint)
+                    .map_err(|what| bad(&format!("{what}; write rdma://host:port")))?;
+                Ok(Address::Rdma { host, port, from })
+            }
+            "tcp" => {
                 let (host, port) =
-                    endpoint.rsplit_once(':').ok_or_else(|| bad("it has no port; write rdma://host:port"))?;
-                let port = port.parse().map_err(|_| bad("the port is not a number from 0 to 65535"))?;
-                let host = host.trim_start_matches('[').trim_end_matches(']');
-                if host.is_empty() {
-                    return Err(bad("it has no host; write rdma://host:port"));
-                }
-                Ok(Address::Rdma { host: host.to_owned(), port, from })
+                    host_and_port(rest).map_err(|what| bad(&format!("{what}; write tcp://host:port")))?;
+                Ok(Address::Tcp { host, port })
             }
             "sim" if !rest.is_empty() => Ok(Address::Sim(rest.to_owned())),
-            _ => Err(bad("the scheme is unknown; Fervor has shm:///path/to/socket and rdma://host:port")),
+            _ => Err(bad(
+                "the scheme is unknown; Fervor has shm:///path/to/socket, rdma://host:port and tcp://host:port",
+            )),
         }
     }
+}
+
+/// The two parts of `host:port`, where the host may be `[IPv6]`.
+fn host_and_port(text: &str) -> Result<(String, u16), &'static str> {
+    let (host, port) = text.rsplit_once(':').ok_or("it has no port")?;
+    let port = port.parse().map_err(|_| "the port is not a number from 0 to 65535")?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    if host.is_empty() { Err("it has no host") } else { Ok((host.to_owned(), port)) }
 }
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Address::Shm(path) => write!(f, "shm://{}", path.display()),
+            Address::Tcp { host, port } => write!(f, "tcp://{}:{port}", Bracketed(host)),
             Address::Rdma { host, port, from } => {
-                if host.contains(':') {
-                    write!(f, "rdma://[{host}]:{port}")?;
-                } else {
-                    write!(f, "rdma://{host}:{port}")?;
-                }
+                write!(f, "rdma://{}:{port}", Bracketed(host))?;
                 from.as_ref().map_or(Ok(()), |from| write!(f, "?from={from}"))
             }
             Address::Sim(name) => write!(f, "sim://{name}"),
         }
+    }
+}
+
+/// A host as a URL has it: an IPv6 address in brackets.
+struct Bracketed<'a>(&'a str);
+
+impl fmt::Display for Bracketed<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.contains(':') { write!(f, "[{}]", self.0) } else { f.write_str(self.0) }
     }
 }
 
@@ -82,16 +107,33 @@ mod tests {
 
     #[test]
     fn addresses_round_trip() {
-        for url in ["shm:///tmp/a", "rdma://10.7.0.1:7471", "rdma://[::1]:1?from=::2", "sim://a"] {
+        for url in [
+            "shm:///tmp/a",
+            "rdma://10.7.0.1:7471",
+            "rdma://[::1]:1?from=::2",
+            "tcp://a:1",
+            "tcp://[::1]:7471",
+            "sim://a",
+        ] {
             assert_eq!(url.parse::<Address>().unwrap().to_string(), url);
         }
     }
 
     #[test]
     fn bad_addresses_are_refused_with_the_value_and_the_cure() {
-        for url in
-            ["", "tcp://a:1", "shm://a", "shm:///", "rdma://a", "rdma://:1", "rdma://a:99999", "sim://"]
-        {
+        for url in [
+            "",
+            "udp://a:1",
+            "shm://a",
+            "shm:///",
+            "rdma://a",
+            "rdma://:1",
+            "rdma://a:99999",
+            "tcp://a",
+            "tcp://:1",
+            "tcp://a:b",
+            "sim://",
+        ] {
             let message = url.parse::<Address>().unwrap_err().to_string();
             assert!(message.contains(&format!("`{url}`")), "{message}");
             assert!(message.contains("://"), "no cure in: {message}");

@@ -9,7 +9,9 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A URL that names no server.
-    #[error("`{url}` is not an address: {reason} (shm:///path/to/socket or rdma://host:port)")]
+    #[error(
+        "`{url}` is not an address: {reason} (shm:///path/to/socket, rdma://host:port or tcp://host:port)"
+    )]
     BadAddress {
         /// What was given.
         url: String,

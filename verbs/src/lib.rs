@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`transport`] | the contract: traits, completions, ordering and ownership rules |
 //! | [`memory`] | memory that a NIC or a peer reads or writes; never a slice while others may write it |
-//! | [`address`] | `shm:///path`, `rdma://host:port`, `sim://name` |
+//! | [`address`] | `shm:///path`, `rdma://host:port`, `tcp://host:port`, `sim://name` |
 //! | [`devices`] | the RDMA devices of this host |
 //! | [`error`] | what can go wrong: the call, the values, the cure |
 

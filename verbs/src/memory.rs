@@ -115,6 +115,16 @@ impl Memory {
         Ok(Self(Arc::new(Mapping { map, file, len, huge: flags != 0 })))
     }
 
+    /// The same bytes, mapped at another place: for a thread of this process that reads, as a peer would, what an [`Exclusive`] owns.
+    /// No reference to the owner's mapping covers this one.
+    pub(crate) fn mapped_again(&self) -> Result<Self, Error> {
+        let len = self.0.map.len();
+        let file = self.0.file.try_clone().map_err(Error::io("dup(memfd)"))?;
+        let map =
+            MmapOptions::new().len(len).map_raw(&file).map_err(Error::io(format!("mmap({len} bytes)")))?;
+        Ok(Self(Arc::new(Mapping { map, file, len: self.0.len, huge: self.0.huge })))
+    }
+
     /// Size in bytes.
     #[inline]
     pub fn len(&self) -> usize {

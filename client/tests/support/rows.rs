@@ -90,16 +90,26 @@ impl Job {
     }
 }
 
-/// A server of two shards, and so many clients beside each other on this machine; then `after`.
+/// A server of two shards, and so many clients beside each other on this machine, over shared memory; then `after`.
 pub fn over_shared_memory(
     clients: usize,
     client: impl Fn(&Host, &Address, usize) + Sync,
     after: impl FnOnce(&Host, &Address),
 ) {
     let folder = Folder::new("rows");
-    let address = folder.address("s.sock");
-    let host = Host::for_addresses(std::slice::from_ref(&address)).unwrap();
-    let server = Server::start(&host, &config(&address, 2)).unwrap();
+    on_this_machine(&folder.address("s.sock"), clients, client, after);
+}
+
+/// The same, with a server at this address.
+pub fn on_this_machine(
+    address: &Address,
+    clients: usize,
+    client: impl Fn(&Host, &Address, usize) + Sync,
+    after: impl FnOnce(&Host, &Address),
+) {
+    let host = Host::for_addresses(std::slice::from_ref(address)).unwrap();
+    let server = Server::start(&host, &config(address, 2)).unwrap();
+    let address = server.address().clone();
     std::thread::scope(|scope| {
         for number in 0..clients {
             let (host, address, client) = (&host, &address, &client);

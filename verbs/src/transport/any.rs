@@ -19,18 +19,20 @@ use crate::{
         MAX_SGE, Payload, PostError, ReceiveBuffer, Region, RemoteAddress, RemoteRegion, Request, Sge,
         Transport,
         host::{self, HostSignal, HostThread},
-        shm,
+        shm, tcp,
     },
 };
 
 /// Declares the enums. [`Pick`] takes the object of a provider out again.
 macro_rules! enums {
-    ($($(#[$attribute:meta])* $name:ident { $shm:ty, $rdma:ty })*) => {$(
+    ($($(#[$attribute:meta])* $name:ident { $shm:ty, $tcp:ty, $rdma:ty })*) => {$(
         $(#[$attribute])*
         #[derive(Debug)]
         pub enum $name {
             /// Over shared memory.
             Shm($shm),
+            /// Over TCP.
+            Tcp($tcp),
             /// Over RDMA.
             #[cfg(feature = "rdma")]
             Rdma($rdma),
@@ -41,6 +43,19 @@ macro_rules! enums {
             fn pick(&self) -> &$shm {
                 match self {
                     $name::Shm(object) => object,
+                    $name::Tcp(_) => mixed(),
+                    #[cfg(feature = "rdma")]
+                    $name::Rdma(_) => mixed(),
+                }
+            }
+        }
+
+        impl Pick<$tcp> for $name {
+            #[inline]
+            fn pick(&self) -> &$tcp {
+                match self {
+                    $name::Tcp(object) => object,
+                    $name::Shm(_) => mixed(),
                     #[cfg(feature = "rdma")]
                     $name::Rdma(_) => mixed(),
                 }
@@ -53,7 +68,7 @@ macro_rules! enums {
             fn pick(&self) -> &$rdma {
                 match self {
                     $name::Rdma(object) => object,
-                    $name::Shm(_) => mixed(),
+                    $name::Shm(_) | $name::Tcp(_) => mixed(),
                 }
             }
         }
@@ -65,6 +80,7 @@ macro_rules! on {
     ($value:expr, $enum:ident, $object:ident => $body:expr) => {
         match $value {
             $enum::Shm($object) => $body,
+            $enum::Tcp($object) => $body,
             #[cfg(feature = "rdma")]
             $enum::Rdma($object) => $body,
         }
@@ -76,6 +92,7 @@ macro_rules! map {
     ($value:expr, $enum:ident => $to:ident, $object:ident => $body:expr) => {
         match $value {
             $enum::Shm($object) => $body.map($to::Shm),
+            $enum::Tcp($object) => $body.map($to::Tcp),
             #[cfg(feature = "rdma")]
             $enum::Rdma($object) => $body.map($to::Rdma),
         }
@@ -83,7 +100,6 @@ macro_rules! map {
 }
 
 /// Objects of two providers were used together.
-#[cfg(feature = "rdma")]
 #[cold]
 fn mixed() -> ! {
     panic!("objects of two transports were used together")
@@ -101,30 +117,30 @@ trait Pick<T> {
 enums! {
     /// The transport of a real host.
     #[derive(Clone)]
-    Host { shm::Shm, rdma::Rdma }
+    Host { shm::Shm, tcp::Tcp, rdma::Rdma }
 
     /// A registered memory.
     #[derive(Clone)]
-    HostRegion { shm::ShmRegion, rdma::RdmaRegion }
+    HostRegion { shm::ShmRegion, tcp::TcpRegion, rdma::RdmaRegion }
 
     /// An exported memory.
-    HostExport { shm::ShmExport, rdma::RdmaExport }
+    HostExport { shm::ShmExport, tcp::TcpExport, rdma::RdmaExport }
 
     /// A completion queue with receive buffers.
-    HostEndpoint { shm::ShmEndpoint, rdma::RdmaEndpoint }
+    HostEndpoint { shm::ShmEndpoint, tcp::TcpEndpoint, rdma::RdmaEndpoint }
 
     /// The handle of a [`HostEndpoint`] for other threads.
     #[derive(Clone)]
-    HostAttach { shm::ShmAttach, rdma::RdmaAttach }
+    HostAttach { shm::ShmAttach, tcp::TcpAttach, rdma::RdmaAttach }
 
     /// One end of a connection.
-    HostConnection { shm::ShmConnection, rdma::RdmaConnection }
+    HostConnection { shm::ShmConnection, tcp::TcpConnection, rdma::RdmaConnection }
 
     /// A listening address.
-    HostListener { shm::ShmListener, rdma::RdmaListener }
+    HostListener { shm::ShmListener, tcp::TcpListener, rdma::RdmaListener }
 
     /// A peer that wants to connect.
-    HostRequest { shm::ShmRequest, rdma::RdmaRequest }
+    HostRequest { shm::ShmRequest, tcp::TcpRequest, rdma::RdmaRequest }
 }
 
 impl Host {
@@ -148,12 +164,13 @@ impl Host {
         }
         match first {
             Address::Shm(_) => shm::Shm::new().map(Host::Shm),
+            Address::Tcp { .. } => Ok(Host::Tcp(tcp::Tcp::new())),
             #[cfg(feature = "rdma")]
             Address::Rdma { .. } => rdma::Rdma::for_address(first).map(Host::Rdma),
             #[cfg(not(feature = "rdma"))]
             Address::Rdma { .. } => Err(Error::WrongProvider {
                 address: first.to_string(),
-                provider: "shm (built without `rdma`)",
+                provider: "shm or tcp (built without `rdma`)",
             }),
             Address::Sim(_) => refuse(first, "only simulations have sim:// addresses".to_owned()),
         }
@@ -212,6 +229,7 @@ impl Transport for Host {
     fn has_views(&self) -> bool {
         match self {
             Host::Shm(_) => true,
+            Host::Tcp(_) => false,
             #[cfg(feature = "rdma")]
             Host::Rdma(_) => false,
         }
@@ -294,6 +312,7 @@ impl Endpoint for HostEndpoint {
     fn attach(&self) -> HostAttach {
         match self {
             HostEndpoint::Shm(endpoint) => HostAttach::Shm(endpoint.attach()),
+            HostEndpoint::Tcp(endpoint) => HostAttach::Tcp(endpoint.attach()),
             #[cfg(feature = "rdma")]
             HostEndpoint::Rdma(endpoint) => HostAttach::Rdma(endpoint.attach()),
         }
@@ -381,6 +400,7 @@ impl Connection for HostConnection {
     fn view(&self, region: RemoteRegion) -> Option<shm::ShmView> {
         match self {
             HostConnection::Shm(connection) => connection.view(region),
+            HostConnection::Tcp(_) => None,
             #[cfg(feature = "rdma")]
             HostConnection::Rdma(_) => None,
         }
@@ -397,6 +417,7 @@ impl Listener for HostListener {
     fn accept(&mut self, timeout: Duration) -> Result<Option<HostRequest>, Error> {
         match self {
             HostListener::Shm(listener) => Ok(listener.accept(timeout)?.map(HostRequest::Shm)),
+            HostListener::Tcp(listener) => Ok(listener.accept(timeout)?.map(HostRequest::Tcp)),
             #[cfg(feature = "rdma")]
             HostListener::Rdma(listener) => Ok(listener.accept(timeout)?.map(HostRequest::Rdma)),
         }
@@ -433,6 +454,7 @@ mod tests {
         let parse = |url: &&str| url.parse::<Address>().unwrap();
         let choose = |urls: &[&str]| Host::for_addresses(&urls.iter().map(parse).collect::<Vec<_>>());
         assert!(matches!(choose(&["shm:///tmp/a", "shm:///tmp/b"]), Ok(Host::Shm(_))));
+        assert!(matches!(choose(&["tcp://a:1", "tcp://b:1"]), Ok(Host::Tcp(_))));
         let mixed = choose(&["shm:///tmp/a", "shm:///tmp/b", "rdma://c:1"]).unwrap_err().to_string();
         assert!(mixed.contains("`rdma://c:1`") && mixed.contains("`shm:///tmp/a`"), "{mixed}");
         assert!(choose(&["sim://a"]).unwrap_err().to_string().contains("simulations"));

@@ -156,6 +156,7 @@ pub mod host;
 pub mod rdma;
 pub mod shm;
 pub mod sim;
+pub mod tcp;
 mod view;
 
 pub use completion::{Completion, ConnectionId, PostError, ReceiveBuffer, WorkError};
@@ -336,7 +337,7 @@ pub trait Transport: Clone + Send + Sync + 'static {
     /// [`Error::Limit`] when the device has less than the configuration asks for.
     fn endpoint(&self, config: &EndpointConfig) -> Result<Self::Endpoint, Error>;
 
-    /// Listens at `address`. For `rdma`, port 0 picks a free one: see [`Listener::address`].
+    /// Listens at `address`. For `rdma` and `tcp`, port 0 picks a free one: see [`Listener::address`].
     ///
     /// # Errors
     /// [`Error::AddressInUse`], [`Error::WrongProvider`].

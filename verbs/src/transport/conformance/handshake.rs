@@ -150,7 +150,7 @@ pub(super) fn address_in_use<R: Rig>(rig: &R) {
 pub(super) fn wrong_provider<R: Rig>(rig: &R) {
     let client = host(rig, Side::Client);
     let own = rig.address(0);
-    for url in ["shm:///nowhere", "rdma://127.0.0.1:1", "sim://nowhere"] {
+    for url in ["shm:///nowhere", "rdma://127.0.0.1:1", "tcp://127.0.0.1:1", "sim://nowhere"] {
         let address: Address = url.parse().expect("an address");
         if std::mem::discriminant(&address) == std::mem::discriminant(&own) {
             continue;

@@ -1,0 +1,368 @@
+//! Listening and connecting: an opening in each direction, over a socket that is then a connection.
+//!
+//! Nobody holds the door: a listener hears at most [`MAX_STRANGERS`] at a time, side by side. One that has not said its opening within
+//! [`STRANGER_PATIENCE`], or says something else, is dropped.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    io::{self, ErrorKind, Read, Write},
+    net::{SocketAddr, TcpListener as Socket, TcpStream, ToSocketAddrs},
+    os::fd::AsFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+    net::sockopt,
+};
+
+use super::{
+    connection::TcpConnection,
+    endpoint::{Seat, Shared, TcpAttach},
+    wire::{OPENING, Opening, OpeningKind},
+};
+use crate::{
+    address::Address,
+    error::Error,
+    transport::{Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request},
+};
+
+/// Peers that are heard at a time.
+const MAX_STRANGERS: usize = 256;
+/// How long a peer may take to say what it wants.
+const STRANGER_PATIENCE: Duration = Duration::from_secs(5);
+/// Pause after the system has no descriptor left.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(10);
+/// A peer whose host is silent for so long is dead.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// The addresses of a `tcp://` URL.
+fn resolve(address: &Address) -> Result<Vec<SocketAddr>, Error> {
+    let Address::Tcp { host, port } = address else {
+        return Err(Error::WrongProvider { address: address.to_string(), provider: "tcp" });
+    };
+    let unreachable = |reason: String| Error::Unreachable { address: address.to_string(), reason };
+    let found: Vec<_> =
+        (host.as_str(), *port).to_socket_addrs().map_err(|error| unreachable(error.to_string()))?.collect();
+    if found.is_empty() { Err(unreachable("the name has no address".to_owned())) } else { Ok(found) }
+}
+
+fn check_private_data(data: &[u8], limit: usize) -> Result<(), Error> {
+    if data.len() <= limit {
+        return Ok(());
+    }
+    Err(Error::Limit {
+        what: "the length of the private data".to_owned(),
+        value: data.len() as u64,
+        limit: limit as u64,
+        cure: "; send the rest in a message".to_owned(),
+    })
+}
+
+/// Makes a socket what a connection needs.
+fn prepare(socket: &TcpStream) -> Result<(), Error> {
+    let failed = |call: &'static str| move |e: Errno| Error::io(call)(e.into());
+    socket.set_nonblocking(true).map_err(Error::io("fcntl(O_NONBLOCK)"))?;
+    socket.set_nodelay(true).map_err(Error::io("setsockopt(TCP_NODELAY)"))?;
+    // Whose process ended is told by its kernel. These find out that a host is gone.
+    sockopt::set_socket_keepalive(socket, true).map_err(failed("setsockopt(SO_KEEPALIVE)"))?;
+    sockopt::set_tcp_keepidle(socket, SILENCE / 2).map_err(failed("setsockopt(TCP_KEEPIDLE)"))?;
+    sockopt::set_tcp_keepintvl(socket, SILENCE / 2).map_err(failed("setsockopt(TCP_KEEPINTVL)"))?;
+    sockopt::set_tcp_keepcnt(socket, 1).map_err(failed("setsockopt(TCP_KEEPCNT)"))?;
+    sockopt::set_tcp_user_timeout(socket, SILENCE.as_millis() as u32)
+        .map_err(failed("setsockopt(TCP_USER_TIMEOUT)"))
+}
+
+fn opening(kind: OpeningKind, shared: &Shared, private_data: &[u8]) -> Opening {
+    Opening {
+        kind,
+        receive_size: shared.config.receive_size as u64,
+        send_depth: shared.config.send_depth as u64,
+        private_data: private_data.to_vec(),
+    }
+}
+
+/// See [`Transport::connect`](crate::transport::Transport::connect).
+pub(super) fn connect_to(
+    shared: &Arc<Shared>,
+    address: &Address,
+    private_data: &[u8],
+    timeout: Duration,
+) -> Result<(TcpConnection, Vec<u8>), Error> {
+    let addresses = resolve(address)?;
+    check_private_data(private_data, MAX_REQUEST_DATA)?;
+    let deadline = Instant::now().checked_add(timeout);
+    let left = || deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
+    let late =
+        || Error::Timeout { what: format!("connecting to `{address}`"), seconds: timeout.as_secs_f64() };
+    let unreachable = |reason: String| Error::Unreachable { address: address.to_string(), reason };
+    let seat = Seat::reserve(shared)?;
+    let mut socket = dial(&addresses, left).map_err(|error| match error.kind() {
+        ErrorKind::TimedOut | ErrorKind::WouldBlock => late(),
+        _ => unreachable(error.to_string()),
+    })?;
+    let said = socket.write_all(&opening(OpeningKind::Hello, shared, private_data).encode());
+    said.map_err(|error| unreachable(error.to_string()))?;
+    let mut answer = [0; OPENING];
+    let mut heard = 0;
+    while heard < OPENING {
+        let left = left();
+        if left.is_zero() {
+            return Err(late());
+        }
+        socket.set_read_timeout(Some(left)).map_err(Error::io("setsockopt(SO_RCVTIMEO)"))?;
+        match socket.read(&mut answer[heard..]) {
+            Ok(0) => return Err(unreachable("it closed the connection".to_owned())),
+            Ok(count) => heard += count,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => return Err(unreachable(error.to_string())),
+        }
+    }
+    let answer = Opening::decode(&answer).map_err(unreachable)?;
+    match answer.kind {
+        OpeningKind::Accept => {}
+        OpeningKind::Refuse => {
+            return Err(Error::Refused { address: address.to_string(), private_data: answer.private_data });
+        }
+        OpeningKind::Hello => return Err(unreachable("it wants to connect, too".to_owned())),
+    }
+    prepare(&socket)?;
+    let link = seat.occupy(socket, answer.send_depth);
+    Ok((TcpConnection::new(shared.clone(), link), answer.private_data))
+}
+
+/// Connects to the first of the addresses that answers.
+fn dial(addresses: &[SocketAddr], left: impl Fn() -> Duration) -> io::Result<TcpStream> {
+    let mut last = None;
+    for address in addresses {
+        // 0 would be refused as no time.
+        match TcpStream::connect_timeout(address, left().max(Duration::from_millis(1))) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.expect("there is an address"))
+}
+
+/// A peer that has connected to the socket and not yet said all.
+struct Stranger {
+    socket: TcpStream,
+    heard: Vec<u8>,
+    deadline: Instant,
+}
+
+impl Stranger {
+    /// Whether it has said all; `Err` when it never will.
+    fn hear(&mut self) -> Result<bool, ()> {
+        let mut buffer = [0; OPENING];
+        while self.heard.len() < OPENING {
+            // No byte more: what follows belongs to the connection.
+            match self.socket.read(&mut buffer[..OPENING - self.heard.len()]) {
+                Ok(0) => return Err(()),
+                Ok(count) => self.heard.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return if Instant::now() < self.deadline { Ok(false) } else { Err(()) };
+                }
+                Err(_) => return Err(()),
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// A listening socket of the `tcp` provider.
+pub struct TcpListener {
+    socket: Socket,
+    address: Address,
+    strangers: VecDeque<Stranger>,
+    complete: VecDeque<TcpRequest>,
+}
+
+impl TcpListener {
+    pub(super) fn new(address: &Address) -> Result<Self, Error> {
+        let addresses = resolve(address)?;
+        let socket = Socket::bind(&addresses[..]).map_err(|error| match error.kind() {
+            ErrorKind::AddrInUse => Error::AddressInUse { address: address.to_string() },
+            _ => Error::io(format!("bind({address})"))(error),
+        })?;
+        socket.set_nonblocking(true).map_err(Error::io("fcntl(O_NONBLOCK)"))?;
+        let port = socket.local_addr().map_err(Error::io("getsockname"))?.port();
+        let Address::Tcp { host, .. } = address else { unreachable!("`resolve` takes no other kind") };
+        let address = Address::Tcp { host: host.clone(), port };
+        Ok(Self { socket, address, strangers: VecDeque::new(), complete: VecDeque::new() })
+    }
+
+    /// Takes everyone who waits at the socket.
+    fn take_strangers(&mut self) -> Result<(), Error> {
+        while self.strangers.len() < MAX_STRANGERS {
+            match self.socket.accept() {
+                Ok((socket, _)) => {
+                    if socket.set_nonblocking(true).is_ok() {
+                        let deadline = Instant::now() + STRANGER_PATIENCE;
+                        self.strangers.push_back(Stranger { socket, heard: Vec::new(), deadline });
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => match Errno::from_io_error(&error) {
+                    // No descriptor is left now; the peer waits, and may come in later.
+                    Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                        std::thread::sleep(SHORTAGE_PAUSE);
+                        return Ok(());
+                    }
+                    // The peer is gone already, or its network is; the next one may be there.
+                    Some(
+                        Errno::INTR
+                        | Errno::CONNABORTED
+                        | Errno::PROTO
+                        | Errno::PERM
+                        | Errno::HOSTUNREACH
+                        | Errno::NETUNREACH
+                        | Errno::NETDOWN
+                        | Errno::HOSTDOWN
+                        | Errno::TIMEDOUT,
+                    ) => {}
+                    _ => return Err(Error::io(format!("accept({})", self.address))(error)),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Hears all strangers; keeps those who have said all, and drops those who talk nonsense or nothing.
+    fn hear_strangers(&mut self) {
+        for mut stranger in std::mem::take(&mut self.strangers) {
+            match stranger.hear() {
+                Ok(true) => self.complete.extend(TcpRequest::new(stranger)),
+                Ok(false) => self.strangers.push_back(stranger),
+                Err(()) => {}
+            }
+        }
+    }
+
+    /// Waits until the socket, or a stranger, may have something.
+    fn sleep(&self, timeout: Duration) -> Result<(), Error> {
+        let mut fds = Vec::with_capacity(1 + self.strangers.len());
+        if self.strangers.len() < MAX_STRANGERS {
+            fds.push(PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN));
+        }
+        fds.extend(
+            self.strangers
+                .iter()
+                .map(|stranger| PollFd::from_borrowed_fd(stranger.socket.as_fd(), PollFlags::IN)),
+        );
+        let now = Instant::now();
+        let patience = self.strangers.iter().map(|stranger| stranger.deadline.saturating_duration_since(now));
+        let timeout = patience.fold(timeout, Duration::min).min(Duration::from_secs(3600));
+        let timeout =
+            rustix::fs::Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(e) => Err(Error::io("poll(listener)")(e.into())),
+        }
+    }
+}
+
+impl Listener for TcpListener {
+    type Request = TcpRequest;
+
+    fn accept(&mut self, timeout: Duration) -> Result<Option<TcpRequest>, Error> {
+        let deadline = Instant::now().checked_add(timeout);
+        loop {
+            self.take_strangers()?;
+            self.hear_strangers();
+            if let Some(request) = self.complete.pop_front() {
+                return Ok(Some(request));
+            }
+            let left = deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return Ok(None);
+            }
+            self.sleep(left)?;
+        }
+    }
+
+    fn address(&self) -> &Address {
+        &self.address
+    }
+}
+
+/// A peer that wants to connect.
+pub struct TcpRequest {
+    /// `None` once it has been answered.
+    socket: Option<TcpStream>,
+    opening: Opening,
+}
+
+impl TcpRequest {
+    /// `None`: it is no request.
+    fn new(stranger: Stranger) -> Option<Self> {
+        let bytes: [u8; OPENING] = stranger.heard.try_into().ok()?;
+        let opening = Opening::decode(&bytes).ok()?;
+        (opening.kind == OpeningKind::Hello).then_some(Self { socket: Some(stranger.socket), opening })
+    }
+
+    /// Says the answer. The socket has sent nothing yet, so it has room for that.
+    fn answer(mut socket: &TcpStream, opening: &Opening) -> io::Result<()> {
+        socket.write_all(&opening.encode())
+    }
+
+    fn refuse(&mut self, private_data: &[u8]) {
+        if let Some(socket) = self.socket.take() {
+            let kind = OpeningKind::Refuse;
+            let refusal =
+                Opening { kind, receive_size: 0, send_depth: 0, private_data: private_data.to_vec() };
+            // Fails when the peer is gone, and then nobody waits for the answer.
+            let _ = Self::answer(&socket, &refusal);
+        }
+    }
+}
+
+impl Request for TcpRequest {
+    type Attach = TcpAttach;
+    type Connection = TcpConnection;
+
+    fn private_data(&self) -> &[u8] {
+        &self.opening.private_data
+    }
+
+    fn accept(mut self, endpoint: &TcpAttach, private_data: &[u8]) -> Result<TcpConnection, Error> {
+        check_private_data(private_data, MAX_REPLY_DATA)?;
+        let shared = &endpoint.0;
+        let seat = Seat::reserve(shared)?;
+        // Answered from here on: after a failure half way, the end of the socket is the peer's answer.
+        let socket = self.socket.take().expect("it is answered once, and then consumed");
+        prepare(&socket)?;
+        Self::answer(&socket, &opening(OpeningKind::Accept, shared, private_data))
+            .map_err(Error::io("send(the acceptance)"))?;
+        let link = seat.occupy(socket, self.opening.send_depth);
+        Ok(TcpConnection::new(shared.clone(), link))
+    }
+
+    fn reject(mut self, private_data: &[u8]) {
+        let most = MAX_REPLY_DATA;
+        assert!(private_data.len() <= most, "{} bytes of private data; at most {most}", private_data.len());
+        self.refuse(private_data);
+    }
+}
+
+impl Drop for TcpRequest {
+    fn drop(&mut self) {
+        self.refuse(&[]);
+    }
+}
+
+impl fmt::Debug for TcpListener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TcpListener({})", self.address)
+    }
+}
+
+impl fmt::Debug for TcpRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TcpRequest({} bytes of private data)", self.opening.private_data.len())
+    }
+}

@@ -1,0 +1,329 @@
+//! The thread that serves the sockets of one endpoint: it stands in for a NIC.
+//!
+//! It sleeps on an `epoll` of all of them. What a socket brings is executed at once (`inbound`), whether the endpoint is polled or not;
+//! what that completes is published when the bytes at hand are taken in, and the peer is told once for all of them. It waits for
+//! nobody: a socket that takes no more is tried again when it says so, one without receive buffers when the bell rings.
+//!
+//! **The end** of a connection is published here and nowhere else. So after it nothing of the connection changes memory: whatever does
+//! is this thread. The socket is kept for [`FAREWELL`] more, unread bytes thrown away: were it closed with some left, the kernel would
+//! throw away what is still on its way to the peer.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io::{ErrorKind, Read},
+    mem::MaybeUninit,
+    os::fd::OwnedFd,
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use rustix::{event::epoll, io::Errno};
+
+use super::{
+    endpoint::{Event, Shared},
+    inbound::{Inbound, Stop},
+    link::Link,
+    wire::FRAME,
+};
+use crate::{
+    error::Error,
+    transport::{ConnectionId, WorkError},
+};
+
+/// Bytes that are read at a time.
+const CHUNK: usize = 256 << 10;
+/// How long a peer may take to take the last words.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// Longest sleep while some peer does.
+const FAREWELL_LOOK: Duration = Duration::from_millis(20);
+/// Of the bell; connections are numbered from 1.
+const BELL: u64 = 0;
+
+/// A connection as the engine sees it.
+#[derive(Debug)]
+struct Served {
+    link: Arc<Link>,
+    inbound: Inbound,
+    /// Bytes of which the rest has not come.
+    carry: Vec<u8>,
+    /// It is in `ready`.
+    listed: bool,
+    phase: Phase,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Open,
+    /// A request of the peer is refused, which it is being told until then.
+    Refusing(Instant),
+    /// The end is published. The socket is closed when the peer has closed its own, and then at the latest.
+    Over(Instant),
+}
+
+/// What is left of a connection after a visit.
+enum Visit {
+    /// The socket has no more now.
+    Idle,
+    More,
+    Gone(WorkError),
+    Stop(Stop),
+}
+
+/// See the module.
+pub(super) struct Engine {
+    shared: Arc<Shared>,
+    epoll: OwnedFd,
+    served: BTreeMap<u64, Served>,
+    ready: VecDeque<u64>,
+    buffer: Vec<u8>,
+    events: Vec<Event>,
+}
+
+impl Engine {
+    /// Starts the thread.
+    pub(super) fn start(shared: &Arc<Shared>) -> Result<JoinHandle<()>, Error> {
+        let failed = |call: &'static str| move |e: Errno| Error::io(call)(e.into());
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed("epoll_create"))?;
+        epoll::add(&epoll, &shared.bell, epoll::EventData::new_u64(BELL), epoll::EventFlags::IN)
+            .map_err(failed("epoll_ctl(eventfd)"))?;
+        let engine = Self {
+            shared: shared.clone(),
+            epoll,
+            served: BTreeMap::new(),
+            ready: VecDeque::new(),
+            buffer: vec![0; CHUNK],
+            events: Vec::new(),
+        };
+        std::thread::Builder::new()
+            .name("fervor-tcp".to_owned())
+            .spawn(move || engine.run())
+            .map_err(Error::io("starting thread `fervor-tcp`"))
+    }
+
+    fn run(mut self) {
+        let mut space = [MaybeUninit::<epoll::Event>::uninit(); 64];
+        loop {
+            let Ok((events, _)) = epoll::wait(&self.epoll, &mut space, self.patience().as_ref()) else {
+                continue; // a signal
+            };
+            let mut rung = false;
+            for event in events.iter() {
+                match event.data.u64() {
+                    BELL => rung = true,
+                    token => self.woken(token, event.flags),
+                }
+            }
+            if rung && !self.obey() {
+                return self.leave_all();
+            }
+            for _ in 0..self.ready.len() {
+                let Some(token) = self.ready.pop_front() else { break };
+                self.visit(token);
+            }
+            self.bid_farewell();
+        }
+    }
+
+    /// How long to sleep.
+    fn patience(&self) -> Option<rustix::fs::Timespec> {
+        let closing = || self.served.values().any(|served| served.phase != Phase::Open);
+        let nanos = match () {
+            () if !self.ready.is_empty() => 0,
+            () if closing() => FAREWELL_LOOK.as_nanos() as i64,
+            () => return None,
+        };
+        Some(rustix::fs::Timespec { tv_sec: 0, tv_nsec: nanos })
+    }
+
+    /// A socket has something, or room, or ended.
+    fn woken(&mut self, token: u64, flags: epoll::EventFlags) {
+        let Some(served) = self.served.get_mut(&token) else { return };
+        if flags.contains(epoll::EventFlags::OUT) && !matches!(served.phase, Phase::Over(_)) {
+            served.link.flush();
+        }
+        if flags.intersects(!epoll::EventFlags::OUT) {
+            list(&mut self.ready, token, served);
+        }
+    }
+
+    /// Does what others ask for. `false`: the endpoint is gone.
+    fn obey(&mut self) -> bool {
+        let mut count = [0; 8];
+        // It counts how often the bell was rung, and is 0 again.
+        let _ = rustix::io::read(&self.shared.bell, &mut count);
+        let (arrivals, leaving) = {
+            let mut orders = self.shared.orders();
+            (std::mem::take(&mut orders.arrivals), std::mem::take(&mut orders.leaving))
+        };
+        arrivals.into_iter().for_each(|link| self.welcome(link));
+        for ConnectionId(id) in leaving {
+            if let Some(served) = self.served.get(&id.into())
+                && !matches!(served.phase, Phase::Over(_))
+            {
+                self.end(id.into(), WorkError::Disconnected, None);
+            }
+        }
+        let waiting = self.served.iter().filter(|(_, served)| served.inbound.is_waiting());
+        let waiting: Vec<u64> = waiting.map(|(token, _)| *token).collect();
+        waiting.into_iter().for_each(|token| self.resume(token));
+        !self.shared.is_closed()
+    }
+
+    fn welcome(&mut self, link: Arc<Link>) {
+        let token = u64::from(link.id.0);
+        let flags =
+            epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+        let added = epoll::add(&self.epoll, &link.socket, epoll::EventData::new_u64(token), flags);
+        let served =
+            Served { link, inbound: Inbound::new(), carry: Vec::new(), listed: false, phase: Phase::Open };
+        self.served.insert(token, served);
+        match added {
+            Ok(()) => list(&mut self.ready, token, self.served.get_mut(&token).expect("it was inserted")),
+            Err(error) => self.end(token, WorkError::Other(error.raw_os_error() as u32), None),
+        }
+    }
+
+    /// A receive buffer may be free.
+    fn resume(&mut self, token: u64) {
+        let Some(served) = self.served.get_mut(&token) else { return };
+        if served.phase != Phase::Open {
+            return;
+        }
+        match served.inbound.resume(&self.shared, &served.link, &mut self.events) {
+            Ok(rest) => {
+                if !rest.is_empty() {
+                    served.carry = rest;
+                }
+                // It may not have been read for a while.
+                list(&mut self.ready, token, served);
+                self.after(token, Visit::Idle);
+            }
+            Err(stop) => self.after(token, Visit::Stop(stop)),
+        }
+    }
+
+    /// Takes in what a socket has, once.
+    fn visit(&mut self, token: u64) {
+        let Some(served) = self.served.get_mut(&token) else { return };
+        served.listed = false;
+        let visit = match served.phase {
+            Phase::Open => served.read(&self.shared, &mut self.buffer, &mut self.events),
+            // Thrown away.
+            Phase::Refusing(_) | Phase::Over(_) => {
+                read_some(&served.link, &mut self.buffer).map_or_else(|v| v, |_| Visit::More)
+            }
+        };
+        self.after(token, visit);
+    }
+
+    fn after(&mut self, token: u64, visit: Visit) {
+        let Some(served) = self.served.get_mut(&token) else { return };
+        if served.phase == Phase::Open {
+            served.link.tell();
+        }
+        self.shared.publish(&mut self.events);
+        match (visit, served.phase) {
+            (Visit::Idle, _) => {}
+            (Visit::More, _) => list(&mut self.ready, token, served),
+            (Visit::Gone(_), Phase::Over(_)) => drop(self.served.remove(&token)),
+            (Visit::Gone(cause), _) => self.end(token, cause, None),
+            (Visit::Stop(Stop::Refuse(error)), _) => {
+                served.link.refuse(error);
+                served.phase = Phase::Refusing(Instant::now() + FAREWELL);
+                self.bid_farewell();
+            }
+            (Visit::Stop(Stop::Refused(error)), _) => self.end(token, error, Some(error)),
+            (Visit::Stop(Stop::Corrupt), _) => self.end(token, WorkError::RemoteInvalid, None),
+        }
+    }
+
+    /// Publishes the end of a connection.
+    fn end(&mut self, token: u64, cause: WorkError, refused: Option<WorkError>) {
+        let Some(served) = self.served.get_mut(&token) else { return };
+        served.link.end(cause, refused, &mut self.events);
+        // Its place is free when its end can be polled.
+        self.shared.vacate();
+        self.shared.publish(&mut self.events);
+        served.phase = Phase::Over(Instant::now() + FAREWELL);
+        // Whoever does not listen any more, and whose bytes are not awaited, is forgotten at the first look.
+        list(&mut self.ready, token, served);
+    }
+
+    /// Looks after those who are at their end.
+    fn bid_farewell(&mut self) {
+        if self.served.values().all(|served| served.phase == Phase::Open) {
+            return;
+        }
+        let now = Instant::now();
+        let (mut told, mut late) = (Vec::new(), Vec::new());
+        for (token, served) in &self.served {
+            match served.phase {
+                Phase::Refusing(until) if served.link.flush() || now >= until => told.push(*token),
+                Phase::Over(until) if now >= until => late.push(*token),
+                _ => {}
+            }
+        }
+        told.into_iter().for_each(|token| self.end(token, WorkError::Disconnected, None));
+        late.into_iter().for_each(|token| drop(self.served.remove(&token)));
+    }
+
+    /// The endpoint is gone, and with it all connections.
+    fn leave_all(&mut self) {
+        for served in self.served.values() {
+            if !matches!(served.phase, Phase::Over(_)) {
+                served.link.end(WorkError::Disconnected, None, &mut self.events);
+            }
+        }
+    }
+}
+
+impl Served {
+    fn read(&mut self, shared: &Shared, buffer: &mut [u8], events: &mut Vec<Event>) -> Visit {
+        if self.inbound.is_full() {
+            // It is visited again when there is a receive buffer.
+            return Visit::Idle;
+        }
+        let kept = self.carry.len();
+        buffer[..kept].copy_from_slice(&self.carry);
+        let count = match read_some(&self.link, &mut buffer[kept..]) {
+            Ok(count) => count,
+            Err(visit) => return visit,
+        };
+        let bytes = &buffer[..kept + count];
+        match self.inbound.take(shared, &self.link, bytes, events) {
+            Ok(taken) => {
+                self.carry.clear();
+                self.carry.extend_from_slice(&bytes[taken..]);
+                debug_assert!(self.carry.len() < FRAME);
+                Visit::More
+            }
+            Err(stop) => Visit::Stop(stop),
+        }
+    }
+}
+
+/// Reads what there is, or says why there is nothing.
+fn read_some(link: &Link, buffer: &mut [u8]) -> Result<usize, Visit> {
+    loop {
+        return match (&link.socket).read(buffer) {
+            Ok(0) => Err(Visit::Gone(WorkError::Disconnected)),
+            Ok(count) => Ok(count),
+            Err(error) => match error.kind() {
+                ErrorKind::Interrupted => continue,
+                ErrorKind::WouldBlock => Err(Visit::Idle),
+                ErrorKind::TimedOut | ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => {
+                    Err(Visit::Gone(WorkError::RetryExceeded))
+                }
+                _ => Err(Visit::Gone(WorkError::Disconnected)),
+            },
+        };
+    }
+}
+
+fn list(ready: &mut VecDeque<u64>, token: u64, served: &mut Served) {
+    if !served.listed {
+        served.listed = true;
+        ready.push_back(token);
+    }
+}

@@ -1,0 +1,141 @@
+//! The `tcp` provider: connections over TCP, where there is no RDMA: on a laptop, in a cloud, over Ethernet.
+//!
+//! ```text
+//!  process A                                                     process B
+//!  TcpConnection::write ── frame ──▶ socket ──▶ thread `fervor-tcp` of B's endpoint ──▶ B's region
+//!  TcpConnection::read  ── frame ──▶ socket ──▶      "           ◀── B's region       the poller of B does nothing
+//!  thread `fervor-tcp` of A's endpoint ◀── reply, how many are executed ──┘
+//!        └──▶ completions ──▶ TcpEndpoint::poll
+//! ```
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `wire` | openings and frames |
+//! | `link` | a connection as its two threads share it: what is on its way out, what is in flight |
+//! | `inbound` | what comes in: requests are executed, answers complete |
+//! | `engine` | the thread of an endpoint that serves its sockets |
+//! | `connection`, `endpoint` | the posting and the polling side |
+//! | `region` | registered regions |
+//! | `connect` | listening and connecting |
+//!
+//! What this provider makes of the freedom that the contract leaves:
+//! - A request is executed by the peer's thread, in the order of the posts. Its completion says that this has happened.
+//! - [`Connection::ring`] hands posted requests to the kernel, many in one system call. What the kernel does not take goes out when it
+//!   does.
+//! - A SEND without a receive buffer waits, and what is posted behind it; answers do not.
+//! - A connection reaches regions that are registered later, too.
+//! - A peer whose process ends is noticed at once. One whose host is silent is dead after two seconds.
+//!
+//! **Trust.** Whoever reaches the port can connect, and nothing is encrypted: use it in a network that you trust. A peer reaches the
+//! regions whose keys it was told, or guesses, out of 2^32. Whatever it sends, this process stays sound, and keeps a bounded amount
+//! for it: it may end that connection.
+//!
+//! [`Connection::ring`]: super::Connection::ring
+
+use std::{sync::Arc, time::Duration};
+
+use self::region::Registry;
+use crate::{
+    address::Address,
+    error::Error,
+    memory::{Exclusive, Memory},
+    transport::{
+        Access, EndpointConfig, NoView, Transport,
+        host::{self, HostSignal, HostThread},
+    },
+};
+
+mod connect;
+mod connection;
+mod endpoint;
+mod engine;
+mod inbound;
+mod link;
+mod region;
+#[cfg(test)]
+mod suite;
+#[cfg(test)]
+mod tests;
+mod wire;
+
+pub use connect::{TcpListener, TcpRequest};
+pub use connection::TcpConnection;
+pub use endpoint::{TcpAttach, TcpEndpoint};
+pub use region::{TcpExport, TcpRegion};
+
+/// The TCP transport.
+#[derive(Debug, Clone, Default)]
+pub struct Tcp(Arc<Registry>);
+
+impl Tcp {
+    /// A new transport. Its regions can be named by the peers of its own connections alone.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+impl Transport for Tcp {
+    type Region = TcpRegion;
+    type Export = TcpExport;
+    type Endpoint = TcpEndpoint;
+    type Attach = TcpAttach;
+    type Connection = TcpConnection;
+    type View = NoView;
+    type Listener = TcpListener;
+    type Request = TcpRequest;
+    type Signal = HostSignal;
+    type Thread = HostThread;
+
+    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
+
+    fn has_views(&self) -> bool {
+        false
+    }
+
+    fn register(&self, memory: &Memory, access: Access) -> Result<TcpRegion, Error> {
+        TcpRegion::new(&self.0, memory, access)
+    }
+
+    fn export(&self, memory: &Exclusive) -> Result<TcpExport, Error> {
+        TcpExport::new(&self.0, memory)
+    }
+
+    fn endpoint(&self, config: &EndpointConfig) -> Result<TcpEndpoint, Error> {
+        TcpEndpoint::new(&self.0, config)
+    }
+
+    fn listen(&self, address: &Address) -> Result<TcpListener, Error> {
+        TcpListener::new(address)
+    }
+
+    fn connect(
+        &self,
+        endpoint: &TcpAttach,
+        address: &Address,
+        private_data: &[u8],
+        timeout: Duration,
+    ) -> Result<(TcpConnection, Vec<u8>), Error> {
+        connect::connect_to(&endpoint.0, address, private_data, timeout)
+    }
+
+    fn now(&self) -> Duration {
+        host::now()
+    }
+
+    fn relax(&self, turn: u32) -> u32 {
+        host::relax(turn)
+    }
+
+    fn signal(&self) -> HostSignal {
+        HostSignal::new()
+    }
+
+    fn spawn(
+        &self,
+        name: &str,
+        core: Option<usize>,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<HostThread, Error> {
+        host::spawn(name, core, body)
+    }
+}
