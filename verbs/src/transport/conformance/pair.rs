@@ -154,6 +154,13 @@ impl<'r, R: Rig> Pair<'r, R> {
         }
     }
 
+    /// Waits until all of the client's connections have room: what has arrived at the server may still be in a send queue.
+    pub(crate) fn until_room(&mut self) {
+        self.until("room in the send queues", |pair| {
+            pair.to_server.iter().all(|end| end.room() > 0).then_some(())
+        });
+    }
+
     /// The next completion of this side.
     pub(crate) fn next(&mut self, side: Side) -> Completion {
         self.until("a completion", |pair| pair.host(side).take())

@@ -36,8 +36,9 @@ const MAX_STRANGERS: usize = 256;
 const STRANGER_PATIENCE: Duration = Duration::from_secs(5);
 /// Pause after the system has no descriptor left.
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(10);
-/// A peer whose host is silent for so long is dead.
-const SILENCE: Duration = Duration::from_secs(2);
+/// A peer whose kernel does not answer for so long is dead. With the time between two beats of the engine it is what the contract
+/// allows.
+const SILENCE: Duration = Duration::from_millis(1500);
 
 /// The addresses of a `tcp://` URL.
 fn resolve(address: &Address) -> Result<Vec<SocketAddr>, Error> {
@@ -64,16 +65,11 @@ fn check_private_data(data: &[u8], limit: usize) -> Result<(), Error> {
 
 /// Makes a socket what a connection needs.
 fn prepare(socket: &TcpStream) -> Result<(), Error> {
-    let failed = |call: &'static str| move |e: Errno| Error::io(call)(e.into());
     socket.set_nonblocking(true).map_err(Error::io("fcntl(O_NONBLOCK)"))?;
     socket.set_nodelay(true).map_err(Error::io("setsockopt(TCP_NODELAY)"))?;
-    // Whose process ended is told by its kernel. These find out that a host is gone.
-    sockopt::set_socket_keepalive(socket, true).map_err(failed("setsockopt(SO_KEEPALIVE)"))?;
-    sockopt::set_tcp_keepidle(socket, SILENCE / 2).map_err(failed("setsockopt(TCP_KEEPIDLE)"))?;
-    sockopt::set_tcp_keepintvl(socket, SILENCE / 2).map_err(failed("setsockopt(TCP_KEEPINTVL)"))?;
-    sockopt::set_tcp_keepcnt(socket, 1).map_err(failed("setsockopt(TCP_KEEPCNT)"))?;
+    // That a process has ended is told by its kernel. This finds out that a host is gone.
     sockopt::set_tcp_user_timeout(socket, SILENCE.as_millis() as u32)
-        .map_err(failed("setsockopt(TCP_USER_TIMEOUT)"))
+        .map_err(|e| Error::io("setsockopt(TCP_USER_TIMEOUT)")(e.into()))
 }
 
 fn opening(kind: OpeningKind, shared: &Shared, private_data: &[u8]) -> Opening {
@@ -137,9 +133,10 @@ pub(super) fn connect_to(
 /// Connects to the first of the addresses that answers.
 fn dial(addresses: &[SocketAddr], left: impl Fn() -> Duration) -> io::Result<TcpStream> {
     let mut last = None;
-    for address in addresses {
-        // 0 would be refused as no time.
-        match TcpStream::connect_timeout(address, left().max(Duration::from_millis(1))) {
+    for (number, address) in addresses.iter().enumerate() {
+        // Each has its share of the time. 0 would be refused as no time.
+        let share = left() / (addresses.len() - number) as u32;
+        match TcpStream::connect_timeout(address, share.max(Duration::from_millis(1))) {
             Ok(socket) => return Ok(socket),
             Err(error) => last = Some(error),
         }
@@ -198,12 +195,16 @@ impl TcpListener {
 
     /// Takes everyone who waits at the socket.
     fn take_strangers(&mut self) -> Result<(), Error> {
-        while self.strangers.len() < MAX_STRANGERS {
+        for _ in 0..MAX_STRANGERS {
             match self.socket.accept() {
                 Ok((socket, _)) => {
                     if socket.set_nonblocking(true).is_ok() {
                         let deadline = Instant::now() + STRANGER_PATIENCE;
                         self.strangers.push_back(Stranger { socket, heard: Vec::new(), deadline });
+                    }
+                    // Whoever has been silent for the longest time makes room.
+                    if self.strangers.len() > MAX_STRANGERS {
+                        self.strangers.pop_front();
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
@@ -223,6 +224,9 @@ impl TcpListener {
                         | Errno::NETUNREACH
                         | Errno::NETDOWN
                         | Errno::HOSTDOWN
+                        | Errno::NOPROTOOPT
+                        | Errno::NONET
+                        | Errno::OPNOTSUPP
                         | Errno::TIMEDOUT,
                     ) => {}
                     _ => return Err(Error::io(format!("accept({})", self.address))(error)),
@@ -246,9 +250,7 @@ impl TcpListener {
     /// Waits until the socket, or a stranger, may have something.
     fn sleep(&self, timeout: Duration) -> Result<(), Error> {
         let mut fds = Vec::with_capacity(1 + self.strangers.len());
-        if self.strangers.len() < MAX_STRANGERS {
-            fds.push(PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN));
-        }
+        fds.push(PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN));
         fds.extend(
             self.strangers
                 .iter()
@@ -272,10 +274,14 @@ impl Listener for TcpListener {
     fn accept(&mut self, timeout: Duration) -> Result<Option<TcpRequest>, Error> {
         let deadline = Instant::now().checked_add(timeout);
         loop {
-            self.take_strangers()?;
-            self.hear_strangers();
+            // Those who have said all come first: while there are some, nobody else is let in.
             if let Some(request) = self.complete.pop_front() {
                 return Ok(Some(request));
+            }
+            self.take_strangers()?;
+            self.hear_strangers();
+            if !self.complete.is_empty() {
+                continue;
             }
             let left = deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
             if left.is_zero() {
@@ -287,6 +293,13 @@ impl Listener for TcpListener {
 
     fn address(&self) -> &Address {
         &self.address
+    }
+}
+
+impl Drop for TcpListener {
+    fn drop(&mut self) {
+        // Now, and not only when a child process that is being started has closed its copy of the socket, too.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Read);
     }
 }
 
@@ -302,7 +315,8 @@ impl TcpRequest {
     fn new(stranger: Stranger) -> Option<Self> {
         let bytes: [u8; OPENING] = stranger.heard.try_into().ok()?;
         let opening = Opening::decode(&bytes).ok()?;
-        (opening.kind == OpeningKind::Hello).then_some(Self { socket: Some(stranger.socket), opening })
+        let good = opening.kind == OpeningKind::Hello && opening.private_data.len() <= MAX_REQUEST_DATA;
+        good.then_some(Self { socket: Some(stranger.socket), opening })
     }
 
     /// Says the answer. The socket has sent nothing yet, so it has room for that.

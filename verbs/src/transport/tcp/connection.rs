@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use super::{
     endpoint::Shared,
-    link::{Link, Posted, Target},
+    link::{Flush, Link, Posted, Target},
     region::TcpRegion,
     wire::{Frame, Kind, MAX_LENGTH},
 };
@@ -121,7 +121,10 @@ impl Connection for TcpConnection {
     }
 
     fn ring(&mut self) -> Result<(), PostError> {
-        self.link.ring(std::mem::take(&mut self.news))
+        if self.link.ring(std::mem::take(&mut self.news))? == Flush::More {
+            self.shared.go_on(self.link.id);
+        }
+        Ok(())
     }
 
     fn room(&self) -> usize {

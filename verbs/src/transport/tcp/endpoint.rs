@@ -9,7 +9,7 @@
 use std::{
     collections::VecDeque,
     fmt,
-    net::TcpStream,
+    net::{Shutdown, TcpStream},
     os::fd::OwnedFd,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -21,7 +21,7 @@ use std::{
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::{engine::Engine, link::Link, region::Registry};
+use super::{engine::Engine, link::Link, region::Registry, wire::MAX_SEND_DEPTH};
 use crate::{
     error::Error,
     transport::{
@@ -75,10 +75,13 @@ struct Inbox {
 pub(super) struct Orders {
     pub(super) arrivals: Vec<Arc<Link>>,
     pub(super) leaving: Vec<ConnectionId>,
+    /// There is more to send than a post hands over.
+    pub(super) sending: Vec<ConnectionId>,
+    /// The endpoint is gone.
+    pub(super) closed: bool,
     last_id: u32,
     /// Connections that there are, or are being made.
     taken: usize,
-    closed: bool,
 }
 
 /// What the handles of an endpoint and its engine share.
@@ -131,7 +134,7 @@ impl Shared {
     }
 
     /// Gives buffers back.
-    fn give_back(&self, buffers: impl Iterator<Item = Vec<u8>>) {
+    pub(super) fn give_back(&self, buffers: impl Iterator<Item = Vec<u8>>) {
         let mut inbox = self.inbox();
         let before = inbox.free.len();
         inbox.free.extend(buffers);
@@ -147,13 +150,15 @@ impl Shared {
         self.ring();
     }
 
+    /// There is more to send on a connection.
+    pub(super) fn go_on(&self, id: ConnectionId) {
+        self.orders().sending.push(id);
+        self.ring();
+    }
+
     /// A connection is no more.
     pub(super) fn vacate(&self) {
         self.orders().taken -= 1;
-    }
-
-    pub(super) fn is_closed(&self) -> bool {
-        self.orders().closed
     }
 }
 
@@ -180,8 +185,11 @@ impl Seat {
         if orders.taken >= limit {
             return Err(full("; make the endpoint with more `connections`"));
         }
+        let Some(id) = orders.last_id.checked_add(1) else {
+            return Err(full("; this one has had 2^32 of them: make another"));
+        };
         orders.taken += 1;
-        orders.last_id += 1;
+        orders.last_id = id;
         Ok(Self { shared: shared.clone(), id: ConnectionId(orders.last_id), occupied: false })
     }
 
@@ -193,6 +201,7 @@ impl Seat {
         if orders.closed {
             // Nobody will poll its end.
             link.break_off();
+            let _ = link.socket.shutdown(Shutdown::Both);
             return link;
         }
         orders.arrivals.push(link.clone());
@@ -236,7 +245,7 @@ impl TcpEndpoint {
         };
         within("`receive_size` of the endpoint", config.receive_size, MAX_RECEIVE_SIZE)?;
         within("`receive_buffers` of the endpoint", config.receive_buffers, 1 << 24)?;
-        within("`send_depth` of the endpoint", config.send_depth, 1 << 24)?;
+        within("`send_depth` of the endpoint", config.send_depth, MAX_SEND_DEPTH)?;
         let config = EndpointConfig { send_depth: config.send_depth.max(1), ..config.clone() };
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| Error::io("eventfd")(e.into()))?;
@@ -315,7 +324,7 @@ impl Endpoint for TcpEndpoint {
         if !self.shared.woken.load(Ordering::SeqCst) && !has_something() {
             self.shared.signal.wait(seen, timeout);
         }
-        self.shared.woken.store(false, Ordering::SeqCst);
+        self.shared.woken.swap(false, Ordering::SeqCst);
     }
 
     fn message(&self, buffer: &ReceiveBuffer) -> &[u8] {

@@ -21,9 +21,9 @@ use std::{
 use rustix::{event::epoll, io::Errno};
 
 use super::{
-    endpoint::{Event, Shared},
+    endpoint::{Event, Orders, Shared},
     inbound::{Inbound, Stop},
-    link::Link,
+    link::{Flush, Link, cause},
     wire::FRAME,
 };
 use crate::{
@@ -37,6 +37,8 @@ const CHUNK: usize = 256 << 10;
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Longest sleep while some peer does.
 const FAREWELL_LOOK: Duration = Duration::from_millis(20);
+/// A peer to which nothing was said for so long is said something.
+const BEAT: Duration = Duration::from_millis(400);
 /// Of the bell; connections are numbered from 1.
 const BELL: u64 = 0;
 
@@ -49,6 +51,8 @@ struct Served {
     carry: Vec<u8>,
     /// It is in `ready`.
     listed: bool,
+    /// The peer sends nothing more, says the kernel.
+    ended: bool,
     phase: Phase,
 }
 
@@ -78,6 +82,10 @@ pub(super) struct Engine {
     ready: VecDeque<u64>,
     buffer: Vec<u8>,
     events: Vec<Event>,
+    /// When the peers are to be said something.
+    beat: Instant,
+    /// Who was resumed first the last time.
+    resumed: u64,
 }
 
 impl Engine {
@@ -94,6 +102,8 @@ impl Engine {
             ready: VecDeque::new(),
             buffer: vec![0; CHUNK],
             events: Vec::new(),
+            beat: Instant::now(),
+            resumed: 0,
         };
         std::thread::Builder::new()
             .name("fervor-tcp".to_owned())
@@ -122,27 +132,40 @@ impl Engine {
                 self.visit(token);
             }
             self.bid_farewell();
+            self.keep_alive();
         }
     }
 
     /// How long to sleep.
     fn patience(&self) -> Option<rustix::fs::Timespec> {
         let closing = || self.served.values().any(|served| served.phase != Phase::Open);
-        let nanos = match () {
-            () if !self.ready.is_empty() => 0,
-            () if closing() => FAREWELL_LOOK.as_nanos() as i64,
-            () => return None,
+        let time = match () {
+            () if !self.ready.is_empty() => Duration::ZERO,
+            () if self.served.is_empty() => return None,
+            () if closing() => FAREWELL_LOOK,
+            () => self.beat.saturating_duration_since(Instant::now()),
         };
-        Some(rustix::fs::Timespec { tv_sec: 0, tv_nsec: nanos })
+        Some(rustix::fs::Timespec { tv_sec: 0, tv_nsec: time.subsec_nanos().into() })
+    }
+
+    /// Says something where nothing was said: else a host that is gone would not be missed.
+    fn keep_alive(&mut self) {
+        let now = Instant::now();
+        if now >= self.beat {
+            self.beat = now + BEAT;
+            let open = self.served.values().filter(|served| served.phase == Phase::Open);
+            open.for_each(|served| served.link.beat());
+        }
     }
 
     /// A socket has something, or room, or ended.
     fn woken(&mut self, token: u64, flags: epoll::EventFlags) {
         let Some(served) = self.served.get_mut(&token) else { return };
-        if flags.contains(epoll::EventFlags::OUT) && !matches!(served.phase, Phase::Over(_)) {
-            served.link.flush();
-        }
-        if flags.intersects(!epoll::EventFlags::OUT) {
+        let over = matches!(served.phase, Phase::Over(_));
+        served.ended |=
+            flags.intersects(epoll::EventFlags::RDHUP | epoll::EventFlags::HUP | epoll::EventFlags::ERR);
+        let more = flags.contains(epoll::EventFlags::OUT) && !over && served.link.flush() == Flush::More;
+        if more || flags.intersects(!epoll::EventFlags::OUT) {
             list(&mut self.ready, token, served);
         }
     }
@@ -152,9 +175,11 @@ impl Engine {
         let mut count = [0; 8];
         // It counts how often the bell was rung, and is 0 again.
         let _ = rustix::io::read(&self.shared.bell, &mut count);
-        let (arrivals, leaving) = {
+        let (arrivals, leaving, sending, closed) = {
             let mut orders = self.shared.orders();
-            (std::mem::take(&mut orders.arrivals), std::mem::take(&mut orders.leaving))
+            let Orders { arrivals, leaving, sending, closed, .. } = &mut *orders;
+            // Together: whoever arrives later than that sees that the endpoint is closed.
+            (std::mem::take(arrivals), std::mem::take(leaving), std::mem::take(sending), *closed)
         };
         arrivals.into_iter().for_each(|link| self.welcome(link));
         for ConnectionId(id) in leaving {
@@ -164,10 +189,20 @@ impl Engine {
                 self.end(id.into(), WorkError::Disconnected, None);
             }
         }
+        for ConnectionId(id) in sending {
+            if let Some(served) = self.served.get_mut(&id.into()) {
+                list(&mut self.ready, id.into(), served);
+            }
+        }
         let waiting = self.served.iter().filter(|(_, served)| served.inbound.is_waiting());
-        let waiting: Vec<u64> = waiting.map(|(token, _)| *token).collect();
+        let mut waiting: Vec<u64> = waiting.map(|(token, _)| *token).collect();
+        // Each is the first one in turn.
+        let next = waiting.partition_point(|token| *token <= self.resumed);
+        let first = next % waiting.len().max(1);
+        waiting.rotate_left(first);
+        self.resumed = waiting.first().copied().unwrap_or_default();
         waiting.into_iter().for_each(|token| self.resume(token));
-        !self.shared.is_closed()
+        !closed
     }
 
     fn welcome(&mut self, link: Arc<Link>) {
@@ -175,8 +210,14 @@ impl Engine {
         let flags =
             epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         let added = epoll::add(&self.epoll, &link.socket, epoll::EventData::new_u64(token), flags);
-        let served =
-            Served { link, inbound: Inbound::new(), carry: Vec::new(), listed: false, phase: Phase::Open };
+        let served = Served {
+            link,
+            inbound: Inbound::new(),
+            carry: Vec::new(),
+            listed: false,
+            ended: false,
+            phase: Phase::Open,
+        };
         self.served.insert(token, served);
         match added {
             Ok(()) => list(&mut self.ready, token, self.served.get_mut(&token).expect("it was inserted")),
@@ -219,8 +260,8 @@ impl Engine {
 
     fn after(&mut self, token: u64, visit: Visit) {
         let Some(served) = self.served.get_mut(&token) else { return };
-        if served.phase == Phase::Open {
-            served.link.tell();
+        if served.phase == Phase::Open && served.link.tell() == Flush::More {
+            list(&mut self.ready, token, served);
         }
         self.shared.publish(&mut self.events);
         match (visit, served.phase) {
@@ -242,6 +283,9 @@ impl Engine {
     fn end(&mut self, token: u64, cause: WorkError, refused: Option<WorkError>) {
         let Some(served) = self.served.get_mut(&token) else { return };
         served.link.end(cause, refused, &mut self.events);
+        if let Some(buffer) = served.inbound.abandon() {
+            self.shared.give_back(std::iter::once(buffer));
+        }
         // Its place is free when its end can be polled.
         self.shared.vacate();
         self.shared.publish(&mut self.events);
@@ -256,14 +300,23 @@ impl Engine {
             return;
         }
         let now = Instant::now();
-        let (mut told, mut late) = (Vec::new(), Vec::new());
-        for (token, served) in &self.served {
+        let (mut told, mut over, mut late) = (Vec::new(), Vec::new(), Vec::new());
+        for (token, served) in &mut self.served {
             match served.phase {
-                Phase::Refusing(until) if served.link.flush() || now >= until => told.push(*token),
+                Phase::Open => {}
+                Phase::Refusing(until) => match served.link.flush() {
+                    Flush::Done => told.push(*token),
+                    _ if now >= until => told.push(*token),
+                    Flush::More => list(&mut self.ready, *token, served),
+                    Flush::Blocked => {}
+                },
                 Phase::Over(until) if now >= until => late.push(*token),
-                _ => {}
+                Phase::Over(_) => over.push(*token),
             }
         }
+        // Those that have gone first are forgotten first, when there are many.
+        let many = over.len().saturating_sub(self.shared.config.connections);
+        late.extend(over.drain(..many));
         told.into_iter().for_each(|token| self.end(token, WorkError::Disconnected, None));
         late.into_iter().for_each(|token| drop(self.served.remove(&token)));
     }
@@ -281,8 +334,8 @@ impl Engine {
 impl Served {
     fn read(&mut self, shared: &Shared, buffer: &mut [u8], events: &mut Vec<Event>) -> Visit {
         if self.inbound.is_full() {
-            // It is visited again when there is a receive buffer.
-            return Visit::Idle;
+            // It is visited again when there is a receive buffer, or at its end: what it has not read is not executed then.
+            return if self.ended { Visit::Gone(WorkError::Disconnected) } else { Visit::Idle };
         }
         let kept = self.carry.len();
         buffer[..kept].copy_from_slice(&self.carry);
@@ -312,10 +365,7 @@ fn read_some(link: &Link, buffer: &mut [u8]) -> Result<usize, Visit> {
             Err(error) => match error.kind() {
                 ErrorKind::Interrupted => continue,
                 ErrorKind::WouldBlock => Err(Visit::Idle),
-                ErrorKind::TimedOut | ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => {
-                    Err(Visit::Gone(WorkError::RetryExceeded))
-                }
-                _ => Err(Visit::Gone(WorkError::Disconnected)),
+                _ => Err(Visit::Gone(cause(&error))),
             },
         };
     }

@@ -1,7 +1,7 @@
 //! What comes in on one connection, frame by frame: requests are executed, answers complete what was posted here.
 //!
 //! **Whole words.** The kernel delivers bytes cut anywhere. They are read into private memory, and written to a region by
-//! [`Memory::write`], up to the end of a word of the region; the few bytes behind it wait for the rest of their word.
+//! [`Memory::write`](crate::Memory::write), up to the end of a word of the region; the few bytes behind it wait for the rest of their word.
 //!
 //! **Without a receive buffer** a SEND waits, and all requests behind it, as they would on a queue pair. The answers between them do
 //! not: the peer may be waiting, too, and this side's requests would never complete. So requests that have to wait are *parked*, byte
@@ -14,7 +14,7 @@ use super::{
     link::{Corrupt, Link},
     wire::{FRAME, Frame, Kind, decode_refusal},
 };
-use crate::{memory::Memory, transport::WorkError};
+use crate::transport::WorkError;
 
 /// Bytes of requests that are kept while they wait for a receive buffer.
 pub(super) const MAX_PARKED: usize = 16 << 20;
@@ -41,8 +41,8 @@ impl From<Corrupt> for Stop {
 enum State {
     Head,
     Write {
-        memory: Memory,
-        offset: usize,
+        key: u32,
+        address: u64,
         left: usize,
         then: Option<(u32, Vec<u8>)>,
     },
@@ -66,14 +66,16 @@ enum State {
 #[derive(Debug)]
 pub(super) struct Inbound {
     state: State,
+    /// Whole requests but for the last one, which may be in the middle of its payload; those before `resumed` have been executed.
     parked: Vec<u8>,
+    resumed: usize,
     /// Requests wait for a receive buffer.
     waiting: bool,
 }
 
 impl Inbound {
     pub(super) fn new() -> Self {
-        Self { state: State::Head, parked: Vec::new(), waiting: false }
+        Self { state: State::Head, parked: Vec::new(), resumed: 0, waiting: false }
     }
 
     /// Whether requests wait for a receive buffer.
@@ -83,7 +85,7 @@ impl Inbound {
 
     /// Whether so much waits that the socket had better not be read.
     pub(super) fn is_full(&self) -> bool {
-        self.waiting && self.parked.len() >= MAX_PARKED
+        self.waiting && self.parked.len() - self.resumed >= MAX_PARKED
     }
 
     /// Takes bytes in; how many. Those that it leaves are fewer than a head has: more must follow them.
@@ -99,7 +101,7 @@ impl Inbound {
             let rest = &bytes[at..];
             let taken = match &self.state {
                 State::Head => self.head(shared, link, rest, events)?,
-                State::Write { .. } => self.write(link, rest, events),
+                State::Write { .. } => self.write(shared, link, rest, events)?,
                 State::Message { .. } => self.message(link, rest, events),
                 State::Reply { .. } => self.reply(link, rest, events),
                 State::Park { .. } => self.park(rest),
@@ -111,8 +113,8 @@ impl Inbound {
         }
     }
 
-    /// There may be a receive buffer: takes in what was parked. Bytes that it leaves are the beginning of a word: they come before what
-    /// the socket brings next.
+    /// There may be a receive buffer: executes what was parked, as far as there are. Bytes that it leaves are the beginning of a word:
+    /// they come before what the socket brings next.
     pub(super) fn resume(
         &mut self,
         shared: &Shared,
@@ -121,14 +123,52 @@ impl Inbound {
     ) -> Result<Vec<u8>, Stop> {
         let live = std::mem::replace(&mut self.state, State::Head);
         let parked = std::mem::take(&mut self.parked);
-        self.waiting = false;
-        let taken = self.take(shared, link, &parked, events)?;
-        // A request of which a part was parked is now as far as that part goes, executed or parked again. An answer is not parked: if
-        // one is in the middle of its payload, no request is.
+        let mut at = self.resumed;
+        loop {
+            let rest = &parked[at..];
+            let taken = match &self.state {
+                State::Head => {
+                    let Some(head) = rest.first_chunk::<FRAME>() else { break };
+                    let frame = Frame::decode(head).ok_or(Stop::Corrupt)?;
+                    if !self.request(shared, link, &frame, events)? {
+                        self.wait_again(live, parked, at);
+                        return Ok(Vec::new());
+                    }
+                    Some(FRAME)
+                }
+                State::Write { .. } => self.write(shared, link, rest, events)?,
+                _ => self.message(link, rest, events),
+            };
+            match taken {
+                Some(count) => at += count,
+                None => break,
+            }
+        }
+        (self.resumed, self.waiting) = (0, false);
+        // A request of which a part was parked is now as far as that part goes. An answer is not parked: if one is in the middle of its
+        // payload, no request is.
         if let State::Reply { .. } = live {
             self.state = live;
         }
-        Ok(parked[taken..].to_vec())
+        Ok(parked[at..].to_vec())
+    }
+
+    /// The request at `at` finds no buffer: nothing else changes.
+    fn wait_again(&mut self, live: State, mut parked: Vec<u8>, at: usize) {
+        (self.state, self.resumed) = (live, at);
+        if at > parked.len() / 2 {
+            parked.drain(..at);
+            self.resumed = 0;
+        }
+        self.parked = parked;
+    }
+
+    /// Nothing more is taken in. A receive buffer that is not full yet.
+    pub(super) fn abandon(&mut self) -> Option<Vec<u8>> {
+        match std::mem::replace(self, Self::new()).state {
+            State::Message { buffer, .. } | State::Write { then: Some((_, buffer)), .. } => Some(buffer),
+            _ => None,
+        }
     }
 
     /// The next frame. `None`: its head is not all there.
@@ -180,7 +220,7 @@ impl Inbound {
                 link.reply(&memory, offset, frame.length as usize)?;
             }
             Kind::Write => {
-                let (memory, offset) = find(true)?;
+                find(true)?;
                 let then = match frame.immediate {
                     None => None,
                     Some(immediate) => match shared.take_buffer() {
@@ -188,8 +228,9 @@ impl Inbound {
                         Some(buffer) => Some((immediate, buffer)),
                     },
                 };
-                self.state = State::Write { memory, offset, left: frame.length as usize, then };
-                self.write(link, &[], events);
+                let (key, address, left) = (frame.key, frame.address, frame.length as usize);
+                self.state = State::Write { key, address, left, then };
+                self.write(shared, link, &[], events)?;
             }
             _ => {
                 if frame.length > shared.config.receive_size as u64 {
@@ -204,20 +245,28 @@ impl Inbound {
         Ok(true)
     }
 
-    /// Bytes of a WRITE. `None`: more are needed.
-    fn write(&mut self, link: &Arc<Link>, bytes: &[u8], events: &mut Vec<Event>) -> Option<usize> {
-        let State::Write { memory, offset, left, .. } = &mut self.state else { unreachable!("seen before") };
+    /// Bytes of a WRITE. `None`: more are needed. The region is looked up for each piece: who drops it need not fear what is late.
+    fn write(
+        &mut self,
+        shared: &Shared,
+        link: &Arc<Link>,
+        bytes: &[u8],
+        events: &mut Vec<Event>,
+    ) -> Result<Option<usize>, Stop> {
+        let State::Write { key, address, left, .. } = &mut self.state else { unreachable!("seen before") };
+        let (memory, offset) =
+            shared.registry.find(*key, *address, *left as u64, true).map_err(Stop::Refuse)?;
         let count = if bytes.len() >= *left {
             *left
         } else {
             // Up to the end of a word.
-            ((*offset + bytes.len()) / 8 * 8).saturating_sub(*offset)
+            ((offset + bytes.len()) / 8 * 8).saturating_sub(offset)
         };
-        memory.write(*offset, &bytes[..count]);
-        *offset += count;
+        memory.write(offset, &bytes[..count]);
+        *address += count as u64;
         *left -= count;
         if *left > 0 {
-            return (count > 0).then_some(count);
+            return Ok((count > 0).then_some(count));
         }
         let State::Write { then, .. } = std::mem::replace(&mut self.state, State::Head) else {
             unreachable!()
@@ -226,7 +275,7 @@ impl Inbound {
         if let Some((immediate, buffer)) = then {
             events.push(Event::WriteImmediate { connection: link.id, buffer, immediate });
         }
-        Some(count)
+        Ok(Some(count))
     }
 
     fn message(&mut self, link: &Arc<Link>, bytes: &[u8], events: &mut Vec<Event>) -> Option<usize> {

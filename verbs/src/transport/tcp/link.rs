@@ -35,6 +35,19 @@ use crate::{
 
 /// Bytes that are copied for the socket before it takes them.
 const STAGE: usize = 256 << 10;
+/// Bytes that one call hands to the kernel, about: others wait for the lock, and the engine has other connections.
+const TURN: usize = 1 << 20;
+
+/// What is left after a flush.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flush {
+    /// Nothing.
+    Done,
+    /// The kernel takes no more now, or the connection is broken.
+    Blocked,
+    /// More than one call hands over.
+    More,
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -92,6 +105,8 @@ enum Item {
     Place(Memory, usize, usize),
     /// Bytes that the peer READs.
     Reply(Memory, usize, usize),
+    /// All before it belongs to earlier requests of this side or to the one that was posted then.
+    Mark,
 }
 
 /// What is on its way out.
@@ -101,13 +116,18 @@ pub(super) struct Sending {
     sent: usize,
     items: VecDeque<Item>,
     inflight: VecDeque<Posted>,
-    /// Requests of this side that are known to have been executed.
+    /// Requests of this side that are known to have been executed, and marks among the items: requests that cannot have been.
     done: u64,
+    marks: u64,
     /// Requests of the peer that have been executed, and of how many it was told.
     executed: u64,
     told: u64,
     /// Replies among the items: no more than the peer's send queue holds.
     replies: u64,
+    /// Bytes were handed to the kernel since the last [`Link::beat`].
+    alive: bool,
+    /// Why the socket takes nothing any more.
+    failed: Option<WorkError>,
     /// Nothing goes in or out any more.
     over: bool,
 }
@@ -174,8 +194,14 @@ impl Sending {
                     }
                     self.replies -= 1;
                 }
+                Some(Item::Mark) => self.marks -= 1,
             }
         }
+    }
+
+    /// Requests of this side that the peer can have executed.
+    fn handed_over(&self) -> u64 {
+        self.done + self.inflight.len() as u64 - self.marks
     }
 
     /// Says how many requests have been executed, unless much waits: then it is said behind that.
@@ -236,6 +262,10 @@ impl Link {
         sending.inflight.push_back(posted);
         sending.put(&frame.encode());
         payload(&mut Payload(&mut sending));
+        if !sending.items.is_empty() {
+            sending.marks += 1;
+            sending.items.push_back(Item::Mark);
+        }
         Ok(())
     }
 
@@ -243,33 +273,59 @@ impl Link {
     ///
     /// # Errors
     /// The connection is broken.
-    pub(super) fn ring(&self, news: bool) -> Result<(), PostError> {
+    pub(super) fn ring(&self, news: bool) -> Result<Flush, PostError> {
         if self.broken.load(Ordering::Acquire) {
             return Err(PostError::Disconnected);
         }
-        if news {
-            self.flush();
-        }
-        Ok(())
+        Ok(if news { self.flush() } else { Flush::Done })
     }
 
-    /// Hands to the kernel what it takes. Whether that was all. Of a socket that fails, the engine sees the end.
-    pub(super) fn flush(&self) -> bool {
+    /// Hands to the kernel what it takes. Of a socket that fails, the engine sees the end.
+    pub(super) fn flush(&self) -> Flush {
         let mut sending = self.lock();
+        let mut handed = 0;
         loop {
             if sending.sent == sending.staged.len() {
                 sending.staged.clear();
                 sending.sent = 0;
                 sending.refill();
                 if sending.staged.is_empty() {
-                    return true;
+                    return Flush::Done;
                 }
             }
-            match (&self.socket).write(&sending.staged[sending.sent..]) {
-                Ok(count) => sending.sent += count,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return false,
+            if handed >= TURN {
+                return Flush::More;
             }
+            match (&self.socket).write(&sending.staged[sending.sent..]) {
+                Ok(count) => {
+                    sending.sent += count;
+                    sending.alive = true;
+                    handed += count;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => {
+                    if error.kind() != ErrorKind::WouldBlock {
+                        // The socket tells it once.
+                        sending.failed = Some(cause(&error));
+                    }
+                    return Flush::Blocked;
+                }
+            }
+        }
+    }
+
+    /// Says something to a peer to which nothing was said for a while: its kernel answers, or its host is gone.
+    pub(super) fn beat(&self) {
+        let mut sending = self.lock();
+        if !std::mem::take(&mut sending.alive)
+            && sending.sent == sending.staged.len()
+            && sending.items.is_empty()
+        {
+            let frame = Frame::answer(Kind::Executed, sending.told, 0).encode();
+            sending.put(&frame);
+            drop(sending);
+            self.flush();
+            self.lock().alive = false;
         }
     }
 
@@ -279,9 +335,9 @@ impl Link {
     }
 
     /// Tells the peer how many of its requests are, and flushes.
-    pub(super) fn tell(&self) {
+    pub(super) fn tell(&self) -> Flush {
         self.lock().tell();
-        self.flush();
+        self.flush()
     }
 
     /// Answers a READ of the peer.
@@ -315,6 +371,9 @@ impl Link {
         events: &mut Vec<Event>,
     ) -> Result<(), Corrupt> {
         let mut sending = self.lock();
+        if executed > sending.handed_over() {
+            return Err(Corrupt);
+        }
         while sending.done < executed {
             match sending.inflight.front() {
                 // It completes with its reply.
@@ -344,7 +403,7 @@ impl Link {
     pub(super) fn expects_reply(&self, length: u64) -> bool {
         let sending = self.lock();
         let target = sending.inflight.front().and_then(|posted| posted.read.as_ref());
-        target.is_some_and(|target| target.len() as u64 == length)
+        sending.done < sending.handed_over() && target.is_some_and(|target| target.len() as u64 == length)
     }
 
     /// Bytes of that READ, from `at` on.
@@ -371,6 +430,11 @@ impl Link {
         let mut sending = self.lock();
         sending.over = true;
         sending.items.clear();
+        (sending.marks, sending.replies) = (0, 0);
+        let cause = match (cause, sending.failed) {
+            (WorkError::Disconnected, Some(failed)) => failed,
+            (cause, _) => cause,
+        };
         let mut first = refused;
         for posted in std::mem::take(&mut sending.inflight) {
             let error = first.take().unwrap_or(WorkError::Flushed);
@@ -384,6 +448,16 @@ impl Link {
         let rest = sending.sent;
         let _ = (&self.socket).write(&sending.staged[rest..]);
         let _ = self.socket.shutdown(Shutdown::Write);
+    }
+}
+
+/// What an error of a socket means.
+pub(super) fn cause(error: &std::io::Error) -> WorkError {
+    match error.kind() {
+        ErrorKind::TimedOut | ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => {
+            WorkError::RetryExceeded
+        }
+        _ => WorkError::Disconnected,
     }
 }
 

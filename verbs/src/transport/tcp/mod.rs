@@ -22,9 +22,11 @@
 //! - A request is executed by the peer's thread, in the order of the posts. Its completion says that this has happened.
 //! - [`Connection::ring`] hands posted requests to the kernel, many in one system call. What the kernel does not take goes out when it
 //!   does.
-//! - A SEND without a receive buffer waits, and what is posted behind it; answers do not.
+//! - A SEND without a receive buffer waits, and what is posted behind it; answers do not. 16 MiB may wait; a peer that takes
+//!   nothing more for a second and a half is lost.
 //! - A connection reaches regions that are registered later, too.
-//! - A peer whose process ends is noticed at once. One whose host is silent is dead after two seconds.
+//! - A peer whose process ends is noticed at once. One whose host is silent is dead after two seconds: to a peer to which nothing
+//!   was said for 0.4 s something is said, and its kernel has 1.5 s to answer.
 //!
 //! **Trust.** Whoever reaches the port can connect, and nothing is encrypted: use it in a network that you trust. A peer reaches the
 //! regions whose keys it was told, or guesses, out of 2^32. Whatever it sends, this process stays sound, and keeps a bounded amount

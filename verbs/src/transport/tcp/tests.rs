@@ -78,16 +78,26 @@ impl Raw {
         Frame { kind, immediate: None, key: self.region.remote().key, length, address: at }
     }
 
-    fn hear(&mut self) -> Frame {
+    fn frame(&mut self) -> Frame {
         let mut head = [0; FRAME];
         self.socket.read_exact(&mut head).unwrap();
         Frame::decode(&head).unwrap()
     }
 
+    /// The next frame that does not just say how many requests are executed: that is said now and then.
+    fn hear(&mut self) -> Frame {
+        loop {
+            let frame = self.frame();
+            if frame.kind != Kind::Executed {
+                return frame;
+            }
+        }
+    }
+
     /// Hears until so many requests are executed.
     fn executed(&mut self, count: u64) {
         loop {
-            let frame = self.hear();
+            let frame = self.frame();
             assert_eq!((frame.kind, frame.length), (Kind::Executed, 0));
             assert!(frame.address <= count, "{} requests of {count} are executed", frame.address);
             if frame.address == count {
@@ -341,6 +351,169 @@ fn reads_beyond_the_send_queue_end_the_connection() {
     let bytes = raw.request(Kind::Read, 0, LONG as u64).encode().repeat(4 + 2);
     raw.say(&bytes);
     raw.ends(WorkError::RemoteInvalid);
+}
+
+/// The receive buffer of a message of which the rest never comes is not lost.
+#[test]
+fn half_messages_cost_no_buffer() {
+    let mut raw = Raw::new(64);
+    let mut half = vec![raw.request(Kind::Send, 0, 10).encode().to_vec()];
+    half.push(
+        [Frame { immediate: Some(1), ..raw.request(Kind::Write, 0, 16) }.encode().as_slice(), &[1; 9]]
+            .concat(),
+    );
+    let (mut listener, place) = listen(&Tcp::new());
+    for half in half {
+        let mut socket = TcpStream::connect(&place).unwrap();
+        socket.write_all(&hello().encode()).unwrap();
+        let request = listener.accept(PATIENCE).unwrap().unwrap();
+        let _connection = request.accept(&raw.endpoint.attach(), b"").unwrap();
+        // The region is of another transport, but the key is looked up in the endpoint's.
+        socket.write_all(&half).unwrap();
+        std::thread::sleep(Duration::from_millis(30));
+        drop(socket);
+        raw.ends(WorkError::Disconnected);
+    }
+    let bytes = raw.request(Kind::Send, 0, 0).encode().repeat(2);
+    raw.say(&bytes);
+    for _ in 0..2 {
+        assert!(matches!(raw.next(), Completion::Received { .. }));
+    }
+}
+
+/// What has not been handed to the kernel cannot have been executed.
+#[test]
+fn answers_to_what_was_not_sent_end_the_connection() {
+    const LONG: usize = 16 << 20;
+    let mut raw = Raw::new(LONG);
+    let own = raw.region.clone();
+    for _ in 0..2 {
+        let piece = [Sge { region: &own, offset: 0, length: LONG }];
+        raw.connection.write(Payload::Gather(&piece), own.remote().at(0), None, None).unwrap();
+    }
+    raw.connection.ring().unwrap();
+    raw.say(&Frame::answer(Kind::Executed, 2, 0).encode());
+    raw.ends(WorkError::RemoteInvalid);
+}
+
+/// A connection of which as much waits as is kept is read no more, and yet its end is seen.
+#[test]
+fn the_end_of_a_connection_that_waits_is_seen() {
+    const LONG: usize = super::inbound::MAX_PARKED + (8 << 20);
+    let mut raw = Raw::new(LONG);
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let bytes = raw.request(Kind::Send, 0, 0).encode();
+        raw.say(&bytes);
+        let Completion::Received { buffer, .. } = raw.next() else { panic!("expected a message") };
+        held.push(buffer);
+    }
+    let immediate = Frame { immediate: Some(1), ..raw.request(Kind::Write, 0, LONG as u64) };
+    raw.say(&immediate.encode());
+    let mut socket = raw.socket.try_clone().unwrap();
+    let sender = std::thread::spawn(move || socket.write_all(&vec![1; LONG]));
+    std::thread::sleep(Duration::from_millis(200));
+    raw.nothing();
+    raw.socket.shutdown(std::net::Shutdown::Both).unwrap();
+    let _ = sender.join().unwrap();
+    raw.ends(WorkError::Disconnected);
+    held.into_iter().for_each(|buffer| raw.endpoint.release(buffer));
+}
+
+/// Many small requests that wait are executed in time that grows with their number, and not with its square.
+#[test]
+fn many_requests_wait_and_all_are_executed() {
+    const MANY: usize = 20_000;
+    let mut raw = Raw::new(64);
+    let bytes = raw.request(Kind::Send, 0, 0).encode().repeat(MANY);
+    let mut socket = raw.socket.try_clone().unwrap();
+    let sender = std::thread::spawn(move || socket.write_all(&bytes).unwrap());
+    // Whoever does not read the answers is taken for dead.
+    let mut socket = raw.socket.try_clone().unwrap();
+    let listener = std::thread::spawn(move || while matches!(socket.read(&mut [0; 4096]), Ok(1..)) {});
+    for _ in 0..MANY {
+        let Completion::Received { buffer, .. } = raw.next() else { panic!("expected a message") };
+        raw.endpoint.release(buffer);
+    }
+    sender.join().unwrap();
+    drop(raw);
+    listener.join().unwrap();
+}
+
+/// A WRITE that is on its way when its region is dropped writes no more.
+#[test]
+fn a_dropped_region_is_not_written() {
+    let transport = Tcp::new();
+    let memory = Memory::new("dropped", 64).unwrap();
+    let region = transport.register(&memory, Access::RemoteWrite).unwrap();
+    let mut endpoint = transport.endpoint(&CONFIG).unwrap();
+    let (mut listener, place) = listen(&transport);
+    let mut socket = TcpStream::connect(place).unwrap();
+    socket.write_all(&hello().encode()).unwrap();
+    let request = listener.accept(PATIENCE).unwrap().unwrap();
+    let _connection = request.accept(&endpoint.attach(), b"").unwrap();
+    let key = region.remote().key;
+    let frame = Frame { kind: Kind::Write, immediate: None, key, length: 64, address: 0 };
+    socket.write_all(&frame.encode()).unwrap();
+    socket.write_all(&[1; 32]).unwrap();
+    let begun = Instant::now();
+    while memory.load(24) == 0 {
+        assert!(begun.elapsed() < PATIENCE, "the first half is not written");
+    }
+    drop(region);
+    socket.write_all(&[1; 32]).unwrap();
+    let mut seen = Vec::new();
+    while endpoint.poll(&mut seen) == 0 {
+        endpoint.wait(PATIENCE);
+    }
+    assert!(matches!(seen[..], [Completion::Disconnected { .. }]), "{seen:?}");
+    assert_eq!(memory.load(32), 0);
+}
+
+/// A peer to which nothing was said is said something: so a host that is gone is missed.
+#[test]
+fn something_is_said_now_and_then() {
+    let mut raw = Raw::new(64);
+    for _ in 0..2 {
+        let frame = raw.frame();
+        assert_eq!((frame.kind, frame.address), (Kind::Executed, 0));
+    }
+}
+
+/// A peer that takes in all of its READs at once does not keep others waiting.
+#[test]
+fn long_replies_do_not_keep_others_waiting() {
+    const LONG: usize = 64 << 20;
+    let mut raw = Raw::new(LONG);
+    let (mut listener, place) = listen(&Tcp::new());
+    let mut other = TcpStream::connect(&place).unwrap();
+    other.write_all(&hello().encode()).unwrap();
+    let request = listener.accept(PATIENCE).unwrap().unwrap();
+    let _other = request.accept(&raw.endpoint.attach(), b"").unwrap();
+    let reads = raw.request(Kind::Read, 0, LONG as u64).encode().repeat(4);
+    raw.say(&reads);
+    let mut socket = raw.socket.try_clone().unwrap();
+    let taken = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let reader = std::thread::spawn({
+        let taken = taken.clone();
+        move || {
+            let mut buffer = vec![0; 1 << 20];
+            while taken.load(std::sync::atomic::Ordering::SeqCst) < 4 * (FRAME + LONG) {
+                let count = socket.read(&mut buffer).unwrap();
+                taken.fetch_add(count, std::sync::atomic::Ordering::SeqCst);
+            }
+        }
+    });
+    // Messages of the other connection come in while replies go out.
+    let mut between = 0;
+    while !reader.is_finished() {
+        other.write_all(&raw.request(Kind::Send, 0, 0).encode()).unwrap();
+        let Completion::Received { buffer, .. } = raw.next() else { panic!("expected a message") };
+        raw.endpoint.release(buffer);
+        between += 1;
+    }
+    reader.join().unwrap();
+    assert!(between > 4, "only {between} messages came in while 256 MiB went out");
 }
 
 /// Peers that say nothing, half of it, or something else do not keep others from connecting.

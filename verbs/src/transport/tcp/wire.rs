@@ -25,6 +25,8 @@ const VERSION: u16 = 1;
 pub(super) const OPENING: usize = 24 + MAX_REPLY_DATA;
 /// Bytes of a frame before its payload.
 pub(super) const FRAME: usize = 32;
+/// Requests of a send queue, at most: the other side keeps a note of each that it cannot answer yet.
+pub(super) const MAX_SEND_DEPTH: u64 = 1 << 16;
 /// Longest payload of a frame: what an address can count on, and no loss to anybody.
 pub(super) const MAX_LENGTH: u64 = 1 << 40;
 
@@ -83,10 +85,14 @@ impl Opening {
                 "it announced {length} bytes of private data; {MAX_REPLY_DATA} are possible"
             ));
         }
+        let send_depth = word8(bytes, 16);
+        if send_depth > MAX_SEND_DEPTH {
+            return Err(format!("it announced a send queue of {send_depth}; {MAX_SEND_DEPTH} is possible"));
+        }
         Ok(Self {
             kind,
             receive_size: word8(bytes, 8),
-            send_depth: word8(bytes, 16),
+            send_depth,
             private_data: bytes[24..][..length].to_vec(),
         })
     }
@@ -206,7 +212,7 @@ mod tests {
         for kind in [OpeningKind::Hello, OpeningKind::Accept, OpeningKind::Refuse] {
             for length in [0, 1, MAX_REPLY_DATA] {
                 let private_data = (0..length).map(|i| i as u8).collect();
-                let opening = Opening { kind, receive_size: 4096, send_depth: 1 << 20, private_data };
+                let opening = Opening { kind, receive_size: 4096, send_depth: MAX_SEND_DEPTH, private_data };
                 assert_eq!(Opening::decode(&opening.encode()), Ok(opening));
             }
         }
@@ -231,6 +237,7 @@ mod tests {
         assert!(bad(4, 9).contains("version 9"));
         assert!(bad(6, 3).contains("kind: 3"));
         assert!(bad(7, 129).contains("129 bytes"));
+        assert!(bad(18, 2).contains("send queue of 131073"));
         let frame = Frame::answer(Kind::Executed, 3, 0).encode();
         for (at, byte) in [(0, 6), (1, 1), (1, 2), (2, 1), (12, 1), (23, 1)] {
             let mut bytes = frame;
