@@ -41,7 +41,11 @@ fn refused<X>(result: Result<X, Error>, texts: &[&str]) {
 fn addresses_that_lead_nowhere() {
     let folder = Folder::new("nowhere");
     let nobody = folder.address("nobody.sock").to_string();
-    refused(Client::connect(&["tcp://localhost:1"]), &["`tcp://localhost:1`", "scheme is unknown", "shm://"]);
+    refused(Client::connect(&["udp://localhost:1"]), &["`udp://localhost:1`", "scheme is unknown", "tcp://"]);
+    refused(
+        Client::connect(&["tcp://127.0.0.1:1"]),
+        &["cannot reach", "`tcp://127.0.0.1:1`", "running there?"],
+    );
     refused(Client::connect(&["localhost:1"]), &["`localhost:1`", "no scheme"]);
     refused(Client::connect(&[""; 0]), &["no server: give at least one"]);
     refused(Client::connect(&[&nobody]), &["cannot reach", &nobody, "is the server running there?"]);
