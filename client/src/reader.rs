@@ -133,10 +133,11 @@ impl<T: Transport> Reader<T> {
         while count > 0 {
             if self.endpoint.poll(&mut self.completions) == 0 {
                 if turn < T::AWAKE_TURNS {
-                    turn = core.transport.relax(turn);
+                    core.transport.relax(turn);
                 } else {
                     self.endpoint.wait(NAP);
                 }
+                turn = turn.saturating_add(1);
                 continue;
             }
             for completion in self.completions.drain(..) {

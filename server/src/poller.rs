@@ -104,7 +104,8 @@ impl<T: Transport> Poller<T> {
             if self.turn() > 0 {
                 idle = 0;
             } else if idle < T::AWAKE_TURNS {
-                idle = self.transport.relax(idle);
+                self.transport.relax(idle);
+                idle += 1;
             } else {
                 self.endpoint.wait(self.until_next_push().unwrap_or(SLEEP));
             }
@@ -128,7 +129,8 @@ impl<T: Transport> Poller<T> {
             if self.posting.is_empty() || self.transport.now() >= end {
                 break;
             }
-            turn = self.transport.relax(turn);
+            self.transport.relax(turn);
+            turn += 1;
         }
     }
 

@@ -135,7 +135,8 @@ impl<T: Transport> Core<T> {
         let mut turn = 0;
         while link.end.get().is_none() && self.transport.now() < end {
             self.progress();
-            turn = self.transport.relax(turn);
+            self.transport.relax(turn);
+            turn += 1;
         }
         link.lose(cause);
         link.end.get().expect("it has just been set").clone()
@@ -189,8 +190,9 @@ impl<T: Transport> Core<T> {
                 None => {}
             }
             if !sleepy || own > 0 {
-                turn = self.transport.relax(turn);
+                self.transport.relax(turn);
             }
+            turn = turn.saturating_add(1);
         }
         if self.handed_over.load(Ordering::SeqCst) {
             self.progress();

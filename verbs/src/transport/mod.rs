@@ -359,10 +359,8 @@ pub trait Transport: Clone + Send + Sync + 'static {
     /// Time since some fixed moment; never goes back.
     fn now(&self) -> Duration;
 
-    /// One turn of waiting: spins for the first turns (`turn` counts from 0), later yields the processor. Returns the
-    /// next turn, which is farther ahead where another thread took the processor: who shares one had better sleep
-    /// sooner.
-    fn relax(&self, turn: u32) -> u32;
+    /// One turn of waiting: spins for the first turns (`turn` counts from 0), later yields the processor.
+    fn relax(&self, turn: u32);
 
     /// A new event count.
     fn signal(&self) -> Self::Signal;

@@ -207,9 +207,7 @@ pub(super) fn snapshots<R: Rig>(rig: &R) {
         let owner = Owner::start(&pair, memory, move |memory, round| {
             memory.rewrite(0, 8..8 + len, round << 1, |bytes| fill(bytes, round << 1));
             // Now and then there is time for a whole copy.
-            for _ in 0..round % (2 + len as u64 / 32) {
-                transport.relax(0);
-            }
+            (0..round % (2 + len as u64 / 32)).for_each(|_| transport.relax(0));
         });
         let (mut last, mut newer, mut copy) = (0, 0, vec![0; len]);
         let wanted = u64::from(rig.effort().rounds).min(100);

@@ -218,8 +218,8 @@ impl<T: Transport> Transport for Faulty<T> {
         self.inner.now()
     }
 
-    fn relax(&self, turn: u32) -> u32 {
-        self.inner.relax(turn)
+    fn relax(&self, turn: u32) {
+        self.inner.relax(turn);
     }
 
     fn signal(&self) -> T::Signal {

@@ -3,7 +3,7 @@
 //! | item | what it is |
 //! |---|---|
 //! | [`now`] | the monotonic time since this process first asked |
-//! | [`relax`] | one turn of waiting: spin, later yield; sooner ready to sleep where the processor is shared |
+//! | [`relax`] | one turn of waiting: spin, later yield |
 //! | [`HostSignal`] | an event count whose announcer makes no system call while nobody waits |
 //! | [`HostThread`], [`spawn`] | threads, pinned on request |
 
@@ -30,14 +30,6 @@ const SPIN_TURNS: u32 = 64;
 /// processor. A sleeper's processor halts, and on a virtual machine it takes 50 microseconds to come back.
 pub const AWAKE_TURNS: u32 = 4096;
 
-/// A yield that returns sooner than this gave the processor to nobody: a switch to another thread and back takes longer.
-const ALONE: Duration = Duration::from_micros(1);
-
-/// Turns that a yield counts for when another thread ran meanwhile. Whoever shares a processor sleeps after eight of them:
-/// two pollers that yield to each other keep a processor busy with nothing, and the kernel, which sees two threads that
-/// want to run, moves no computing thread there.
-const SHARED_TURNS: u32 = 512;
-
 /// Processors that the kernel's fixed-size set (`cpu_set_t`) can name.
 const MAX_CORES: usize = libc::CPU_SETSIZE as usize;
 
@@ -48,15 +40,13 @@ pub fn now() -> Duration {
 }
 
 /// One turn of waiting (`turn` counts from 0): the first ones spin, the others yield the processor, so that
-/// more pollers than processors still make progress. Returns the next turn.
-pub fn relax(turn: u32) -> u32 {
+/// more pollers than processors still make progress.
+pub fn relax(turn: u32) {
     if turn < SPIN_TURNS {
         hint::spin_loop();
-        return turn + 1;
+    } else {
+        std::thread::yield_now();
     }
-    let before = Instant::now();
-    std::thread::yield_now();
-    turn.saturating_add(if before.elapsed() < ALONE { 1 } else { SHARED_TURNS })
 }
 
 /// A running thread of this process.
@@ -116,33 +106,12 @@ mod tests {
     #[test]
     fn time_never_goes_back() {
         let mut last = now();
-        let mut turn = 0;
-        while turn < AWAKE_TURNS {
-            let next = relax(turn);
-            assert!(next > turn);
-            turn = next;
+        for turn in 0..1000 {
+            relax(turn);
             let next = now();
             assert!(next >= last);
             last = next;
         }
-    }
-
-    #[test]
-    fn who_shares_a_processor_is_sooner_ready_to_sleep() {
-        static STOP: AtomicBool = AtomicBool::new(false);
-        let core = core_affinity::get_core_ids().unwrap()[0].id;
-        let busy = spawn("busy", Some(core), || {
-            while !STOP.load(Ordering::Relaxed) {
-                hint::spin_loop();
-            }
-        });
-        let waiter = spawn("waiter", Some(core), || {
-            // The other thread takes the processor in one of these turns at the latest when a slice of this one ends.
-            while relax(SPIN_TURNS) == SPIN_TURNS + 1 {}
-            STOP.store(true, Ordering::Relaxed);
-        });
-        assert!(waiter.unwrap().join());
-        assert!(busy.unwrap().join());
     }
 
     #[test]

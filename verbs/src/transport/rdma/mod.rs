@@ -177,8 +177,8 @@ impl Transport for Rdma {
         host::now()
     }
 
-    fn relax(&self, turn: u32) -> u32 {
-        host::relax(turn)
+    fn relax(&self, turn: u32) {
+        host::relax(turn);
     }
 
     fn signal(&self) -> HostSignal {

@@ -192,8 +192,8 @@ impl Transport for Shm {
         host::now()
     }
 
-    fn relax(&self, turn: u32) -> u32 {
-        host::relax(turn)
+    fn relax(&self, turn: u32) {
+        host::relax(turn);
     }
 
     fn signal(&self) -> HostSignal {

@@ -10,7 +10,7 @@
 //!     let mut listener = server.listen(&"sim://server".parse().unwrap()).unwrap();
 //!     assert!(listener.accept(Duration::from_secs(1)).unwrap().is_none());
 //! });
-//! sim.spawn(&client.clone(), "main", move || _ = client.relax(0));
+//! sim.spawn(&client.clone(), "main", move || client.relax(0));
 //! sim.run();
 //! ```
 //!

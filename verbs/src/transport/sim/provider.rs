@@ -121,21 +121,19 @@ impl Transport for Node {
         Duration::from_nanos(world.now + lag)
     }
 
-    fn relax(&self, turn: u32) -> u32 {
+    fn relax(&self, turn: u32) {
         let mut world = self.shared.lock();
         if world.traffic.is_some() {
             let me = self.shared.current();
             let delay = world.starts_to_relax(self.index, turn);
             self.shared.block(world, Wait::Relax, Some(delay));
-            self.shared.lock().has_relaxed(self.index, me);
-            return turn.saturating_add(1);
+            return self.shared.lock().has_relaxed(self.index, me);
         }
         // The first turns spin; later ones give the processor away for longer and longer. (Who spins makes the
         // simulation slow: each turn is a switch of threads.)
         let typical = (world.temper.spin << (turn.min(64) / 8)).min(20_000);
         let delay = world.thread_delay(typical);
         self.shared.block(world, Wait::Relax, Some(delay));
-        turn.saturating_add(1)
     }
 
     fn signal(&self) -> Signal {

@@ -124,8 +124,8 @@ impl Transport for Tcp {
         host::now()
     }
 
-    fn relax(&self, turn: u32) -> u32 {
-        host::relax(turn)
+    fn relax(&self, turn: u32) {
+        host::relax(turn);
     }
 
     fn signal(&self) -> HostSignal {

@@ -181,9 +181,7 @@ fn a_panic_is_reported_with_the_seed_and_the_last_events() {
 fn a_panic_that_nobody_joined_fails_the_run() {
     let report = report(Settings::default(), |node| {
         drop(node.spawn("unseen", None, || panic!("nobody looks")).expect("spawn"));
-        for _ in 0..100 {
-            node.relax(0);
-        }
+        (0..100).for_each(|_| node.relax(0));
     });
     assert!(report.contains("`alone/unseen` panicked, and nobody joined it"), "{report}");
 }
@@ -245,7 +243,7 @@ fn a_node_may_kill_itself() {
         inside.kill(&node);
         seen.store(1, Ordering::Relaxed);
     });
-    sim.spawn(&other.clone(), "root", move || _ = other.relax(0));
+    sim.spawn(&other.clone(), "root", move || other.relax(0));
     sim.run();
     assert_eq!(after.load(Ordering::Relaxed), 0, "a thread went on after its node's death");
 }

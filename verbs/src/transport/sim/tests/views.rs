@@ -58,7 +58,7 @@ fn beside<X: Send + 'static>(
         let connection = loop {
             match client.connect(&endpoint.attach(), &address, b"", Duration::from_secs(1)) {
                 Ok((connection, _)) => break connection,
-                Err(_) => _ = client.relax(40),
+                Err(_) => client.relax(40),
             }
         };
         let region = *told.lock().unwrap();

@@ -214,9 +214,7 @@ fn a_buffer_used_again_before_its_completion_is_sent_changed() {
         end.write(Payload::Gather(&[piece(own, 0, LEN)]), theirs.remote().at(0), Some(1), None)
             .expect("post");
         end.ring().expect("ring");
-        for _ in 0..8 {
-            pair.client.transport.relax(0);
-        }
+        (0..8).for_each(|_| pair.client.transport.relax(0));
         own.memory().write(0, &[2; LEN]);
         pair.immediate(Side::Server);
         let seen = bytes(theirs, 0, LEN);
