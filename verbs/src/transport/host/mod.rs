@@ -15,6 +15,7 @@ use std::{
 };
 
 use core_affinity::CoreId;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::{error::Error, transport::Thread};
 
@@ -94,6 +95,28 @@ pub fn spawn(
             io::ErrorKind::InvalidInput,
             "this process may not use that processor (`taskset -pc PID` lists those that it may)",
         ),
+    })
+}
+
+/// Raises the soft limit of open files to the hard one.
+pub(super) fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        // If it cannot be raised it stays as it is, and who comes to it is told.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    }
+}
+
+/// The error for private data of more than `limit` bytes.
+pub(super) fn check_private_data(data: &[u8], limit: usize) -> Result<(), Error> {
+    if data.len() <= limit {
+        return Ok(());
+    }
+    Err(Error::Limit {
+        what: "the length of the private data".to_owned(),
+        value: data.len() as u64,
+        limit: limit as u64,
+        cure: "; send the rest in a message".to_owned(),
     })
 }
 

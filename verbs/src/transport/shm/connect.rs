@@ -43,7 +43,9 @@ use super::{
 use crate::{
     address::Address,
     error::Error,
-    transport::{EndpointConfig, Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request},
+    transport::{
+        EndpointConfig, Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request, host::check_private_data,
+    },
 };
 
 /// Connections that the kernel keeps for a listener that is busy.
@@ -172,18 +174,6 @@ impl Peer {
         seat.occupy(Arrival { link: link.clone(), inbox, peer_bell: self.bell.clone(), peer_slot });
         Ok(ShmConnection::new(link, outbox, self.bell, peer_slot, receive_size, self.regions))
     }
-}
-
-fn check_private_data(data: &[u8], limit: usize) -> Result<(), Error> {
-    if data.len() <= limit {
-        return Ok(());
-    }
-    Err(Error::Limit {
-        what: "the length of the private data".to_owned(),
-        value: data.len() as u64,
-        limit: limit as u64,
-        cure: "; send the rest in a message".to_owned(),
-    })
 }
 
 /// See [`Transport::connect`](crate::transport::Transport::connect).

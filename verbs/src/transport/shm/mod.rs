@@ -62,8 +62,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-
 use self::{mapping::Mappings, region::Registry, watch::Watch};
 use crate::{
     address::Address,
@@ -126,21 +124,12 @@ impl Shm {
     /// # Errors
     /// The system's, when it has no descriptor left.
     pub fn new() -> Result<Self, Error> {
-        raise_file_limit();
+        host::raise_file_limit();
         Ok(Self(Arc::new(Inner {
             registry: Arc::default(),
             mappings: Mappings::default(),
             watch: Watch::new()?,
         })))
-    }
-}
-
-/// Raises the soft limit of open files to the hard one.
-fn raise_file_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    if limit.current != limit.maximum {
-        // If it cannot be raised it stays as it is, and who comes to it is told.
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     }
 }
 

@@ -21,13 +21,14 @@ use rustix::{
 
 use super::{
     connection::TcpConnection,
-    endpoint::{Seat, Shared, TcpAttach},
+    endpoint::TcpAttach,
+    shared::{Seat, Shared},
     wire::{OPENING, Opening, OpeningKind},
 };
 use crate::{
     address::Address,
     error::Error,
-    transport::{Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request},
+    transport::{Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request, host::check_private_data},
 };
 
 /// Peers that are heard at a time.
@@ -49,18 +50,6 @@ fn resolve(address: &Address) -> Result<Vec<SocketAddr>, Error> {
     let found: Vec<_> =
         (host.as_str(), *port).to_socket_addrs().map_err(|error| unreachable(error.to_string()))?.collect();
     if found.is_empty() { Err(unreachable("the name has no address".to_owned())) } else { Ok(found) }
-}
-
-fn check_private_data(data: &[u8], limit: usize) -> Result<(), Error> {
-    if data.len() <= limit {
-        return Ok(());
-    }
-    Err(Error::Limit {
-        what: "the length of the private data".to_owned(),
-        value: data.len() as u64,
-        limit: limit as u64,
-        cure: "; send the rest in a message".to_owned(),
-    })
 }
 
 /// Makes a socket what a connection needs.

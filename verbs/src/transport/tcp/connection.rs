@@ -3,9 +3,9 @@
 use std::{fmt, sync::Arc};
 
 use super::{
-    endpoint::Shared,
     link::{Flush, Link, Posted, Target},
     region::TcpRegion,
+    shared::Shared,
     wire::{Frame, Kind, MAX_LENGTH},
 };
 use crate::transport::{

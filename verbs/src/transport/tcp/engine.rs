@@ -21,9 +21,9 @@ use std::{
 use rustix::{event::epoll, io::Errno};
 
 use super::{
-    endpoint::{Event, Orders, Shared},
     inbound::{Inbound, Stop},
-    link::{Flush, Link, cause},
+    link::{Event, Flush, Link, cause},
+    shared::{Orders, Shared},
     wire::FRAME,
 };
 use crate::{

@@ -10,8 +10,8 @@
 use std::sync::Arc;
 
 use super::{
-    endpoint::{Event, Shared},
-    link::{Corrupt, Link},
+    link::{Corrupt, Event, Link},
+    shared::Shared,
     wire::{FRAME, Frame, Kind, decode_refusal},
 };
 use crate::transport::WorkError;

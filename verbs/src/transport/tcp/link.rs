@@ -24,7 +24,6 @@ use std::{
 };
 
 use super::{
-    endpoint::Event,
     region::TcpRegion,
     wire::{FRAME, Frame, Kind, encode_refusal},
 };
@@ -130,6 +129,32 @@ pub(super) struct Sending {
     failed: Option<WorkError>,
     /// Nothing goes in or out any more.
     over: bool,
+}
+
+/// What becomes of a connection, for the polling thread.
+#[derive(Debug)]
+pub(super) enum Event {
+    Work {
+        link: Arc<Link>,
+        id: u64,
+        result: Result<(), WorkError>,
+    },
+    Received {
+        connection: ConnectionId,
+        buffer: Vec<u8>,
+        length: usize,
+        immediate: Option<u32>,
+    },
+    /// It holds a buffer until it is polled.
+    WriteImmediate {
+        connection: ConnectionId,
+        buffer: Vec<u8>,
+        immediate: u32,
+    },
+    End {
+        connection: ConnectionId,
+        cause: WorkError,
+    },
 }
 
 /// The peer said what cannot be.
@@ -241,7 +266,7 @@ impl Link {
         !self.broken.swap(true, Ordering::AcqRel)
     }
 
-    /// Takes a request into the send queue: by the posting thread alone. `payload` is handed to `put`, once or several times.
+    /// Takes a request into the send queue: by the posting thread alone. `payload` puts the frame's payload behind it.
     pub(super) fn post(
         &self,
         frame: &Frame,

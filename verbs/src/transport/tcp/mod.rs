@@ -14,6 +14,7 @@
 //! | `link` | a connection as its two threads share it: what is on its way out, what is in flight |
 //! | `inbound` | what comes in: requests are executed, answers complete |
 //! | `engine` | the thread of an endpoint that serves its sockets |
+//! | `shared` | what an endpoint's handles and its engine share |
 //! | `connection`, `endpoint` | the posting and the polling side |
 //! | `region` | registered regions |
 //! | `connect` | listening and connecting |
@@ -54,6 +55,7 @@ mod engine;
 mod inbound;
 mod link;
 mod region;
+mod shared;
 #[cfg(test)]
 mod suite;
 #[cfg(test)]
@@ -66,13 +68,21 @@ pub use endpoint::{TcpAttach, TcpEndpoint};
 pub use region::{TcpExport, TcpRegion};
 
 /// The TCP transport.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Tcp(Arc<Registry>);
 
 impl Tcp {
-    /// A new transport. Its regions can be named by the peers of its own connections alone.
+    /// A new transport. Its regions can be named by the peers of its own connections alone. Lets this process have as many open
+    /// files as the system allows it.
     pub fn new() -> Self {
-        Self::default()
+        host::raise_file_limit();
+        Self(Arc::default())
+    }
+}
+
+impl Default for Tcp {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

@@ -16,8 +16,8 @@ use crate::{
     address::Address,
     memory::Memory,
     transport::{
-        Access, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, Region, Request, Sge,
-        Transport, WorkError,
+        Access, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, ReceiveBuffer, Region,
+        Request, Sge, Transport, WorkError,
     },
 };
 
@@ -114,6 +114,16 @@ impl Raw {
             std::thread::yield_now();
         }
         self.seen.remove(0)
+    }
+
+    /// Both receive buffers, each with an empty message.
+    fn use_up_the_buffers(&mut self) -> [ReceiveBuffer; 2] {
+        [(); 2].map(|()| {
+            let bytes = self.request(Kind::Send, 0, 0).encode();
+            self.say(&bytes);
+            let Completion::Received { buffer, .. } = self.next() else { panic!("expected a message") };
+            buffer
+        })
     }
 
     fn nothing(&mut self) {
@@ -213,13 +223,7 @@ fn requests_wait_for_a_buffer_and_answers_do_not() {
 fn a_request_that_waits_may_be_cut_anywhere() {
     for cut in 0..24 {
         let mut raw = Raw::new(64);
-        let mut held = Vec::new();
-        for _ in 0..2 {
-            let bytes = raw.request(Kind::Send, 0, 0).encode();
-            raw.say(&bytes);
-            let Completion::Received { buffer, .. } = raw.next() else { panic!("expected a message") };
-            held.push(buffer);
-        }
+        let held = raw.use_up_the_buffers();
         let immediate = Frame { immediate: Some(1), ..raw.request(Kind::Write, 5, 24) };
         let payload: Vec<u8> = (1..=24).collect();
         raw.say(&immediate.encode());
@@ -240,13 +244,7 @@ fn a_request_that_waits_may_be_cut_anywhere() {
 fn more_than_is_kept_waits_in_the_socket() {
     const LONG: usize = super::inbound::MAX_PARKED + (4 << 20);
     let mut raw = Raw::new(LONG);
-    let mut held = Vec::new();
-    for _ in 0..2 {
-        let bytes = raw.request(Kind::Send, 0, 0).encode();
-        raw.say(&bytes);
-        let Completion::Received { buffer, .. } = raw.next() else { panic!("expected a message") };
-        held.push(buffer);
-    }
+    let held = raw.use_up_the_buffers();
     let data: Vec<u8> = (0..LONG).map(|i| (i * 3 + i / 509) as u8).collect();
     let immediate = Frame { immediate: Some(1), ..raw.request(Kind::Write, 0, LONG as u64) };
     let mut socket = raw.socket.try_clone().unwrap();
@@ -401,13 +399,7 @@ fn answers_to_what_was_not_sent_end_the_connection() {
 fn the_end_of_a_connection_that_waits_is_seen() {
     const LONG: usize = super::inbound::MAX_PARKED + (8 << 20);
     let mut raw = Raw::new(LONG);
-    let mut held = Vec::new();
-    for _ in 0..2 {
-        let bytes = raw.request(Kind::Send, 0, 0).encode();
-        raw.say(&bytes);
-        let Completion::Received { buffer, .. } = raw.next() else { panic!("expected a message") };
-        held.push(buffer);
-    }
+    let held = raw.use_up_the_buffers();
     let immediate = Frame { immediate: Some(1), ..raw.request(Kind::Write, 0, LONG as u64) };
     raw.say(&immediate.encode());
     let mut socket = raw.socket.try_clone().unwrap();
