@@ -18,6 +18,17 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// What is given as a pre-shared key is none.
+    #[error("bad key: {0}")]
+    BadKey(String),
+    /// The other end of a session does not talk to this one.
+    #[error("`{address}` opens no session: {reason}")]
+    NoSession {
+        /// The address.
+        address: String,
+        /// Why not, and what to do.
+        reason: String,
+    },
     /// The address is of another provider than the one it was given to.
     #[error("`{address}` is not an address of the {provider} transport")]
     WrongProvider {
