@@ -17,7 +17,9 @@ use fervor_protocol::{
 };
 use fervor_verbs::{
     Address, Exclusive, Memory,
-    transport::{Access, Endpoint, EndpointConfig, Export, Region, RemoteRegion, Transport, any::Host},
+    transport::{
+        Access, Connection, Endpoint, EndpointConfig, Export, Region, RemoteRegion, Transport, any::Host,
+    },
 };
 use zerocopy::IntoBytes;
 
@@ -71,6 +73,8 @@ pub struct Client<T: Transport = Host> {
     space: Mutex<Space>,
     /// A thread is opening a table: others wait, lest one table is held twice.
     opening: AtomicBool,
+    /// Per shard the server's address, and the provider of the connection to it.
+    ways: Vec<(Address, &'static str)>,
     /// The memory of slabs is exported as long as there are connections.
     _slabs: Option<T::Export>,
 }
@@ -82,7 +86,8 @@ impl<T: Transport> fmt::Debug for Client<T> {
 }
 
 impl Client<Host> {
-    /// Connects to the servers at `urls` (`shm:///path/to/socket`, `rdma://host:port` or `tcp://host:port`), as a job of one client.
+    /// Connects to the servers at `urls`, as a job of one client. To `fervor://host:port` it goes by the best way that leads there:
+    /// shared memory, RDMA or TCP. To `shm:///path/to/socket`, `rdma://host:port` and `tcp://host:port` it goes by that way alone.
     ///
     /// # Errors
     /// A URL that makes no sense; a server that is not there or refuses; no memory for the cache.
@@ -98,9 +103,13 @@ impl Client<Host> {
         let addresses: Vec<_> =
             urls.iter().map(|url| Address::from_str(url.as_ref())).collect::<Result<_, _>>()?;
         if addresses.is_empty() {
-            return Err(Error::Servers("no server: give at least one shm://, rdma:// or tcp:// URL".into()));
+            return Err(Error::Servers("no server: give at least one URL, as in fervor://host:port".into()));
         }
-        Client::connect_on(&Host::for_addresses(&addresses)?, &addresses, options)
+        let host = match &options.key {
+            Some(key) => Host::with_keys(&addresses, [key.clone()].into_iter().collect())?,
+            None => Host::for_addresses(&addresses)?,
+        };
+        Client::connect_on(&host, &addresses, options)
     }
 }
 
@@ -125,7 +134,7 @@ impl<T: Transport> Client<T> {
         let region = transport.register(&memory, Access::RemoteWrite)?;
         let sees = transport.has_views() && !options.copies;
         let slabs = sees.then(|| slab_memory(transport, options.slab_bytes)).transpose()?;
-        let (mut connections, mut links) = (Vec::new(), Vec::new());
+        let (mut connections, mut links, mut ways) = (Vec::new(), Vec::new(), Vec::new());
         for (number, (address, shard)) in shards.into_iter().enumerate() {
             let mut hello = Hello::main(shard);
             hello.clients = options.clients;
@@ -141,6 +150,7 @@ impl<T: Transport> Client<T> {
                 hello.as_bytes(),
                 options.connect_timeout,
             )?;
+            ways.push((address.clone(), connection.provider()));
             connections.push(connection);
             links.push(Link::new(address, shard, welcome, number * CONTROL_BYTES));
         }
@@ -169,11 +179,17 @@ impl<T: Transport> Client<T> {
             core: Arc::new(core),
             space: Mutex::new(space),
             opening: AtomicBool::new(false),
+            ways,
             _slabs: None,
         };
         let Some((region, export)) = export else { return Ok(client) };
         client.see(region)?;
         Ok(Self { _slabs: Some(export), ..client })
+    }
+
+    /// By which way it reaches each shard: the server's address, and `shm`, `rdma`, `tcp` or `sim`.
+    pub fn ways(&self) -> &[(Address, &'static str)] {
+        &self.ways
     }
 
     /// Finds out which shards' memory is seen from here, and names that of the slabs to them.

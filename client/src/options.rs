@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use fervor_verbs::session::Key;
+
 /// What a client may be told. `Default` is a job of one client.
 #[derive(Debug, Clone)]
 pub struct ClientOptions {
@@ -25,6 +27,9 @@ pub struct ClientOptions {
     /// [`Error::Stale`]: crate::Error::Stale
     /// [`WorkerStats::violations`]: crate::WorkerStats::violations
     pub check: bool,
+    /// The key for `fervor://` servers that ask for one [default: that in the environment; see
+    /// [`Key::from_environment`]].
+    pub key: Option<Key>,
     /// How long connecting may take, per connection.
     pub connect_timeout: Duration,
 }
@@ -39,6 +44,7 @@ impl Default for ClientOptions {
             slab_bytes: 512 << 20,
             reads_in_flight: 16,
             check: false,
+            key: None,
             connect_timeout: Duration::from_secs(10),
         }
     }

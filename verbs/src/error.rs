@@ -10,7 +10,7 @@ use std::io;
 pub enum Error {
     /// A URL that names no server.
     #[error(
-        "`{url}` is not an address: {reason} (shm:///path/to/socket, rdma://host:port or tcp://host:port)"
+        "`{url}` is not an address: {reason} (fervor://host:port, shm:///path/to/socket, rdma://host:port or tcp://host:port)"
     )]
     BadAddress {
         /// What was given.

@@ -23,6 +23,8 @@ use crate::error::Error;
 pub const MAX_KEY_NAME: usize = 32;
 /// The environment variable that holds a key: `NAME SECRET`.
 pub const KEY_VARIABLE: &str = "FERVOR_KEY";
+/// The environment variable that names a key file.
+pub const KEY_FILE_VARIABLE: &str = "FERVOR_KEY_FILE";
 
 /// A pre-shared key. It is shown without its secret.
 #[derive(Clone, PartialEq, Eq)]
@@ -44,18 +46,25 @@ impl Key {
         Ok(Self { name: name.to_owned(), secret, rules: Vec::new() })
     }
 
-    /// The key in the environment variable [`KEY_VARIABLE`], if that is set.
+    /// The key in the environment: that in [`KEY_VARIABLE`], else the first one of the file that [`KEY_FILE_VARIABLE`] names.
     ///
     /// # Errors
-    /// What it holds is no key.
+    /// What is there is no key; the file cannot be read.
     pub fn from_environment() -> Result<Option<Self>, Error> {
+        let bad = |reason: String| Error::BadKey(format!("{KEY_VARIABLE}: {reason}"));
         match std::env::var(KEY_VARIABLE) {
+            Ok(text) if text.is_empty() => Ok(None),
             Ok(text) => text.parse().map(Some).map_err(|error: Error| match error {
-                Error::BadKey(reason) => Error::BadKey(format!("{KEY_VARIABLE}: {reason}")),
+                Error::BadKey(reason) => bad(reason),
                 error => error,
             }),
-            Err(std::env::VarError::NotPresent) => Ok(None),
-            Err(error) => Err(Error::BadKey(format!("{KEY_VARIABLE}: {error}"))),
+            Err(std::env::VarError::NotPresent) => match std::env::var_os(KEY_FILE_VARIABLE) {
+                // Set to nothing is not set, as in shells.
+                Some(path) if path.is_empty() => Ok(None),
+                Some(path) => Ok(KeyRing::read(Path::new(&path))?.first().cloned()),
+                None => Ok(None),
+            },
+            Err(error) => Err(bad(error.to_string())),
         }
     }
 

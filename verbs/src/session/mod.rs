@@ -31,7 +31,8 @@ pub mod key;
 pub(crate) mod noise;
 pub(crate) mod wire;
 
-pub use key::{Key, KeyRing};
+pub use key::{KEY_FILE_VARIABLE, Key, KeyRing};
+pub use wire::Way;
 
 /// Why a session does not come about, or ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,13 +62,28 @@ impl Reason {
     }
 }
 
+impl Reason {
+    /// What a server logs of a client that it turns away for this.
+    pub(crate) fn of_client(self) -> &'static str {
+        match self {
+            Reason::Malformed => "what it said is no opening of a session",
+            Reason::Version => "it has another version of Fervor",
+            Reason::KeyNeeded => "it named no key",
+            Reason::WrongKey => "it named a key that is not known here, or has another secret",
+            Reason::NoKeys => "it named a key, and this server was started without --key-file",
+            Reason::Forged => "what it sent is not from the one who began the session, or was sent before",
+            Reason::Busy => "there are as many sessions as this server takes",
+        }
+    }
+}
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Reason::Malformed => "it does not speak Fervor's protocol for sessions",
             Reason::Version => "it has another version of Fervor; use the same on both sides",
             Reason::KeyNeeded => {
-                "it talks to those who have its key; give the key's file (--key-file) or set FERVOR_KEY"
+                "it talks to those who have its key; set FERVOR_KEY_FILE to the key's file, or FERVOR_KEY to the key"
             }
             Reason::WrongKey => "it does not know this key, or has another secret under its name",
             Reason::NoKeys => {

@@ -2,10 +2,9 @@
 //!
 //! ```text
 //!  client                                                    server
-//!  PREAMBLE  magic, version, name of the key ─────────────▶
-//!  FRAME     Noise e, psk ────────────────────────────────▶  refused here: no such key, or another secret
-//!            ◀───────────────────────────────── FRAME Noise e, ee            or REFUSAL with a reason
-//!  FRAME     first message ───────────────────────────────▶  from here on the server believes the client
+//!  OPENING  magic, version, name of the key; Noise e, psk ─▶  refused here: no such key, or another secret
+//!           ◀────────────────────────────────── FRAME Noise e, ee           or REFUSAL with a reason
+//!  FRAME    first message ────────────────────────────────▶  from here on the server believes the client
 //! ```
 //!
 //! With a key the pattern is `NNpsk0`, without one `NN` (the Noise Protocol Framework, revision 34, sections 7 and 9). Both have
@@ -15,7 +14,8 @@
 //! **A replayed handshake comes to nothing.** Somebody who sends a recorded first frame again does not have the secret behind it. So
 //! he cannot make a message that the answer's new secret lets through; and the server does nothing for a client before one has come.
 //!
-//! The preamble is the handshake's prologue: whoever changes it on its way makes the handshake fail. A frame is a length (2 bytes)
+//! An opening has as many bytes as those of the providers that use TCP, so that one door serves all. What comes before Noise's
+//! message in it is the handshake's prologue: whoever changes it on its way makes the handshake fail. A frame is a length (2 bytes)
 //! and as many bytes. The length [`REFUSAL`] is followed by one byte, which says why. It is not authenticated: it ends an attempt,
 //! and nothing else.
 
@@ -25,13 +25,18 @@ use super::{
     Reason,
     key::{Key, KeyRing, MAX_KEY_NAME},
 };
+use crate::transport::tcp::OPENING;
 
 /// The first bytes of a session: "FERVORSN".
 pub(crate) const MAGIC: [u8; 8] = *b"FERVORSN";
 /// Of preamble and messages.
 pub(crate) const VERSION: u16 = 1;
-/// Bytes of a preamble.
-pub(crate) const PREAMBLE: usize = 8 + 2 + 1 + MAX_KEY_NAME;
+/// Bytes of an opening that come before Noise's message.
+const PREAMBLE: usize = 8 + 2 + 1 + MAX_KEY_NAME;
+/// Bytes of Noise's first message, with a key and without.
+const FIRST: usize = 48;
+const FIRST_WITHOUT_KEY: usize = 32;
+const _: () = assert!(PREAMBLE + FIRST <= OPENING);
 /// Longest frame that Noise knows, less what a refusal takes.
 const MAX_FRAME: usize = 65_535 - 1;
 /// Bytes that the cipher adds to a message.
@@ -43,17 +48,6 @@ const REFUSAL: u16 = u16::MAX;
 
 const WITH_KEY: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
 const WITHOUT_KEY: &str = "Noise_NN_25519_ChaChaPoly_BLAKE2s";
-
-/// A preamble that names `key`.
-fn preamble(key: Option<&Key>) -> [u8; PREAMBLE] {
-    let mut bytes = [0; PREAMBLE];
-    bytes[..8].copy_from_slice(&MAGIC);
-    bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
-    let name = key.map_or("", Key::name);
-    bytes[10] = name.len() as u8;
-    bytes[11..11 + name.len()].copy_from_slice(name.as_bytes());
-    bytes
-}
 
 /// A handshake for `key`, with `preamble` as its prologue.
 fn state(key: Option<&Key>, preamble: &[u8], initiator: bool) -> HandshakeState {
@@ -107,12 +101,18 @@ pub(crate) struct Initiator(HandshakeState);
 
 impl Initiator {
     /// Begins: the bytes to send first.
-    pub(crate) fn start(key: Option<&Key>) -> (Self, Vec<u8>) {
-        let preamble = preamble(key);
-        let mut state = state(key, &preamble, true);
-        let mut message = [0; 128];
-        let length = state.write_message(&[], &mut message).expect("a first message has 48 bytes");
-        (Self(state), [&preamble[..], &frame(&message[..length])].concat())
+    pub(crate) fn start(key: Option<&Key>) -> (Self, [u8; OPENING]) {
+        let mut opening = [0; OPENING];
+        let name = key.map_or("", Key::name);
+        opening[..8].copy_from_slice(&MAGIC);
+        opening[8..10].copy_from_slice(&VERSION.to_le_bytes());
+        opening[10] = name.len() as u8;
+        opening[11..11 + name.len()].copy_from_slice(name.as_bytes());
+        let (preamble, message) = opening.split_at_mut(PREAMBLE);
+        let mut state = state(key, preamble, true);
+        let length = state.write_message(&[], message).expect("the opening has room for it");
+        assert_eq!(length, if key.is_some() { FIRST } else { FIRST_WITHOUT_KEY });
+        (Self(state), opening)
     }
 
     /// Takes the server's frame.
@@ -123,12 +123,15 @@ impl Initiator {
     }
 }
 
-/// The server's end: takes preamble and first frame, and returns the cipher, the bytes to answer, and the key's name.
+/// The server's end: takes an opening, and returns the cipher, the bytes to answer, and the key's name.
 pub(crate) fn respond(
     keys: &KeyRing,
-    preamble: &[u8; PREAMBLE],
-    first: &[u8],
+    opening: &[u8; OPENING],
 ) -> Result<(Cipher, Vec<u8>, Option<String>), Reason> {
+    let (preamble, message) = opening.split_at(PREAMBLE);
+    if preamble[..8] != MAGIC {
+        return Err(Reason::Malformed);
+    }
     if u16::from_le_bytes([preamble[8], preamble[9]]) != VERSION {
         return Err(Reason::Version);
     }
@@ -142,6 +145,10 @@ pub(crate) fn respond(
             Some(keys.find(name).ok_or(Reason::WrongKey)?)
         }
     };
+    let (first, rest) = message.split_at(if key.is_some() { FIRST } else { FIRST_WITHOUT_KEY });
+    if rest.iter().any(|byte| *byte != 0) {
+        return Err(Reason::Malformed);
+    }
     let mut state = state(key, preamble, false);
     let mut buffer = [0; 128];
     state.read_message(first, &mut buffer).map_err(|_| Reason::WrongKey)?;
@@ -184,9 +191,8 @@ mod tests {
     type Met = Result<(Cipher, Cipher, Option<String>), Reason>;
 
     fn meet(key: Option<&Key>, keys: &KeyRing) -> Met {
-        let (initiator, hello) = Initiator::start(key);
-        let (preamble, first) = hello.split_first_chunk().unwrap();
-        let (server, answer, name) = respond(keys, preamble, body(first))?;
+        let (initiator, opening) = Initiator::start(key);
+        let (server, answer, name) = respond(keys, &opening)?;
         Ok((initiator.finish(body(&answer))?, server, name))
     }
 
@@ -222,33 +228,35 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_preamble_or_first_frame_fails() {
-        let keys: KeyRing = [Key::generate("a").unwrap(), Key::generate("b").unwrap()].into_iter().collect();
-        let (_, hello) = Initiator::start(keys.first());
-        for at in 0..hello.len() {
-            let mut changed = hello.clone();
-            changed[at] ^= 3;
-            let (preamble, first) = changed.split_first_chunk().unwrap();
-            // The magic is looked at before: what is not a session is not one of these.
-            let framed = piece(first);
-            let refused = match framed {
-                Piece::Frame(length) => respond(&keys, preamble, &first[2..2 + length]).is_err(),
-                _ => true,
-            };
-            assert!(refused, "byte {at}");
+    fn a_changed_opening_fails() {
+        let named: KeyRing = [Key::generate("a").unwrap(), Key::generate("b").unwrap()].into_iter().collect();
+        for keys in [named, KeyRing::default()] {
+            let (_, opening) = Initiator::start(keys.first());
+            for at in 0..OPENING {
+                let mut changed = opening;
+                changed[at] ^= 3;
+                // Without a key anybody's numbers are as good as the client's: then it is the answer that does not fit.
+                let numbers = keys.is_empty() && (PREAMBLE..PREAMBLE + FIRST_WITHOUT_KEY).contains(&at);
+                let (initiator, _) = Initiator::start(keys.first());
+                match respond(&keys, &changed) {
+                    Err(_) => assert!(!numbers, "byte {at}"),
+                    Ok((_, answer, _)) => {
+                        assert!(numbers && initiator.finish(body(&answer)).is_err(), "byte {at}");
+                    }
+                }
+            }
         }
     }
 
     #[test]
     fn a_replayed_handshake_comes_to_nothing() {
         let keys: KeyRing = [Key::generate("a").unwrap()].into_iter().collect();
-        let (initiator, hello) = Initiator::start(keys.first());
-        let (preamble, first) = hello.split_first_chunk().unwrap();
-        let (_, answer, _) = respond(&keys, preamble, body(first)).ok().unwrap();
+        let (initiator, opening) = Initiator::start(keys.first());
+        let (_, answer, _) = respond(&keys, &opening).ok().unwrap();
         let mut client = initiator.finish(body(&answer)).ok().unwrap();
         let said = client.seal(b"let me in");
         // The whole of what the client said, once more: another answer, another secret.
-        let (mut server, _, _) = respond(&keys, preamble, body(first)).ok().unwrap();
+        let (mut server, _, _) = respond(&keys, &opening).ok().unwrap();
         assert_eq!(server.open(body(&said)), Err(Reason::Forged));
     }
 

@@ -144,6 +144,7 @@ use crate::{
     address::Address,
     error::Error,
     memory::{Exclusive, Memory},
+    session::Key,
 };
 
 pub mod any;
@@ -416,6 +417,9 @@ pub trait Connection: Send + fmt::Debug + 'static {
     /// Its name in the completions of its endpoint.
     fn id(&self) -> ConnectionId;
 
+    /// Name of the provider that carries it: `rdma`, `shm`, `tcp` or `sim`.
+    fn provider(&self) -> &'static str;
+
     /// Posts a SEND. `signal` is the id of its completion.
     ///
     /// # Errors
@@ -491,6 +495,11 @@ pub trait Request: Send + 'static {
 
     /// The private data that the peer gave, of the length that it gave.
     fn private_data(&self) -> &[u8];
+
+    /// The key by which the peer has proved who it is; `None` where there are no keys.
+    fn key(&self) -> Option<&Key> {
+        None
+    }
 
     /// Accepts, as a connection of `endpoint`; it can be posted to at once. Completions of it may be polled
     /// by the endpoint's thread before this returns.

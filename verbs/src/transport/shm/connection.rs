@@ -213,6 +213,10 @@ impl Connection for ShmConnection {
         self.link.id
     }
 
+    fn provider(&self) -> &'static str {
+        "shm"
+    }
+
     fn send(
         &mut self,
         payload: Payload<'_, ShmRegion>,

@@ -36,9 +36,18 @@ fn resolve(address: &Address) -> Result<Vec<SocketAddr>, Error> {
     let Address::Tcp { host, port } = address else {
         return Err(Error::WrongProvider { address: address.to_string(), provider: "tcp" });
     };
+    look_up(address, host, *port)
+}
+
+/// The addresses of a host, which `address` names.
+pub(in crate::transport) fn look_up(
+    address: &Address,
+    host: &str,
+    port: u16,
+) -> Result<Vec<SocketAddr>, Error> {
     let unreachable = |reason: String| Error::Unreachable { address: address.to_string(), reason };
     let found: Vec<_> =
-        (host.as_str(), *port).to_socket_addrs().map_err(|error| unreachable(error.to_string()))?.collect();
+        (host, port).to_socket_addrs().map_err(|error| unreachable(error.to_string()))?.collect();
     if found.is_empty() { Err(unreachable("the name has no address".to_owned())) } else { Ok(found) }
 }
 
@@ -110,7 +119,10 @@ pub(super) fn connect_to(
 }
 
 /// Connects to the first of the addresses that answers.
-fn dial(addresses: &[SocketAddr], left: impl Fn() -> Duration) -> io::Result<TcpStream> {
+pub(in crate::transport) fn dial(
+    addresses: &[SocketAddr],
+    left: impl Fn() -> Duration,
+) -> io::Result<TcpStream> {
     let mut last = None;
     for (number, address) in addresses.iter().enumerate() {
         // Each has its share of the time. 0 would be refused as no time.
@@ -123,6 +135,19 @@ fn dial(addresses: &[SocketAddr], left: impl Fn() -> Duration) -> io::Result<Tcp
     Err(last.expect("there is an address"))
 }
 
+/// A socket that listens at one of `addresses`, which `address` names, and its port.
+pub(in crate::transport) fn bind(
+    address: &Address,
+    addresses: &[SocketAddr],
+) -> Result<(Socket, u16), Error> {
+    let socket = Socket::bind(addresses).map_err(|error| match error.kind() {
+        ErrorKind::AddrInUse => Error::AddressInUse { address: address.to_string() },
+        _ => Error::io(format!("bind({address})"))(error),
+    })?;
+    let port = socket.local_addr().map_err(Error::io("getsockname"))?.port();
+    Ok((socket, port))
+}
+
 /// A listening socket of the `tcp` provider.
 pub struct TcpListener {
     door: Door<OPENING>,
@@ -132,11 +157,7 @@ pub struct TcpListener {
 impl TcpListener {
     pub(super) fn new(address: &Address) -> Result<Self, Error> {
         let addresses = resolve(address)?;
-        let socket = Socket::bind(&addresses[..]).map_err(|error| match error.kind() {
-            ErrorKind::AddrInUse => Error::AddressInUse { address: address.to_string() },
-            _ => Error::io(format!("bind({address})"))(error),
-        })?;
-        let port = socket.local_addr().map_err(Error::io("getsockname"))?.port();
+        let (socket, port) = bind(address, &addresses)?;
         let Address::Tcp { host, .. } = address else { unreachable!("`resolve` takes no other kind") };
         let address = Address::Tcp { host: host.clone(), port };
         Ok(Self { door: Door::new(socket, address.to_string())?, address })
@@ -171,7 +192,7 @@ pub struct TcpRequest {
 
 impl TcpRequest {
     /// `None`: it is no request.
-    fn new(socket: TcpStream, opening: &[u8; OPENING]) -> Option<Self> {
+    pub(in crate::transport) fn new(socket: TcpStream, opening: &[u8; OPENING]) -> Option<Self> {
         let opening = Opening::decode(opening).ok()?;
         let good = opening.kind == OpeningKind::Hello && opening.private_data.len() <= MAX_REQUEST_DATA;
         good.then_some(Self { socket: Some(socket), opening })
