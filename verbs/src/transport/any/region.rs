@@ -29,7 +29,7 @@ use crate::{
     },
 };
 
-/// What the providers call a region, in the order of [`Way::ALL`].
+/// What `shm`, `rdma` and `tcp` call a region.
 type Called = [Option<RemoteRegion>; 3];
 
 /// The address of the first byte of the region of this name.
@@ -38,7 +38,7 @@ fn base(name: u32) -> u64 {
     u64::from(name) << 40
 }
 
-/// The place of a way in [`Called`].
+/// The place of a way in [`Called`], which is in the order of their numbers.
 fn place(way: Way) -> usize {
     way as usize - 1
 }
@@ -182,13 +182,15 @@ impl HostRegion {
         let inner = &host.0;
         let shm = inner.shm.as_ref().map(|shm| shm.register(memory, access)).transpose()?;
         let tcp = inner.tcp.as_ref().map(|tcp| tcp.register(memory, access)).transpose()?;
-        let mut called = [shm.as_ref().map(Region::remote), None, tcp.as_ref().map(Region::remote)];
         #[cfg(feature = "rdma")]
         let rdma = inner.rdma.as_ref().map(|rdma| rdma.register(memory, access)).transpose()?;
-        #[cfg(feature = "rdma")]
-        {
-            called[place(Way::Rdma)] = rdma.as_ref().map(Region::remote);
-        }
+        #[cfg(not(feature = "rdma"))]
+        let rdma = None::<HostRegion>;
+        let called = [
+            shm.as_ref().map(Region::remote),
+            rdma.as_ref().map(Region::remote),
+            tcp.as_ref().map(Region::remote),
+        ];
         let reachable = inner.sessions && access != Access::Local;
         let named = reachable.then(|| inner.regions.insert(called)).transpose()?;
         Ok(Self {
@@ -259,11 +261,13 @@ impl HostExport {
         #[cfg(feature = "rdma")]
         let rdma = inner.rdma.as_ref().map(|rdma| rdma.export(memory)).transpose()?;
         let shm = inner.shm.as_ref().map(|shm| shm.export(memory)).transpose()?;
-        let mut called = [shm.as_ref().map(Export::remote), None, tcp.as_ref().map(Export::remote)];
-        #[cfg(feature = "rdma")]
-        {
-            called[place(Way::Rdma)] = rdma.as_ref().map(Export::remote);
-        }
+        #[cfg(not(feature = "rdma"))]
+        let rdma = None::<HostExport>;
+        let called = [
+            shm.as_ref().map(Export::remote),
+            rdma.as_ref().map(Export::remote),
+            tcp.as_ref().map(Export::remote),
+        ];
         let named = inner.sessions.then(|| inner.regions.insert(called)).transpose()?;
         Ok(Self {
             remote: remote(host, called, named.as_ref(), memory.len()),
