@@ -15,6 +15,7 @@
 //! | `gate` | ends a peer's WRITEs with the connection |
 //! | `bell` | the doorbell of an endpoint: who has something, and does its thread sleep |
 //! | `link` | what a connection and the endpoint of its own process share: completions, the end |
+//! | `claim` | that a request executes before the end is reported, or not at all |
 //! | `connection`, `endpoint` | the posting and the polling side |
 //! | `region` | registered regions, own and the peer's |
 //! | `view` | the peer's regions, looked at without a request |
@@ -74,6 +75,7 @@ use crate::{
 };
 
 mod bell;
+mod claim;
 mod connect;
 mod connection;
 mod endpoint;
