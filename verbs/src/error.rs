@@ -51,6 +51,19 @@ pub enum Error {
         /// What the system said.
         reason: String,
     },
+    /// The listener is a process of another user, or admits only processes of another user.
+    #[error(
+        "`{address}` is of user {peer}, and this process is of user {own}: shared memory connects processes of one user; \
+         run both as the same user, or use tcp://"
+    )]
+    OtherUser {
+        /// The address.
+        address: String,
+        /// The effective user of this process.
+        own: u32,
+        /// The user of the listener.
+        peer: u32,
+    },
     /// The listener refused the connection.
     #[error("`{address}` refused the connection")]
     Refused {

@@ -15,10 +15,14 @@
 //! | `gate` | ends a peer's WRITEs with the connection |
 //! | `bell` | the doorbell of an endpoint: who has something, and does its thread sleep |
 //! | `link` | what a connection and the endpoint of its own process share: completions, the end |
+//! | `claim` | that a request executes before the end is reported, or not at all |
 //! | `connection`, `endpoint` | the posting and the polling side |
 //! | `region` | registered regions, own and the peer's |
 //! | `view` | the peer's regions, looked at without a request |
-//! | `connect`, `wire` | listening and connecting; what is said over the socket |
+//! | `connect`; `listen`, `door`, `strangers` | connecting; listening, the socket file, those who have said half |
+//! | `wire`, `hear` | what is said over the socket, and how it is taken |
+//! | `admit` | which users connect |
+//! | `file`, `mapping` | the memfds that two processes share: sealed, checked, mapped |
 //! | `watch` | the thread that notices dead peers |
 //!
 //! What this provider makes of the freedom that the contract leaves:
@@ -62,6 +66,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use rustix::process::geteuid;
+
 use self::{mapping::Mappings, region::Registry, watch::Watch};
 use crate::{
     address::Address,
@@ -73,15 +79,22 @@ use crate::{
     },
 };
 
+mod admit;
 mod bell;
+mod claim;
 mod connect;
 mod connection;
+mod door;
 mod endpoint;
+mod file;
 mod gate;
+mod hear;
 mod link;
+mod listen;
 mod mapping;
 mod region;
 mod ring;
+mod strangers;
 mod view;
 mod watch;
 mod wire;
@@ -93,15 +106,19 @@ pub(in crate::transport) mod suite;
 #[cfg(test)]
 mod tests;
 
-pub use connect::{ShmListener, ShmRequest};
+pub use admit::Admit;
 pub use connection::ShmConnection;
 pub use endpoint::{ShmAttach, ShmEndpoint};
+pub use listen::{ShmListener, ShmRequest};
 pub use region::{ShmExport, ShmRegion};
 pub use view::ShmView;
 
 /// What all objects of a transport share.
 #[derive(Debug)]
 struct Inner {
+    /// The user of this process, and the users that it connects with.
+    user: u32,
+    admit: Admit,
     registry: Arc<Registry>,
     mappings: Mappings,
     watch: Arc<Watch>,
@@ -118,16 +135,31 @@ impl Drop for Inner {
 pub struct Shm(Arc<Inner>);
 
 impl Shm {
-    /// A new transport. Its regions are offered to the peers of its own connections alone. Lets this process have as many
-    /// open files as the system allows it.
+    /// A new transport, for processes of the same user. Its regions are offered to the peers of its own connections alone. Lets
+    /// this process have as many open files as the system allows it.
     ///
     /// # Errors
     /// The system's, when it has no descriptor left.
     pub fn new() -> Result<Self, Error> {
+        Self::admitting(Admit::SameUser)
+    }
+
+    /// As [`Shm::new`], for processes of these users. This process is of the effective user that it has now.
+    ///
+    /// # Errors
+    /// As [`Shm::new`].
+    pub fn admitting(admit: Admit) -> Result<Self, Error> {
+        Self::of_user(geteuid().as_raw(), admit)
+    }
+
+    /// As [`Shm::admitting`], of a process that takes itself for one of this user.
+    fn of_user(user: u32, admit: Admit) -> Result<Self, Error> {
         host::raise_file_limit();
         Ok(Self(Arc::new(Inner {
+            user,
+            admit,
             registry: Arc::default(),
-            mappings: Mappings::default(),
+            mappings: Mappings::new(user),
             watch: Watch::new()?,
         })))
     }

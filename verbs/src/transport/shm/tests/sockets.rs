@@ -127,6 +127,7 @@ fn strangers_do_not_disturb_a_listener() {
         kind: wire::Kind::Hello,
         slot: 0,
         regions: 1,
+        region_bytes: 64,
         receive_size: 64,
         receive_buffers: 1,
         send_depth: 1,
@@ -160,7 +161,7 @@ fn strangers_do_not_disturb_a_listener() {
         for stays in [false, true] {
             let socket = stranger(&path);
             for (bytes, fds) in dialogue {
-                wire::send(&socket, bytes, fds).unwrap();
+                wire::send(&socket, bytes, fds, None).unwrap();
                 assert!(listener.accept(Duration::ZERO).unwrap().is_none());
             }
             if stays {
