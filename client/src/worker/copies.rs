@@ -7,7 +7,7 @@ use fervor_protocol::{
     row::Header,
     wire::{PUSH_ONCE, SlotRecord},
 };
-use fervor_verbs::transport::{PostError, Transport};
+use fervor_verbs::transport::Transport;
 use zerocopy::IntoBytes;
 
 use super::{Worker, known_updates, place};
@@ -95,7 +95,7 @@ impl<T: Transport> Worker<T> {
     /// The way to rows that are not in place.
     pub(super) fn reader(&mut self) -> Result<&mut Reader<T>, Error> {
         if self.reader.is_none() {
-            self.reader = Some(Reader::connect(&self.core)?);
+            self.reader = Some(Reader::new(&self.core)?);
         }
         Ok(self.reader.as_mut().expect("it has just been made"))
     }
@@ -180,7 +180,7 @@ impl<T: Transport> Worker<T> {
         let before: Vec<Before> = (0..self.core.links.len()).map(|shard| self.before(shard)).collect();
         for (&place, &at) in places.iter().zip(group) {
             let (shard, index) = router.locate(rows[at]);
-            self.post(table, shard, table.layout().image(index), place)?;
+            self.post(table, (shard, table.layout().image(index)), place, false)?;
         }
         self.ring_all()?;
         self.await_reads(group.len())?;
@@ -248,40 +248,31 @@ impl<T: Transport> Worker<T> {
         index: u64,
         place: usize,
     ) -> Result<(), Error> {
-        self.post(table, shard, table.layout().image(index), place)?;
-        let rung = self.reader()?.ring(shard);
-        rung.or_else(|error| self.broken(shard, error))?;
+        self.post(table, (shard, table.layout().image(index)), place, true)?;
         self.await_reads(1)
     }
 
-    /// Rings for what was posted to all shards.
+    /// Rings for what was posted, to all shards.
     pub(super) fn ring_all(&mut self) -> Result<(), Error> {
-        for shard in 0..self.core.links.len() {
-            let rung = self.reader()?.ring(shard);
-            rung.or_else(|error| self.broken(shard, error))?;
-        }
-        Ok(())
+        let Self { core, reader, .. } = self;
+        reader.as_mut().map_or(Ok(()), |reader| reader.ring(core))
     }
 
-    /// Posts the READ of an image into `place`.
+    /// Posts the READ of an image into `place`, and rings for it, if `ring` says so.
     pub(super) fn post<E: Element>(
         &mut self,
         table: &TableCore<E>,
-        shard: usize,
-        image: u64,
+        (shard, image): (usize, u64),
         place: usize,
+        ring: bool,
     ) -> Result<(), Error> {
         self.stats.reads += 1;
         let bytes = table.layout().image_bytes();
         self.bytes_read += (size_of::<Header>() + bytes) as u64;
         let remote = table.remote(shard, image);
-        let posted = self.reader()?.post(shard, place, remote, bytes);
-        posted.or_else(|error| self.broken(shard, error))
-    }
-
-    /// A post was refused: the connection is broken, since the queue has room for all places.
-    fn broken(&self, shard: usize, error: PostError) -> Result<(), Error> {
-        Err(self.core.lost(shard, error))
+        let Self { core, reader, .. } = self;
+        let reader = reader.as_mut().expect("it has given the place");
+        reader.post(core, (shard, place), remote, bytes, ring)
     }
 
     /// Takes the row that was READ into `place`, given what was known before, completes it, and keeps it. `false`: it is

@@ -31,7 +31,7 @@ impl<T: Transport> Worker<T> {
         if let Some(&greatest) = rows.iter().max() {
             self.check(table, greatest)?;
         }
-        if self.reader.is_none() {
+        if !self.copies {
             return Ok(());
         }
         self.may_read()?;
@@ -51,7 +51,7 @@ impl<T: Transport> Worker<T> {
             }
             let place = self.free_places(table.layout().image_bytes(), 1)?.next().expect("there is one");
             let before = self.before(shard);
-            self.post(table, shard, image, place)?;
+            self.post(table, (shard, image), place, false)?;
             let (table, clock) = (table.number(), self.clock);
             self.prefetched.push(Prefetched { table, shard, image, place, before, done: false, clock });
         }
@@ -107,7 +107,7 @@ impl<T: Transport> Worker<T> {
     /// Waits until all READs but those that were started ahead are done: `count`.
     pub(super) fn await_reads(&mut self, mut count: usize) -> Result<(), Error> {
         while count > 0 {
-            count -= self.await_read()?;
+            count = count.checked_sub(self.await_read()?).expect("each READ completes once");
         }
         Ok(())
     }
