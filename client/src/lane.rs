@@ -29,9 +29,10 @@
 //!
 //! **No wake-up is lost.** A worker sleeps in one of two places: with the hub, where every completion of the lane and every end wakes
 //! it; or at `bell`, only while another sleeps with the hub. The sleeper hands out what it finds, clears `asleep`, lets go of the hub,
-//! and *then* rings the bell. Another reads the bell's epoch first, then looks at its bits, then at `asleep`, and sleeps only if
-//! that is set. Had the bell been rung before the epoch was read, `asleep` would be seen clear, or set by a later sleeper who has yet
-//! to ring. So a ring follows. A worker that leaves while awake need not ring: those who saw no sleeper are awake, too.
+//! and *then* rings the bell. Another reads the bell's epoch first, then `asleep`, then its bits, and sleeps only if `asleep` was set
+//! and the bits are clear. Who set `asleep` has the hub, so it has seen all that was handed out before, and so does who has seen it
+//! set. What is handed out after that, this sleeper hands out, and then it rings. It has not rung before the epoch was
+//! read, or `asleep` would have been seen clear. A worker that leaves while awake need not ring: who saw no sleeper is awake, too.
 //!
 //! **A full send queue.** READs of many workers may be more than a connection's queue takes. Who finds it full joins `waiting` and posts
 //! when it is first, so nobody is overtaken for ever. It rings for what others posted and did not ring for yet, and polls. So
@@ -75,6 +76,9 @@ const SHARED_DEPTH: usize = 64;
 /// The lanes of a client that have workers.
 pub struct Lanes<T: Transport>(Mutex<Vec<Weak<Lane<T>>>>);
 
+/// A lane, and a worker's seat in it.
+type Seated<T> = (Arc<Lane<T>>, Arc<Seat<T>>);
+
 impl<T: Transport> Default for Lanes<T> {
     fn default() -> Self {
         Self(Mutex::default())
@@ -86,7 +90,7 @@ impl<T: Transport> Lanes<T> {
     ///
     /// # Errors
     /// The transport cannot make an endpoint.
-    pub fn join(&self, core: &Core<T>) -> Result<(Arc<Lane<T>>, Arc<Seat<T>>), Error> {
+    pub fn join(&self, core: &Core<T>) -> Result<Seated<T>, Error> {
         let most = match core.options.read_lanes {
             ReadLanes::Shared(lanes) => usize::from(lanes),
             ReadLanes::PerWorker => usize::MAX,
@@ -191,6 +195,8 @@ struct Line<C> {
     waiting: VecDeque<usize>,
 }
 
+type SharedLine<T> = Mutex<Line<<T as Transport>::Connection>>;
+
 /// What is polled.
 struct Hub<T: Transport> {
     endpoint: T::Endpoint,
@@ -209,7 +215,7 @@ struct Names {
 
 /// See the module.
 pub struct Lane<T: Transport> {
-    lines: Box<[OnceLock<Mutex<Line<T::Connection>>>]>,
+    lines: Box<[OnceLock<SharedLine<T>>]>,
     hub: Mutex<Hub<T>>,
     attach: T::Attach,
     places: usize,
@@ -345,7 +351,7 @@ impl<T: Transport> Lane<T> {
     fn post_in_turn(
         &self,
         core: &Core<T>,
-        line: &Mutex<Line<T::Connection>>,
+        line: &SharedLine<T>,
         seat: &Seat<T>,
         told: &mut usize,
         read: Read<'_, T::Region>,
@@ -405,7 +411,8 @@ impl<T: Transport> Lane<T> {
         // SYNC POINT: before the look at what others hand out, and at `asleep`.
         let epoch = if sleepy { self.bell.epoch() } else { 0 };
         let Some(mut hub) = self.try_hub() else {
-            if sleepy && sleeps() && self.asleep.load(Ordering::SeqCst) {
+            // SYNC POINT: in this order. Whoever sleeps now has seen all that was handed out before it slept.
+            if sleepy && self.asleep.load(Ordering::SeqCst) && sleeps() {
                 self.bell.wait(epoch, NAP);
             } else {
                 core.transport.relax(turn);
@@ -493,7 +500,7 @@ impl<T: Transport> Lane<T> {
 
     /// Connects to `shard`, unless another worker does.
     #[cold]
-    fn connect(&self, core: &Core<T>, shard: usize) -> Result<&Mutex<Line<T::Connection>>, Error> {
+    fn connect(&self, core: &Core<T>, shard: usize) -> Result<&SharedLine<T>, Error> {
         let mut turn = None;
         core.wait(For::Memory, || {
             turn = turn.take().or_else(|| Turn::take(&self.connecting));
