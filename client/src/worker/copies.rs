@@ -93,11 +93,18 @@ impl<T: Transport> Worker<T> {
     }
 
     /// The way to rows that are not in place.
+    #[inline]
     pub(super) fn reader(&mut self) -> Result<&mut Reader<T>, Error> {
         if self.reader.is_none() {
-            self.reader = Some(Reader::new(&self.core)?);
+            self.take_seat()?;
         }
         Ok(self.reader.as_mut().expect("it has just been made"))
+    }
+
+    #[cold]
+    fn take_seat(&mut self) -> Result<(), Error> {
+        self.reader = Some(Reader::new(&self.core)?);
+        Ok(())
     }
 
     /// Reads a row from a mirror or a slot: the clock for which it is good. `None`: it has to be READ.

@@ -77,8 +77,9 @@ impl<T: Transport> Worker<T> {
         bytes: usize,
         wanted: usize,
     ) -> Result<impl Iterator<Item = usize>, Error> {
-        let places = self.reader()?.places();
-        if !self.reader()?.fits(bytes) || self.prefetched.len() + wanted.max(1) > places {
+        let reader = self.reader()?;
+        let (places, fits) = (reader.places(), reader.fits(bytes));
+        if !fits || self.prefetched.len() + wanted.max(1) > places {
             self.forget_prefetched()?;
             let transport = self.core.transport.clone();
             self.reader()?.fit(&transport, bytes)?;
