@@ -58,7 +58,8 @@ use std::{
 
 use fervor_protocol::mutants::{Mutant, mutant};
 use fervor_verbs::transport::{
-    Completion, Connection, ConnectionId, Endpoint, EndpointConfig, PostError, Signal, Transport, WorkError,
+    Completion, Connection, ConnectionId, Endpoint, EndpointConfig, PostError, RemoteAddress, Sge, Signal,
+    Transport, WorkError,
 };
 
 use crate::{
@@ -231,22 +232,12 @@ pub struct Lane<T: Transport> {
     bell: T::Signal,
 }
 
-/// What a READ is: of `length` bytes at `remote`, to `offset` of `scratch`.
+/// A READ from `remote` to the place of this number, which is at `into`.
 pub struct Read<'a, R> {
-    pub shard: usize,
     pub place: usize,
-    pub remote: fervor_verbs::transport::RemoteAddress,
-    pub into: fervor_verbs::transport::Sge<'a, R>,
-    /// Whether to ring for it, and for what was posted before.
-    pub ring: bool,
+    pub remote: RemoteAddress,
+    pub into: Sge<'a, R>,
 }
-
-impl<R> Clone for Read<'_, R> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<R> Copy for Read<'_, R> {}
 
 impl<T: Transport> Lane<T> {
     fn new(core: &Core<T>) -> Result<Self, Error> {
@@ -313,37 +304,47 @@ impl<T: Transport> Lane<T> {
         self.ends.store(ended.len(), Ordering::Release);
     }
 
-    /// Posts a READ for the worker at `seat`, which was told of `told` ends.
+    /// Posts READs of `shard` for the worker at `seat`, which was told of `told` ends, under one lock, and rings for them and for
+    /// what was posted before, if `ring` says so.
     ///
     /// # Errors
     /// The server is lost, or has no place for one more connection.
     #[inline]
-    pub fn post(
+    pub fn post<'a>(
         &self,
         core: &Core<T>,
-        seat: &Seat<T>,
-        told: &mut usize,
-        read: Read<'_, T::Region>,
+        (seat, told): (&Seat<T>, &mut usize),
+        shard: usize,
+        reads: impl Iterator<Item = Read<'a, T::Region>>,
+        ring: bool,
     ) -> Result<(), Error> {
-        let line = match self.lines[read.shard].get() {
+        let line = match self.lines[shard].get() {
             Some(line) => line,
-            None => self.connect(core, read.shard)?,
+            None => self.connect(core, shard)?,
         };
         let mut held = lock(line);
-        let posted =
-            if held.waiting.is_empty() { held.post(seat.number, &read) } else { Err(PostError::Full) };
-        drop(held);
-        match posted {
-            Ok(()) => Ok(()),
-            Err(PostError::Disconnected) => Err(core.lost(read.shard, PostError::Disconnected)),
-            Err(PostError::Full) => {
-                let posted = self.post_in_turn(core, line, seat, told, read);
-                if posted.is_err() {
-                    lock(line).waiting.retain(|number| *number != seat.number);
+        for read in reads {
+            let room = held.waiting.is_empty();
+            match if room { held.post(seat.number, &read) } else { Err(PostError::Full) } {
+                Ok(()) => {}
+                Err(PostError::Full) => {
+                    drop(held);
+                    let posted = self.post_in_turn(core, line, (seat, told), shard, &read);
+                    held = lock(line);
+                    if let Err(error) = posted {
+                        held.waiting.retain(|number| *number != seat.number);
+                        return Err(error);
+                    }
                 }
-                posted
+                Err(error) => {
+                    drop(held);
+                    return Err(core.lost(shard, error));
+                }
             }
         }
+        let rung = if ring { held.connection.ring() } else { Ok(()) };
+        drop(held);
+        rung.map_err(|error| core.lost(shard, error))
     }
 
     /// The same, when the send queue is full or others wait for room.
@@ -352,16 +353,16 @@ impl<T: Transport> Lane<T> {
         &self,
         core: &Core<T>,
         line: &SharedLine<T>,
-        seat: &Seat<T>,
-        told: &mut usize,
-        read: Read<'_, T::Region>,
+        (seat, told): (&Seat<T>, &mut usize),
+        shard: usize,
+        read: &Read<'_, T::Region>,
     ) -> Result<(), Error> {
         lock(line).waiting.push_back(seat.number);
         let mut turn = 0;
         loop {
             let mut held = lock(line);
             if held.waiting.front() == Some(&seat.number) {
-                match held.post(seat.number, &read) {
+                match held.post(seat.number, read) {
                     Ok(()) => {
                         held.waiting.pop_front();
                         return Ok(());
@@ -370,7 +371,7 @@ impl<T: Transport> Lane<T> {
                     Err(PostError::Full) => _ = held.connection.ring(),
                     Err(error) => {
                         drop(held);
-                        return Err(core.lost(read.shard, error));
+                        return Err(core.lost(shard, error));
                     }
                 }
             }
@@ -538,8 +539,7 @@ impl<T: Transport> Lane<T> {
 impl<C: Connection> Line<C> {
     #[inline]
     fn post(&mut self, seat: usize, read: &Read<'_, C::Region>) -> Result<(), PostError> {
-        self.connection.read(&[read.into], read.remote, Some(id(seat, read.place)))?;
-        if read.ring { self.connection.ring() } else { Ok(()) }
+        self.connection.read(&[read.into], read.remote, Some(id(seat, read.place)))
     }
 }
 

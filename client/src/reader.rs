@@ -30,7 +30,7 @@ pub struct Reader<T: Transport> {
     places: usize,
     /// Bytes from one place of the scratch memory to the next.
     place_bytes: usize,
-    /// READs of which the completion has not been taken.
+    /// READs of which the completion has not been taken: at least so many, after an error.
     in_flight: usize,
     /// Ends of connections of which this worker has been told.
     told: usize,
@@ -76,8 +76,8 @@ impl<T: Transport> Reader<T> {
         Ok(())
     }
 
-    /// Posts the READ of an image with `bytes` bytes of data into `place`, which is free, and rings for it, if `ring` says so. Waits
-    /// if the workers of the lane have as much on its way to the shard as there is room for.
+    /// Posts READs of images with `bytes` bytes of data at a shard, each into its place, which is free, and rings for them, if `ring`
+    /// says so. Waits if the workers of the lane have as much on its way to the shard as there is room for.
     ///
     /// # Errors
     /// A server is lost, or has no place for one more connection.
@@ -85,18 +85,20 @@ impl<T: Transport> Reader<T> {
     pub fn post(
         &mut self,
         core: &Core<T>,
-        (shard, place): (usize, usize),
-        remote: RemoteAddress,
+        shard: usize,
         bytes: usize,
+        images: impl Iterator<Item = (usize, RemoteAddress)>,
         ring: bool,
     ) -> Result<(), Error> {
-        let into =
-            Sge { region: &self.scratch, offset: place * self.place_bytes, length: ROW_HEADER + bytes };
-        let read = Read { shard, place, remote, into, ring };
-        self.lane.post(core, &self.seat, &mut self.told, read)?;
-        self.in_flight += 1;
-        if !ring && !self.unrung.contains(&shard) {
-            self.unrung.push(shard);
+        let Self { lane, seat, scratch, place_bytes, in_flight, told, unrung, .. } = self;
+        let (region, length) = (&*scratch, ROW_HEADER + bytes);
+        let reads = images.map(|(place, remote)| {
+            *in_flight += 1;
+            Read { place, remote, into: Sge { region, offset: place * *place_bytes, length } }
+        });
+        lane.post(core, (seat, told), shard, reads, ring)?;
+        if !ring && !unrung.contains(&shard) {
+            unrung.push(shard);
         }
         Ok(())
     }

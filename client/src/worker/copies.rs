@@ -1,5 +1,7 @@
 //! Rows that are not read in place: from a mirror, from a slot, or by READ.
 
+use std::iter;
+
 use fervor_protocol::{
     Element, clock,
     limits::BLOCK_BYTES,
@@ -185,11 +187,20 @@ impl<T: Transport> Worker<T> {
         let router = self.core.router;
         // SYNC POINT: a READ is trusted for the clock that was known before it was posted.
         let before: Vec<Before> = (0..self.core.links.len()).map(|shard| self.before(shard)).collect();
-        for (&place, &at) in places.iter().zip(group) {
-            let (shard, index) = router.locate(rows[at]);
-            self.post(table, (shard, table.layout().image(index)), place, false)?;
+        let mut images: Vec<_> = places
+            .iter()
+            .zip(group)
+            .map(|(&place, &at)| {
+                let (shard, index) = router.locate(rows[at]);
+                (shard, place, table.layout().image(index))
+            })
+            .collect();
+        // Those of a shard go together, under one lock and with one doorbell.
+        images.sort_unstable();
+        for images in images.chunk_by(|one, other| one.0 == other.0) {
+            let of_shard = images.iter().map(|&(_, place, image)| (place, image));
+            self.post(table, images[0].0, of_shard, true)?;
         }
-        self.ring_all()?;
         self.await_reads(group.len())?;
         for (&place, &at) in places.iter().zip(group) {
             let row = rows[at];
@@ -255,31 +266,31 @@ impl<T: Transport> Worker<T> {
         index: u64,
         place: usize,
     ) -> Result<(), Error> {
-        self.post(table, (shard, table.layout().image(index)), place, true)?;
+        self.post(table, shard, iter::once((place, table.layout().image(index))), true)?;
         self.await_reads(1)
     }
 
-    /// Rings for what was posted, to all shards.
+    /// Rings for what was posted and not rung for.
     pub(super) fn ring_all(&mut self) -> Result<(), Error> {
         let Self { core, reader, .. } = self;
         reader.as_mut().map_or(Ok(()), |reader| reader.ring(core))
     }
 
-    /// Posts the READ of an image into `place`, and rings for it, if `ring` says so.
+    /// Posts READs of images of a shard, each into its place, and rings for them, if `ring` says so.
     pub(super) fn post<E: Element>(
         &mut self,
         table: &TableCore<E>,
-        (shard, image): (usize, u64),
-        place: usize,
+        shard: usize,
+        images: impl ExactSizeIterator<Item = (usize, u64)>,
         ring: bool,
     ) -> Result<(), Error> {
-        self.stats.reads += 1;
-        let bytes = table.layout().image_bytes();
-        self.bytes_read += (size_of::<Header>() + bytes) as u64;
-        let remote = table.remote(shard, image);
+        let (bytes, count) = (table.layout().image_bytes(), images.len() as u64);
+        self.stats.reads += count;
+        self.bytes_read += count * (size_of::<Header>() + bytes) as u64;
         let Self { core, reader, .. } = self;
-        let reader = reader.as_mut().expect("it has given the place");
-        reader.post(core, (shard, place), remote, bytes, ring)
+        let reader = reader.as_mut().expect("it has given the places");
+        let images = images.map(|(place, image)| (place, table.remote(shard, image)));
+        reader.post(core, shard, bytes, images, ring)
     }
 
     /// Takes the row that was READ into `place`, given what was known before, completes it, and keeps it. `false`: it is

@@ -10,6 +10,8 @@
 //!   are added to it. But the worker lets an update go when every copy *that will be READ* contains it, and
 //!   this READ was posted before. So the copy must be as of the last update that went.
 
+use std::iter;
+
 use fervor_protocol::Element;
 use fervor_verbs::transport::Transport;
 
@@ -51,7 +53,7 @@ impl<T: Transport> Worker<T> {
             }
             let place = self.free_places(table.layout().image_bytes(), 1)?.next().expect("there is one");
             let before = self.before(shard);
-            self.post(table, (shard, image), place, false)?;
+            self.post(table, shard, iter::once((place, image)), false)?;
             let (table, clock) = (table.number(), self.clock);
             self.prefetched.push(Prefetched { table, shard, image, place, before, done: false, clock });
         }
