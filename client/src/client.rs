@@ -27,6 +27,7 @@ use crate::{
     cache::Cache,
     connect::{connect_one, find_shards},
     error::Error,
+    lane::Lanes,
     options::ClientOptions,
     session::{
         channel::Answer,
@@ -119,6 +120,7 @@ impl<T: Transport> Client<T> {
     /// # Errors
     /// As [`Client::connect`].
     pub fn connect_on(transport: &T, addresses: &[Address], options: ClientOptions) -> Result<Self, Error> {
+        options.check()?;
         let shards = find_shards(transport, addresses, &options)?;
         let config = EndpointConfig {
             receive_buffers: shards.len() * CLIENT_RECEIVES,
@@ -169,6 +171,7 @@ impl<T: Transport> Client<T> {
             pool: slabs.as_ref().map(|slabs| slabs.pool.clone()),
             tables: RwLock::new(Vec::new()),
             bytes_read: AtomicU64::new(0),
+            lanes: Lanes::default(),
             links,
             region,
             options,
@@ -386,7 +389,7 @@ impl<T: Transport> Client<T> {
     /// is made later begins where the slowest one stands, and the others wait for it as for any other.
     ///
     /// # Errors
-    /// A server is lost, or has no place for the worker's connections.
+    /// A server is lost.
     pub fn worker(&self) -> Result<Worker<T>, Error> {
         Worker::new(self.core.clone())
     }

@@ -52,6 +52,7 @@ pub enum Mutant {
     CopyTooOld,
     ReadAfterLoss,
     AskIgnored,
+    CompletionForAll,
 }
 
 /// What a mutant is.
@@ -156,6 +157,8 @@ catalogue! {
         "rows are READ after a server was lost, and earlier completions are taken for theirs (client Worker::may_read)"
     AskIgnored "ask-ignored" "11 no reader starves"
         "a row that is asked for is not pushed (server ShardCore::slot)"
+    CompletionForAll "completion-for-all" "22 a READ's completion goes to the worker that posted it"
+        "it is also taken for that of other workers' READs into places of the same number (client Lane::poll)"
 }
 
 /// Whether `mutant` is switched on.

@@ -17,6 +17,7 @@ use fervor_verbs::transport::{Attach, Endpoint, Signal, Transport};
 
 use crate::{
     error::Error,
+    lane::Lanes,
     options::ClientOptions,
     session::{
         engine::{Engine, Surroundings},
@@ -104,6 +105,8 @@ pub struct Core<T: Transport> {
     pub pool: Option<Arc<Pool>>,
     pub tables: RwLock<Vec<Arc<dyn AnyTable>>>,
     pub bytes_read: AtomicU64,
+    /// The way to rows that are READ.
+    pub lanes: Lanes<T>,
     /// The region that servers write; see [`Core::region`].
     pub region: T::Region,
 }

@@ -107,12 +107,12 @@ impl Caller {
         on!(self, Caller, caller => caller.private_data())
     }
 
-    fn accept(self, endpoint: &HostAttach, private_data: &[u8]) -> Result<Lane, Error> {
+    fn accept(self, endpoint: &HostAttach, depth: usize, data: &[u8]) -> Result<Lane, Error> {
         Ok(match self {
-            Caller::Shm(caller) => Lane::Shm(caller.accept(&endpoint.shm()?, private_data)?),
-            Caller::Tcp(caller) => Lane::Tcp(caller.accept(&endpoint.tcp()?, private_data)?),
+            Caller::Shm(caller) => Lane::Shm(caller.accept_with(&endpoint.shm()?, depth, data)?),
+            Caller::Tcp(caller) => Lane::Tcp(caller.accept_with(&endpoint.tcp()?, depth, data)?),
             #[cfg(feature = "rdma")]
-            Caller::Rdma(caller) => Lane::Rdma(caller.accept(&endpoint.rdma()?, private_data)?),
+            Caller::Rdma(caller) => Lane::Rdma(caller.accept_with(&endpoint.rdma()?, depth, data)?),
         })
     }
 }
@@ -159,14 +159,22 @@ impl Request for HostRequest {
         self.expected.as_ref()?.key.as_deref()
     }
 
-    fn accept(mut self, endpoint: &HostAttach, private_data: &[u8]) -> Result<HostConnection, Error> {
+    fn accept_with(
+        mut self,
+        endpoint: &HostAttach,
+        depth: usize,
+        private_data: &[u8],
+    ) -> Result<HostConnection, Error> {
         check_private_data(private_data, MAX_REPLY_DATA)?;
         let caller = self.caller.take().expect("it is answered once, and then consumed");
         let Some(expected) = self.expected.take() else {
-            return HostConnection::new(caller.accept(endpoint, private_data)?, PeerRegions::default());
+            return HostConnection::new(
+                caller.accept(endpoint, depth, private_data)?,
+                PeerRegions::default(),
+            );
         };
         let way = caller.way();
-        match caller.accept(endpoint, &[]) {
+        match caller.accept(endpoint, depth, &[]) {
             Ok(lane) => {
                 let connection = HostConnection::new(lane, PeerRegions::told(expected.regions.clone()))?;
                 // To a session that has ended nobody listens: the lane's own end will tell.

@@ -62,7 +62,13 @@ pub(super) fn resolve(address: &Address) -> Result<(&Path, SocketAddrUnix), Erro
 }
 
 /// What an endpoint tells its peers.
-pub(super) fn opening(kind: Kind, seat: &Seat, config: &EndpointConfig, offers: &[Offer], data: &[u8]) -> Opening {
+pub(super) fn opening(
+    kind: Kind,
+    seat: &Seat,
+    config: &EndpointConfig,
+    offers: &[Offer],
+    data: &[u8],
+) -> Opening {
     Opening {
         kind,
         slot: seat.slot,
@@ -92,11 +98,11 @@ impl Peer {
         self,
         shared: &Shared,
         seat: Seat,
+        depth: usize,
         socket: OwnedFd,
         inbox: Inbox,
         outbox: Outbox,
     ) -> Result<ShmConnection, Error> {
-        let depth = shared.config.send_depth;
         let link = Arc::new(Link::new(seat.id, seat.slot, depth, socket, shared.bell.clone()));
         shared.inner.watch.add(&link)?;
         let Opening { slot: peer_slot, receive_size, .. } = self.opening;
@@ -142,8 +148,7 @@ pub(super) fn connect_to(
     let socket = dial(&name, inner.user, &patience)?;
     // Before the listener gets anything: whose is it?
     let user = admit::user_of_peer(&socket)?;
-    let stranger =
-        |user| Error::OtherUser { address: address.to_string(), own: inner.user, peer: user };
+    let stranger = |user| Error::OtherUser { address: address.to_string(), own: inner.user, peer: user };
     if !inner.admit.admits(inner.user, user) {
         return Err(stranger(user));
     }
@@ -160,7 +165,9 @@ pub(super) fn connect_to(
             (_, Error::System { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => {
                 patience.unreachable("it closed the connection")
             }
-            (_, Error::System { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => patience.over(),
+            (_, Error::System { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
+                patience.over()
+            }
             (_, error) => error,
         });
     }
@@ -215,7 +222,9 @@ fn answer(socket: &OwnedFd, shared: &Shared, patience: &Patience<'_>) -> Result<
         match hear(socket, &shared.inner.mappings) {
             Progress::Complete(heard) => return Ok(heard),
             Progress::Bad(reason) => return Err(patience.unreachable(reason)),
-            Progress::Silent | Progress::Unfinished if patience.left().is_zero() => return Err(patience.over()),
+            Progress::Silent | Progress::Unfinished if patience.left().is_zero() => {
+                return Err(patience.over());
+            }
             Progress::Silent => ready(socket, PollFlags::IN, patience.left())?,
             // The socket is ready already, for what is there.
             Progress::Unfinished => std::thread::sleep(HALF_LOOK.min(patience.left())),
@@ -247,7 +256,8 @@ fn established(
     let bad_ring = |e: ring::Corrupt| patience.unreachable(e.to_string());
     let inbox = Inbox::new(open("ring to this side", &inbox_file, inward)?).map_err(bad_ring)?;
     let outbox = Outbox::new(open("ring from this side", &outbox_file, outward)?).map_err(bad_ring)?;
-    let bell = Page::open(mappings, &bell).map_err(|e| patience.unreachable(format!("it sent a bad doorbell: {e}")))?;
+    let bell = Page::open(mappings, &bell)
+        .map_err(|e| patience.unreachable(format!("it sent a bad doorbell: {e}")))?;
     let peer = Peer { opening, bell, regions };
-    Ok((peer.connection(shared, seat, socket, inbox, outbox)?, private_data))
+    Ok((peer.connection(shared, seat, config.send_depth, socket, inbox, outbox)?, private_data))
 }

@@ -31,7 +31,7 @@ use super::{
 use crate::{
     address::Address,
     error::Error,
-    transport::{Listener, MAX_REPLY_DATA, Request, host::check_private_data},
+    transport::{EndpointConfig, Listener, MAX_REPLY_DATA, Request, host::check_private_data},
 };
 
 /// Pause of a listener that the system has no descriptor for.
@@ -81,7 +81,8 @@ impl ShmListener {
                     return Ok(self.strangers.admit(socket, user).is_ok() || self.shortage());
                 } else {
                     // A socket that has sent nothing has room for this. If its peer is gone, nobody waits for the answer.
-                    let _ = wire::send(&socket, &Opening::prohibition(own).encode(), &[], Some(Instant::now()));
+                    let _ =
+                        wire::send(&socket, &Opening::prohibition(own).encode(), &[], Some(Instant::now()));
                 }
                 Ok(true)
             }
@@ -173,19 +174,25 @@ impl Request for ShmRequest {
         &self.private_data
     }
 
-    fn accept(mut self, endpoint: &ShmAttach, private_data: &[u8]) -> Result<ShmConnection, Error> {
+    fn accept_with(
+        mut self,
+        endpoint: &ShmAttach,
+        depth: usize,
+        private_data: &[u8],
+    ) -> Result<ShmConnection, Error> {
         check_private_data(private_data, MAX_REPLY_DATA)?;
         let shared = &endpoint.0;
         let offers = shared.inner.registry.offers()?;
         let seat = Seat::reserve(shared)?;
-        let config = &shared.config;
+        let depth = depth.clamp(1, shared.config.send_depth);
+        let config = &EndpointConfig { send_depth: depth, ..shared.config.clone() };
         let Some((peer, _)) = &self.peer else { unreachable!("`self` is answered once, and then consumed") };
-        let (depth, buffers) = (config.send_depth as u64, config.receive_buffers as u64);
+        let buffers = config.receive_buffers as u64;
         let theirs = &peer.opening;
         let (inbox, inbox_file) =
             ring::create(capacity(theirs.send_depth, buffers, config.receive_size as u64))?;
         let (outbox, outbox_file) =
-            ring::create(capacity(depth, theirs.receive_buffers, theirs.receive_size))?;
+            ring::create(capacity(depth as u64, theirs.receive_buffers, theirs.receive_size))?;
         let own = "a ring just made is of the right size";
         let (inbox, outbox) = (Inbox::new(inbox).expect(own), Outbox::new(outbox).expect(own));
         let accept = opening(Kind::Accept, &seat, config, &offers, private_data);
@@ -195,7 +202,7 @@ impl Request for ShmRequest {
         // A peer that does not read is not waited for: what this side says fits the socket.
         let users = (shared.inner.user, self.user);
         send_opening(&socket, &accept, &fds, &offers, users, Some(Instant::now()))?;
-        peer.connection(shared, seat, socket, inbox, outbox)
+        peer.connection(shared, seat, depth, socket, inbox, outbox)
     }
 
     fn reject(mut self, private_data: &[u8]) {

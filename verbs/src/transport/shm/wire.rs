@@ -419,7 +419,9 @@ pub(super) fn take_regions(
     let records = RegionRecord::decode(&packet).ok_or("it sent a malformed list of regions")?;
     if records.len() != count || fds.len() != count {
         let (records, fds) = (records.len(), fds.len());
-        return Err(format!("it sent {records} regions and {fds} descriptors in a packet, instead of {count}"));
+        return Err(format!(
+            "it sent {records} regions and {fds} descriptors in a packet, instead of {count}"
+        ));
     }
     Ok(records.into_iter().zip(fds))
 }
