@@ -15,7 +15,7 @@ use zerocopy::IntoBytes;
 
 use crate::{
     error::Error,
-    lane::{Lane, Left, Read, Seat, places},
+    lane::{Lane, Left, Read, Seat, Seated, places},
     session::core::Core,
 };
 
@@ -44,10 +44,10 @@ impl<T: Transport> Reader<T> {
     /// # Errors
     /// The transport has no endpoint or no memory left.
     pub fn new(core: &Core<T>) -> Result<Self, Error> {
-        let (lane, seat) = core.lanes.join(core)?;
+        let Seated { lane, seat, left } = core.lanes.join(core)?;
         let places = places(&core.options);
-        let (scratch, place_bytes) = match seat.inherit() {
-            Some(Left { scratch, .. }) => scratch,
+        let (scratch, place_bytes) = match left {
+            Some(left) => left.scratch,
             None => (scratch(&core.transport, places, PLACE_BYTES)?, PLACE_BYTES),
         };
         Ok(Self { lane, seat, scratch, places, place_bytes, in_flight: 0, told: 0, unrung: Vec::new() })
