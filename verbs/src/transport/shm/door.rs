@@ -46,7 +46,12 @@ pub(super) struct Door {
 
 impl Door {
     /// Listens at `path`, with a file of this mode.
-    pub(super) fn open(address: &Address, path: &Path, name: &SocketAddrUnix, mode: Mode) -> Result<Self, Error> {
+    pub(super) fn open(
+        address: &Address,
+        path: &Path,
+        name: &SocketAddrUnix,
+        mode: Mode,
+    ) -> Result<Self, Error> {
         let _lock = lock(path.parent().unwrap_or(Path::new("/")))?;
         let failed = |call: &str| {
             let call = format!("{call}({})", path.display());
@@ -75,7 +80,8 @@ fn complete_mode(path: &Path, mode: Mode) -> Result<(u64, u64), Error> {
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed("open"))?;
     let found = file.metadata().map_err(failed("stat"))?;
     if !found.file_type().is_socket() {
-        let source = io::Error::other("the socket that was just made there has been replaced by another file");
+        let source =
+            io::Error::other("the socket that was just made there has been replaced by another file");
         return Err(Error::System { call: format!("bind({})", path.display()), source });
     }
     if found.mode() & 0o777 != mode.as_raw_mode() {

@@ -67,7 +67,10 @@ fn take(socket: &OwnedFd, mappings: &Mappings) -> Result<Heard, String> {
             let RegionRecord { key, writable, base, length } = record;
             bytes = bytes.saturating_add(length);
             if bytes > opening.region_bytes {
-                return Err(format!("its regions have more than the {} bytes announced", opening.region_bytes));
+                return Err(format!(
+                    "its regions have more than the {} bytes announced",
+                    opening.region_bytes
+                ));
             }
             let size = usize::try_from(length).map_err(|e| e.to_string())?;
             let mapping = mappings.open(&fd, size, writable).map_err(|e| e.to_string())?;

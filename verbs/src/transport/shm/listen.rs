@@ -81,7 +81,8 @@ impl ShmListener {
                     return Ok(self.strangers.admit(socket, user).is_ok() || self.shortage());
                 } else {
                     // A socket that has sent nothing has room for this. If its peer is gone, nobody waits for the answer.
-                    let _ = wire::send(&socket, &Opening::prohibition(own).encode(), &[], Some(Instant::now()));
+                    let _ =
+                        wire::send(&socket, &Opening::prohibition(own).encode(), &[], Some(Instant::now()));
                 }
                 Ok(true)
             }

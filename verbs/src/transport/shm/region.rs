@@ -160,7 +160,8 @@ fn seal(memory: &Memory, access: Access) -> Result<(), Error> {
         Access::RemoteRead => SEALS | SealFlags::FUTURE_WRITE,
         Access::RemoteWrite => SEALS,
     };
-    let now = fcntl_get_seals(memory.as_fd()).map_err(|e| Error::io("fcntl(memfd, F_GET_SEALS)")(e.into()))?;
+    let now =
+        fcntl_get_seals(memory.as_fd()).map_err(|e| Error::io("fcntl(memfd, F_GET_SEALS)")(e.into()))?;
     let read_only = access == Access::RemoteRead;
     if now.contains(SealFlags::SEAL) && now.contains(SealFlags::FUTURE_WRITE) != read_only {
         let (before, now) = if read_only { ("WRITE", "READ alone") } else { ("READ alone", "WRITE") };
@@ -168,7 +169,9 @@ fn seal(memory: &Memory, access: Access) -> Result<(), Error> {
             call: format!("registering {} bytes for remote {now}", memory.len()),
             source: std::io::Error::new(
                 std::io::ErrorKind::PermissionDenied,
-                format!("this memory has been registered for remote {before}, and is sealed for that; use another memory"),
+                format!(
+                    "this memory has been registered for remote {before}, and is sealed for that; use another memory"
+                ),
             ),
         });
     }

@@ -134,7 +134,8 @@ impl Strangers {
     pub(super) fn wait(&mut self, timeout: Duration) -> Result<(), Error> {
         let first = self.waiting.first_key_value();
         let patience = first.map(|(_, stranger)| stranger.deadline.saturating_duration_since(Instant::now()));
-        let timeout = if self.ready.is_empty() { timeout.min(patience.unwrap_or(timeout)) } else { Duration::ZERO };
+        let timeout =
+            if self.ready.is_empty() { timeout.min(patience.unwrap_or(timeout)) } else { Duration::ZERO };
         let mut space = [MaybeUninit::<epoll::Event>::uninit(); 64];
         let events = match epoll::wait(&self.epoll, &mut space, Timespec::try_from(timeout).ok().as_ref()) {
             Ok((events, _)) => events,
