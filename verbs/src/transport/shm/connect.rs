@@ -30,7 +30,7 @@ use super::{
     link::Link,
     region::{Offer, RemoteTable},
     ring::{self, Inbox, Outbox},
-    wire::{Kind, Opening, ready, send_opening},
+    wire::{self, Kind, Opening, ready, send_opening},
 };
 use crate::{
     address::Address,
@@ -156,22 +156,10 @@ pub(super) fn connect_to(
     let hello = opening(Kind::Hello, &seat, &shared.config, &offers, private_data);
     let users = (inner.user, user);
     let said = send_opening(&socket, &hello, &[shared.bell_file()], &offers, users, patience.deadline);
-    if let Err(error) = said {
-        // It may have said why it does not listen.
-        return Err(match (hear(&socket, &inner.mappings), error) {
-            (Progress::Complete(Heard { opening, .. }), _) if opening.kind == Kind::Forbid => {
-                stranger(opening.admitted_user().unwrap_or(user))
-            }
-            (_, Error::System { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => {
-                patience.unreachable("it closed the connection")
-            }
-            (_, Error::System { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
-                patience.over()
-            }
-            (_, error) => error,
-        });
-    }
-    let heard = answer(&socket, shared, &patience)?;
+    let heard = match said {
+        Ok(()) => answer(&socket, shared, &patience)?,
+        Err(error) => parting_words(&socket, shared, error, &patience)?,
+    };
     match heard.opening.kind {
         Kind::Accept => {}
         Kind::Refuse => {
@@ -218,17 +206,41 @@ fn undialled(error: Errno, own: u32, patience: &Patience<'_>) -> Error {
 
 /// Waits for the listener's answer.
 fn answer(socket: &OwnedFd, shared: &Shared, patience: &Patience<'_>) -> Result<Heard, Error> {
+    let mut left = false;
     loop {
         match hear(socket, &shared.inner.mappings) {
             Progress::Complete(heard) => return Ok(heard),
             Progress::Bad(reason) => return Err(patience.unreachable(reason)),
+            Progress::Unfinished if left => {
+                return Err(patience.unreachable("it left in the middle of its answer"));
+            }
             Progress::Silent | Progress::Unfinished if patience.left().is_zero() => {
                 return Err(patience.over());
             }
             Progress::Silent => ready(socket, PollFlags::IN, patience.left())?,
             // The socket is ready already, for what is there.
-            Progress::Unfinished => std::thread::sleep(HALF_LOOK.min(patience.left())),
+            Progress::Unfinished => left = wire::has_left(socket, HALF_LOOK.min(patience.left()))?,
         }
+    }
+}
+
+/// What a listener said that has left before it heard all.
+fn parting_words(
+    socket: &OwnedFd,
+    shared: &Shared,
+    error: Error,
+    patience: &Patience<'_>,
+) -> Result<Heard, Error> {
+    let Error::System { source, .. } = &error else { return Err(error) };
+    match source.kind() {
+        io::ErrorKind::WouldBlock => return Err(patience.over()),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {}
+        _ => return Err(error),
+    }
+    match hear(socket, &shared.inner.mappings) {
+        Progress::Complete(heard) if heard.opening.kind != Kind::Accept => Ok(heard),
+        Progress::Bad(reason) => Err(patience.unreachable(reason)),
+        _ => Err(patience.unreachable("it closed the connection")),
     }
 }
 

@@ -135,6 +135,12 @@ impl ShmConnection {
         PostError::Disconnected
     }
 
+    /// As if the polling thread had just reported the end of the connection.
+    #[cfg(test)]
+    pub(super) fn report_end(&self) -> bool {
+        self.link.seal()
+    }
+
     /// Writes a word of the outgoing ring's file, as a peer that is up to no good would.
     #[cfg(test)]
     pub(super) fn poison_outbox(&self, offset: usize, value: u64) {

@@ -180,3 +180,33 @@ impl Mapping {
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peers_of_a_transport_share_a_limit_and_the_dead_make_room() {
+        let (one, fd) = Mapping::create("test", PAGE).unwrap();
+        let mappings = Mappings::new(0);
+        let entry = |number| ((u64::MAX, number, false), Arc::downgrade(&one));
+        mappings.table.lock().unwrap().mappings.extend((0..MAX_MAPPINGS as u64).map(entry));
+        let error = mappings.open(&fd, PAGE, true).unwrap_err();
+        assert!(matches!(error, Error::Limit { value: 32_769, limit: 32_768, .. }), "{error}");
+        drop(one);
+        assert_eq!(mappings.open(&fd, PAGE, true).unwrap().len(), PAGE);
+        assert_eq!(mappings.table.lock().unwrap().mappings.len(), 1);
+    }
+
+    #[test]
+    fn no_more_is_mapped_than_was_announced() {
+        let mappings = Mappings::new(0);
+        let (_own, fd) = Mapping::create("test", 1 << 30).unwrap();
+        assert_eq!(mappings.open(&fd, 1, true).unwrap().len(), PAGE);
+        assert_eq!(mappings.open(&fd, PAGE + 1, true).unwrap().len(), 2 * PAGE);
+        // A mapping that is long enough serves, and one that is not is replaced.
+        let long = mappings.open(&fd, 5 * PAGE, true).unwrap();
+        assert!(Arc::ptr_eq(&long, &mappings.open(&fd, 3 * PAGE, true).unwrap()));
+        assert!(mappings.open_whole(&fd, PAGE).is_err());
+    }
+}

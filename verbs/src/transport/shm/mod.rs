@@ -50,6 +50,8 @@
 //! |---|---|---|
 //! | 31,744 connections | an endpoint | the bits in its doorbell, which is one page |
 //! | about 21,000 connections | a process | Linux allows 65,530 mappings (`vm.max_map_count`) |
+//! | 4,096 regions with a remote right | a transport | each peer maps all of them when it connects |
+//! | 32,768 regions of peers, each counted once | a transport | the mappings, again: half of them |
 //! | `RLIMIT_NOFILE`, less what else is open | a process | the sockets. [`Shm::new`] raises the soft limit, usually 1,024, to the hard one |
 //!
 //! So a server thread has room for 1,000 clients of 20 worker connections each, if it may open 20,000 files (`ulimit -Hn`).
@@ -57,9 +59,24 @@
 //! A connection offers all regions of its transport to the peer. So the clients of one process had better have a transport each:
 //! of 1,000 that share one, the last needs 20 ms to connect, and 0.4 ms otherwise.
 //!
-//! **Trust.** A peer can write the rings and bells that it shares with this process, and what was registered
-//! for it to write. Whatever it writes there, this process stays sound: it may end that connection, or look
-//! in vain.
+//! # Trust
+//!
+//! A *neighbour* is a process of this host. A *stranger* is one that has connected to a listener and not yet said all.
+//! A *peer* is one whose request was accepted, or whose listener was connected to. All of them may be hostile.
+//!
+//! | who | what it can do | what it cannot do | where |
+//! |---|---|---|---|
+//! | a neighbour of another user | see that the socket is there | connect, or be connected to: it would get no byte and no descriptor. The error names both users. [`Admit::AnyUser`] lifts that | `admit`, `door` |
+//! | a stranger | take one of 256 places for 5 s | keep others out; cost more than a socket, however much it announces or sends | `strangers`, `wire` |
+//! | a peer, with what it hands over | hand over up to 4,096 regions of 16 TiB together; files of any kind | get anything mapped beyond that, or a file that could shrink, or that this process would have to wait for | `hear`, `file`, `mapping` |
+//! | a peer, with what it was handed | read what is registered for READ, write what is registered for WRITE | write what it may only read, by whatever path; keep others from mapping the doorbell | `region`, `file` |
+//! | a peer, with its rings and bells | delay its messages; end its connection; make this process look in vain; clear others' bits of the bell, which delays them until the next | make this process unsound, or take its receive buffers | `ring`, `bell` |
+//! | a peer that is stopped | keep its connections, until this side ends them | hold up others. If it was stopped in the middle of a WRITE, that may still come after the end (see above) | `gate` |
+//!
+//! Limits of this: what may trace this process is not kept out (root; processes of the same user, as far as the system lets them).
+//! Such a process can also kill it. Memory of a peer's region that nobody has touched is taken when this
+//! process reads it, and counts as this process's. The key of a session, not this provider, tells one
+//! process of a user from another.
 //!
 //! [`Connection::ring`]: super::Connection::ring
 //! [`WorkError::RemoteInvalid`]: super::WorkError::RemoteInvalid

@@ -326,6 +326,16 @@ pub(super) fn ready(socket: &OwnedFd, flags: PollFlags, timeout: Duration) -> Re
     }
 }
 
+/// Whether the peer leaves within `timeout`.
+pub(super) fn has_left(socket: &OwnedFd, timeout: Duration) -> Result<bool, Error> {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    match poll(&mut fds, timespec(timeout).as_ref()) {
+        Ok(count) => Ok(count > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(error) => Err(Error::io("poll(socket)")(error.into())),
+    }
+}
+
 /// For the kernel; `None`, for ever, beyond what it can express.
 pub(super) fn timespec(timeout: Duration) -> Option<Timespec> {
     Timespec::try_from(timeout).ok()
@@ -402,7 +412,8 @@ fn receive_into(
     loop {
         match recvmsg(socket, &mut [IoSliceMut::new(bytes)], control, flags) {
             Ok(message) => return Ok(Some(message)),
-            Err(Errno::INTR) => {}
+            // Said once, before what was sent: the peer has left without reading all. It may have said why.
+            Err(Errno::INTR | Errno::CONNRESET) => {}
             Err(Errno::AGAIN) => return Ok(None),
             Err(error) => return Err(error),
         }

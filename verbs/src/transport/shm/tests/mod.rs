@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     path::PathBuf,
+    process::Command,
     sync::atomic::{AtomicU32, Ordering},
     time::Instant,
 };
@@ -13,10 +14,37 @@ use crate::transport::{
     RemoteRegion, Request, Sge, WorkError,
 };
 
+mod files;
+mod hostile;
 mod peers;
+mod processes;
+mod refused;
 mod sockets;
+mod users;
 
 const PATIENCE: Duration = Duration::from_secs(10);
+
+const ARGUMENT: &str = "FERVOR_TEST_ARGUMENT";
+
+/// This program, to run one test of this module in a process of its own, where it finds its [`argument`].
+fn program(test: &str, argument: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", &format!("transport::shm::tests::{test}"), "--nocapture"])
+        .env(ARGUMENT, argument);
+    command
+}
+
+/// What a test that runs in a process of its own was told.
+fn argument() -> Option<String> {
+    std::env::var(ARGUMENT).ok()
+}
+
+/// Runs one test of this module in a process of its own, to its end.
+fn run_alone(test: &str, argument: &str) {
+    let status = program(test, argument).status().unwrap();
+    assert!(status.success(), "the process of {test} ended with {status}");
+}
 
 /// A path of its own for each test.
 fn socket() -> (Address, PathBuf) {

@@ -108,7 +108,7 @@ fn of_two_servers_that_find_a_stale_socket_one_wins() {
 }
 
 /// A socket connected to the listener, to say anything over.
-fn stranger(path: &PathBuf) -> std::os::fd::OwnedFd {
+pub(super) fn stranger(path: &PathBuf) -> std::os::fd::OwnedFd {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
     let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
     connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
