@@ -25,6 +25,10 @@ pub struct ClientOptions {
     /// [`Error::Stale`]: crate::Error::Stale
     /// [`WorkerStats::violations`]: crate::WorkerStats::violations
     pub check: bool,
+    /// How long a server may be out of reach before it is taken for lost. Until then the client tries to connect again, and goes on where
+    /// it was; calls that need the server wait. The servers' own `--lease` bounds it, too. 0: a connection that breaks is an error at
+    /// once. (Over shared memory it always is: nothing but the server's end breaks one.)
+    pub lease: Duration,
     /// How long connecting may take, per connection.
     pub connect_timeout: Duration,
 }
@@ -39,6 +43,7 @@ impl Default for ClientOptions {
             slab_bytes: 512 << 20,
             reads_in_flight: 16,
             check: false,
+            lease: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(10),
         }
     }

@@ -409,6 +409,10 @@ impl Connection for HostConnection {
     fn disconnect(&mut self) {
         on!(self, HostConnection, connection => connection.disconnect());
     }
+
+    fn ends_with_peer(&self) -> bool {
+        on!(self, HostConnection, connection => connection.ends_with_peer())
+    }
 }
 
 impl Listener for HostListener {
