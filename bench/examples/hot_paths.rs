@@ -38,8 +38,11 @@ struct Seat {
 
 impl Seat {
     fn new(address: &Address, model: Model, copies: bool) -> Self {
-        let client = Client::connect_with(&[address.to_string()], client_options(1, ReadOptions { copies }))
-            .expect("the server is there");
+        let client = Client::connect_with(
+            &[address.to_string()],
+            client_options(1, ReadOptions { copies, ..ReadOptions::default() }),
+        )
+        .expect("the server is there");
         let table = client.table_with("rows", ROWS, WIDTH, model, TableOptions::default()).expect("it fits");
         let worker = client.worker().expect("there is room for it");
         Seat { client, table, worker }

@@ -123,7 +123,11 @@ pub fn run(options: &CheckOptions) -> Result<Checked> {
     );
     // One more client, for the sums at the end.
     let embedded = match options.server.is_empty() {
-        true => Some(EmbeddedServer::start(&options.embedded, options.clients + 1, options.workers)?),
+        true => Some(EmbeddedServer::start(
+            &options.embedded,
+            options.clients + 1,
+            options.reads.lanes(options.workers),
+        )?),
         false => None,
     };
     let urls = embedded.as_ref().map_or(options.server.clone(), |server| vec![server.url().to_owned()]);

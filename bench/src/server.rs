@@ -58,12 +58,12 @@ pub struct EmbeddedServer {
 }
 
 impl EmbeddedServer {
-    /// Starts a server for `clients` clients of `workers` workers each, on a socket in the temporary folder, and waits
+    /// Starts a server for `clients` clients with `lanes` READ lanes each, on a socket in the temporary folder, and waits
     /// until it accepts.
     ///
     /// # Errors
     /// When there is no server program, or it does not start; with its last words.
-    pub fn start(options: &EmbeddedOptions, clients: u16, workers: u16) -> Result<Self> {
+    pub fn start(options: &EmbeddedOptions, clients: u16, lanes: u16) -> Result<Self> {
         let program = program()?;
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -75,7 +75,7 @@ impl EmbeddedServer {
             .arg("--listen")
             .arg(format!("shm://{}", socket.display()))
             .args(["--shards", &options.shards.to_string(), "--memory", &options.memory])
-            .args(["--clients", &clients.to_string(), "--workers", &workers.to_string()])
+            .args(["--clients", &clients.to_string(), "--lanes", &lanes.to_string()])
             // In a process group of its own, so that an interrupt from the terminal is left to us.
             .process_group(0)
             .stdin(Stdio::null())

@@ -7,17 +7,21 @@ use std::{
         Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use fervor_protocol::{
     Element, Model, Schema,
     limits::{CLIENT_RECEIVES, CONTROL_BYTES, MAX_CREDITS, MAX_ROW_BYTES, REPLY_BYTES},
+    resume::lease,
     route::Router,
     wire::{Hold, Kind, MemoryHeader, OpenTable, ReleaseHeader, TableReply},
 };
 use fervor_verbs::{
     Address, Exclusive, Memory,
-    transport::{Access, Endpoint, EndpointConfig, Export, Region, RemoteRegion, Transport, any::Host},
+    transport::{
+        Access, Connection, Endpoint, EndpointConfig, Export, Region, RemoteRegion, Transport, any::Host,
+    },
 };
 use zerocopy::IntoBytes;
 
@@ -25,6 +29,7 @@ use crate::{
     cache::Cache,
     connect::{connect_one, find_shards, main_hello},
     error::Error,
+    lane::Lanes,
     options::ClientOptions,
     session::{
         channel::Answer,
@@ -114,6 +119,7 @@ impl<T: Transport> Client<T> {
     /// # Errors
     /// As [`Client::connect`].
     pub fn connect_on(transport: &T, addresses: &[Address], options: ClientOptions) -> Result<Self, Error> {
+        options.check()?;
         let shards = find_shards(transport, addresses, &options)?;
         let config = EndpointConfig {
             receive_buffers: shards.len() * CLIENT_RECEIVES,
@@ -142,8 +148,11 @@ impl<T: Transport> Client<T> {
                 hello.as_bytes(),
                 options.connect_timeout,
             )?;
+            // Where no network can break, what ends a connection is the end of the server.
+            let breaks = !connection.ends_with_peer();
+            let lease = if breaks { lease(options.lease, welcome.lease) } else { Duration::ZERO };
             connections.push(connection);
-            links.push(Link::new(address, shard, welcome, number * CONTROL_BYTES));
+            links.push(Link::new(address, shard, welcome, number * CONTROL_BYTES, lease));
         }
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let space = Space::new(controls, controls + options.cache_bytes);
@@ -153,7 +162,7 @@ impl<T: Transport> Client<T> {
             identity,
             router: Router::new(links.len()),
             attach: endpoint.attach(),
-            engine: Mutex::new(Engine::new(transport, endpoint, memory, connections, &links, options.lease)?),
+            engine: Mutex::new(Engine::new(transport, endpoint, memory, connections, &links)?),
             signal: transport.signal(),
             wanted: AtomicUsize::new(0),
             handed_over: AtomicBool::new(false),
@@ -162,6 +171,7 @@ impl<T: Transport> Client<T> {
             tables: RwLock::new(Vec::new()),
             bytes_read: AtomicU64::new(0),
             made: Mutex::new(Vec::new()),
+            lanes: Lanes::default(),
             links,
             region,
             options,
@@ -373,7 +383,7 @@ impl<T: Transport> Client<T> {
     /// is made later begins where the slowest one stands, and the others wait for it as for any other.
     ///
     /// # Errors
-    /// A server is lost, or has no place for the worker's connections.
+    /// A server is lost.
     pub fn worker(&self) -> Result<Worker<T>, Error> {
         Worker::new(self.core.clone())
     }

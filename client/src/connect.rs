@@ -86,11 +86,48 @@ pub fn connect_one<T: Transport>(
     hello: &[u8],
     timeout: Duration,
 ) -> Result<(T::Connection, Welcome), Error> {
-    let refused = |reason: String| Error::Refused { address: address.to_string(), reason };
+    attempt(transport, attach, address, hello, timeout).map_err(|unmade| match unmade {
+        Unmade::Gone(cause) => cause.into(),
+        Unmade::Refused(error) => error,
+    })
+}
+
+/// Why a connection was not made.
+pub enum Unmade {
+    /// The server does not answer.
+    Gone(TransportError),
+    /// It refuses, or this side cannot.
+    Refused(Error),
+}
+
+/// Connects to a shard for READs.
+///
+/// # Errors
+/// The server is gone, or refuses.
+pub fn connect_lane<T: Transport>(
+    transport: &T,
+    attach: &T::Attach,
+    address: &Address,
+    shard: u16,
+    timeout: Duration,
+) -> Result<T::Connection, Unmade> {
+    attempt(transport, attach, address, Hello::reader(shard).as_bytes(), timeout)
+        .map(|(connection, _)| connection)
+}
+
+fn attempt<T: Transport>(
+    transport: &T,
+    attach: &T::Attach,
+    address: &Address,
+    hello: &[u8],
+    timeout: Duration,
+) -> Result<(T::Connection, Welcome), Unmade> {
+    let refused = |reason: String| Unmade::Refused(Error::Refused { address: address.to_string(), reason });
     let (connection, answer) =
         transport.connect(attach, address, hello, timeout).map_err(|error| match error {
             TransportError::Refused { private_data, .. } => refused(Refusal::parse(&private_data).0),
-            error => error.into(),
+            TransportError::Unreachable { .. } | TransportError::Timeout { .. } => Unmade::Gone(error),
+            error => Unmade::Refused(error.into()),
         })?;
     Ok((connection, Welcome::parse(&answer).map_err(refused)?))
 }

@@ -12,6 +12,9 @@ pub enum Error {
     /// No server was named, or one twice.
     #[error("{0}")]
     Servers(String),
+    /// An option makes no sense.
+    #[error("{0}")]
+    Options(String),
     /// A server refused the connection.
     #[error("the server at {address} refused: {reason}")]
     Refused {

@@ -28,11 +28,11 @@
 //! | [`table`] | a table: where its rows are, and how they are held |
 //! | [`cache`] | slots, which workers read without locks and the server writes |
 //! | [`session`] | what the threads share: connections, the engine that drives them, clocks, waiting |
-//! | [`reader`] | a worker's READs |
+//! | [`lane`], [`reader`] | READs: connections that workers share, and what one worker READs |
 //!
 //! **Invariants.** A `get` that reads in place or hits makes no system call and takes no lock (but for a row longer than a message,
 //! while its update is on its way), and writes no word that another worker reads, but for the mark of a slot that it is used. A `get` that misses is one
-//! READ, posted and polled by the calling thread. An `inc` touches the worker's own memory alone, but when it needs more of it. There is no
+//! READ, posted by the calling thread, and polled by it or by another worker that waits. An `inc` touches the worker's own memory alone, but when it needs more of it. There is no
 //! thread of the client's own: whoever waits drives the engine.
 
 #![forbid(unsafe_code)]
@@ -43,6 +43,7 @@ mod connect;
 mod error;
 mod hash;
 mod known;
+mod lane;
 mod merge;
 mod options;
 mod own;
@@ -56,6 +57,6 @@ mod worker;
 pub use client::{Client, ClientStats, TableOptions};
 pub use error::Error;
 pub use fervor_protocol::{Element, ElementType, Model, Schema, value::bound as value_bound};
-pub use options::ClientOptions;
+pub use options::{ClientOptions, ReadLanes};
 pub use table::Table;
 pub use worker::{Worker, WorkerStats};

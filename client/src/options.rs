@@ -1,6 +1,8 @@
 //! How a client connects.
 
-use std::time::Duration;
+use std::{fmt, str::FromStr, time::Duration};
+
+use crate::error::Error;
 
 /// What a client may be told. `Default` is a job of one client.
 #[derive(Debug, Clone)]
@@ -19,6 +21,8 @@ pub struct ClientOptions {
     pub slab_bytes: usize,
     /// Most READs that one [`get_many`](crate::Worker::get_many) has in flight to one shard.
     pub reads_in_flight: usize,
+    /// Connections for READs, to each shard of which rows are READ.
+    pub read_lanes: ReadLanes,
     /// Whether a `get` that returns older data than the table's model allows is an error ([`Error::Stale`]), and not
     /// only counted in [`WorkerStats::violations`]. Neither ever happens, and to look costs nothing.
     ///
@@ -42,9 +46,81 @@ impl Default for ClientOptions {
             copies: false,
             slab_bytes: 512 << 20,
             reads_in_flight: 16,
+            read_lanes: ReadLanes::default(),
             check: false,
             lease: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// How many connections the workers of a client have for READs, to each shard. A server takes as many of each client as its `--lanes`
+/// says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadLanes {
+    /// At most so many, from 1 on, which the workers share.
+    Shared(u16),
+    /// Each worker that READs has its own. No worker waits for another one's lock, and a server needs more memory.
+    PerWorker,
+}
+
+impl Default for ReadLanes {
+    /// Three, shared.
+    fn default() -> Self {
+        Self::Shared(3)
+    }
+}
+
+impl fmt::Display for ReadLanes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shared(lanes) => lanes.fmt(f),
+            Self::PerWorker => f.pad("per-worker"),
+        }
+    }
+}
+
+impl FromStr for ReadLanes {
+    type Err = String;
+
+    /// A number, or `per-worker`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse() {
+            _ if text == "per-worker" => Ok(Self::PerWorker),
+            Ok(lanes) if lanes > 0 => Ok(Self::Shared(lanes)),
+            _ => Err(format!(
+                "`{text}` is no number of READ lanes: write one from 1 to {}, or per-worker",
+                u16::MAX
+            )),
+        }
+    }
+}
+
+impl ClientOptions {
+    /// # Errors
+    /// An option that makes no sense.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        if self.read_lanes == ReadLanes::Shared(0) {
+            let cure = "write Shared(1) or more, or PerWorker";
+            return Err(Error::Options(format!(
+                "ClientOptions::read_lanes is Shared(0), with which no row can be READ: {cure}"
+            )));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lanes_are_a_number_or_a_word() {
+        for lanes in [ReadLanes::Shared(1), ReadLanes::Shared(u16::MAX), ReadLanes::PerWorker] {
+            assert_eq!(lanes.to_string().parse(), Ok(lanes));
+        }
+        for bad in ["0", "65536", "-1", "", "all"] {
+            assert!(bad.parse::<ReadLanes>().unwrap_err().starts_with(&format!("`{bad}` ")), "{bad}");
         }
     }
 }

@@ -61,7 +61,9 @@ pub struct Worker<T: Transport = Host> {
     core: Arc<Core<T>>,
     id: u64,
     clock: u64,
-    /// The way to rows that are not read in place.
+    /// Some shard's rows are not read in place.
+    copies: bool,
+    /// The way to rows that are READ, once there is one.
     reader: Option<Reader<T>>,
     updates: WorkerUpdates,
     prefetched: Vec<ahead::Prefetched>,
@@ -80,8 +82,7 @@ impl<T: Transport> fmt::Debug for Worker<T> {
 impl<T: Transport> Worker<T> {
     pub(crate) fn new(core: Arc<Core<T>>) -> Result<Self, Error> {
         core.alive()?;
-        let reads = core.links.iter().any(|link| link.place.get().is_none());
-        let reader = reads.then(|| Reader::connect(&core)).transpose()?;
+        let copies = core.links.iter().any(|link| link.place.get().is_none());
         let mut clocks = lock(&core.clocks);
         let id = clocks.join();
         let clock = clocks.workers[&id];
@@ -90,7 +91,8 @@ impl<T: Transport> Worker<T> {
             core,
             id,
             clock,
-            reader,
+            copies,
+            reader: None,
             updates: Vec::new(),
             prefetched: Vec::new(),
             stats: WorkerStats::default(),
@@ -117,7 +119,8 @@ impl<T: Transport> Worker<T> {
     /// worker's clock, and all of its own. Waits if the model says so.
     ///
     /// # Errors
-    /// The row or the length of the buffer is out of range; a server is lost.
+    /// The row or the length of the buffer is out of range; a server is lost, or has no place for a READ lane of this client
+    /// (see [`ReadLanes`](crate::ReadLanes)).
     #[inline]
     pub fn get<E: Element>(&mut self, table: &Table<E>, row: u64, into: &mut [E]) -> Result<(), Error> {
         let table = &*table.0;
@@ -147,7 +150,7 @@ impl<T: Transport> Worker<T> {
         if let Some(&greatest) = rows.iter().max() {
             self.check(core, greatest)?;
         }
-        if self.reader.is_none() {
+        if !self.copies {
             return self.read_many_in_place(core, rows.len(), |at| rows[at], into);
         }
         self.read_copies(core, rows, into)

@@ -384,7 +384,7 @@ fn most_files() -> usize {
 fn clients_work_together(clients: usize, copies: bool) {
     const CLOCKS: i64 = 3;
     let site = site(1, |config| {
-        (config.clients, config.workers, config.credits) = (clients, 1, 1);
+        (config.clients, config.lanes, config.credits) = (clients, 1, 1);
         config.staging = Config::default_staging(clients);
     });
     let before = (resident(), Instant::now());

@@ -56,6 +56,7 @@ pub enum Mutant {
     CopiesNotOwedAgain,
     AnswersBeforeRefill,
     AskedAgainInPlace,
+    CompletionForAll,
 }
 
 /// What a mutant is.
@@ -168,6 +169,8 @@ catalogue! {
         "after a resumption answers go before what is owed (server Outbound::resume)"
     AskedAgainInPlace "asked-again-in-place" "6 slots; resuming"
         "a worker asks again for a row with the slot that may still be written (client Worker::ask)"
+    CompletionForAll "completion-for-all" "22 a READ's completion goes to the worker that posted it"
+        "it is also taken for that of other workers' READs into places of the same number (client Lane::poll)"
 }
 
 /// Whether `mutant` is switched on.

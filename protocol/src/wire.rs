@@ -617,7 +617,7 @@ impl Refusal {
             Some(text) => Self(String::from_utf8_lossy(text).into_owned()),
             None => Self(
                 "it gave no reason: it has no place for another connection (start it with more --clients or \
-                 --workers), or it is no Fervor server"
+                 --lanes), or it is no Fervor server"
                     .into(),
             ),
         }

@@ -41,6 +41,8 @@ pub struct Control<T: Transport> {
     doors: Vec<Door<T>>,
     id: u64,
     clients: usize,
+    /// Most READ lanes of all clients together, to one shard.
+    lanes: usize,
     /// Number of the message before each client's first.
     origin: u64,
     stop: Arc<AtomicBool>,
@@ -51,7 +53,8 @@ const TURN: Duration = Duration::from_millis(50);
 
 impl<T: Transport> Control<T> {
     pub fn new(config: &Config, doors: Vec<Door<T>>, stop: Arc<AtomicBool>) -> Self {
-        Self { doors, id: config.id, clients: config.clients, origin: config.origin.number, stop }
+        let lanes = config.all_lanes();
+        Self { doors, id: config.id, clients: config.clients, lanes, origin: config.origin.number, stop }
     }
 
     pub fn run(self, listener: &mut T::Listener) {
@@ -83,11 +86,16 @@ impl<T: Transport> Control<T> {
         welcome.message_bytes = MESSAGE_BYTES as u32;
         welcome.lease = u32::try_from(door.share.lease.as_millis()).unwrap_or(u32::MAX);
         welcome.origin = self.origin;
-        match request.accept(&door.attach, welcome.as_bytes()) {
+        let (count, depth) = match role {
+            Role::Main => (&door.share.clients, usize::MAX),
+            // Nothing is posted to a lane.
+            Role::Reader => (&door.share.lanes, 1),
+        };
+        match request.accept_with(&door.attach, depth, welcome.as_bytes()) {
             Ok(connection) => {
-                // One that comes back has been counted.
-                if role == Role::Main && hello.attempt == 0 {
-                    door.share.clients.fetch_add(1, Ordering::Release);
+                // A client that comes back has been counted.
+                if hello.attempt == 0 {
+                    count.fetch_add(1, Ordering::Release);
                 }
                 let hello = (role == Role::Main).then_some(hello);
                 // A poller that has ended takes no mail; the connection is dropped, which its client sees.
@@ -103,6 +111,12 @@ impl<T: Transport> Control<T> {
         let door = self.doors.get(usize::from(hello.shard)).ok_or_else(|| {
             Refusal::new(&format!("shard = {}, but the server has {}", hello.shard, self.doors.len()))
         })?;
+        if role == Role::Reader && door.share.lanes.load(Ordering::Acquire) >= self.lanes {
+            return Err(Refusal::new(&format!(
+                "it has {} READ lanes, and no place for more: start it with more --lanes, or lower ClientOptions::read_lanes",
+                self.lanes
+            )));
+        }
         if role == Role::Main {
             if hello.clients == 0 {
                 return Err(Refusal::new("clients = 0: a job has at least one client"));

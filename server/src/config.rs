@@ -36,8 +36,9 @@ pub struct Config {
     /// least 4 KiB of staging: 1,000 clients 67 MiB with one credit, and 505 MiB with eight. (1,000 on one host, of one
     /// worker each, connect in half a second and end a clock of BSP in 0.1 s on two cores; `client/tests/size.rs`.)
     pub clients: usize,
-    /// Most workers of a client: each has a connection of its own to each shard, for its READs.
-    pub workers: usize,
+    /// READ lanes for each client: the connections that it may have to a shard besides the main one, for the READs of its workers. They
+    /// cost a shard little: they receive nothing, and nothing is sent on them.
+    pub lanes: usize,
     /// Messages that a client may have on their way to one shard: each has a receive buffer.
     pub credits: usize,
     /// How long a client is kept whose connection broke, so that it can come back. Until then it holds the clock back, as it is not
@@ -62,7 +63,7 @@ impl Config {
             memory,
             bookkeeping: Self::default_bookkeeping(memory),
             clients,
-            workers: 8,
+            lanes: 3,
             credits: 8,
             lease: DEFAULT_LEASE,
             staging: Self::default_staging(clients),
@@ -87,6 +88,12 @@ impl Config {
     /// that much.
     pub fn quota(&self) -> usize {
         self.staging / (self.clients + 1)
+    }
+
+    /// Most connections of a shard that carry READs alone: the lanes of all clients, of each the one by which it asks for the
+    /// shards before it joins, and some that have ended and wait to be polled.
+    pub(crate) fn all_lanes(&self) -> usize {
+        self.clients * (self.lanes + 1) + 8
     }
 
     /// Bounds of each shard.
@@ -134,6 +141,9 @@ impl Config {
                 MOST_LEASE.as_secs()
             ));
         }
+        if self.lanes == 0 || self.lanes > usize::from(u16::MAX) {
+            return bad(format!("lanes = {}: 1 to {} are possible; change --lanes", self.lanes, u16::MAX));
+        }
         if self.quota() < LEAST_QUOTA {
             return bad(format!(
                 "staging = {} bytes: at least {} are needed for {} clients; raise --staging, or lower --clients",
@@ -159,9 +169,8 @@ impl Config {
             receive_size: MESSAGE_BYTES,
             send_depth: 128,
             read_depth: 16,
-            // Of each client the main one, its workers', and the one by which it asks for the shards before; and
-            // some that have ended and wait to be polled.
-            connections: self.clients * (2 + self.workers) + 8,
+            // Some have ended and wait to be polled.
+            connections: self.clients + self.all_lanes() + 8,
             completion_vector: shard,
         }
     }

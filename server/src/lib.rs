@@ -108,6 +108,7 @@ impl<T: Transport> Server<T> {
                 clock: AtomicU64::new(config.origin.clock),
                 stop: AtomicBool::new(false),
                 clients: AtomicUsize::new(0),
+                lanes: AtomicUsize::new(0),
                 credits: config.credits,
                 lease: config.lease,
                 resumptions: AtomicU64::new(0),

@@ -58,9 +58,10 @@ struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 16)]
     clients: usize,
 
-    /// Most workers of a client
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    workers: usize,
+    /// Most connections that each client has to a shard for the READs of its workers. A client makes 3 for all of them,
+    /// unless it is told otherwise
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    lanes: usize,
 
     /// Messages that a client may have on their way to one shard. The shard has a receive buffer for each
     #[arg(long, value_name = "N", default_value_t = 8)]
@@ -126,7 +127,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     config.memory = arguments.memory;
     config.clients = arguments.clients;
-    config.workers = arguments.workers;
+    config.lanes = arguments.lanes;
     config.credits = arguments.credits;
     config.lease = arguments.lease;
     config.bookkeeping =

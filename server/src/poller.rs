@@ -185,7 +185,8 @@ impl<T: Transport> Poller<T> {
             Err((text, mut connection)) => {
                 eprintln!("fervor-server: a client is refused: {text}");
                 self.share.clients.fetch_sub(1, Ordering::Release);
-                // It did not even say where to answer. Kept until its end has been polled.
+                // It did not even say where to answer. Kept until its end has been polled, as if it were a lane.
+                self.share.lanes.fetch_add(1, Ordering::Release);
                 connection.disconnect();
                 self.readers.insert(connection_id, connection);
                 return;
@@ -252,9 +253,14 @@ impl<T: Transport> Poller<T> {
                 reader.disconnect();
             }
             Completion::WriteImmediate { .. } => reader.disconnect(),
-            Completion::Disconnected { .. } => drop(self.readers.remove(&connection)),
+            Completion::Disconnected { .. } => self.reader_gone(connection),
             Completion::Work { .. } => {}
         }
+    }
+
+    fn reader_gone(&mut self, connection: ConnectionId) {
+        drop(self.readers.remove(&connection));
+        self.share.lanes.fetch_sub(1, Ordering::Release);
     }
 
     fn worked(&mut self, id: ClientId, work: u64, ok: bool) {

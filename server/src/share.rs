@@ -13,6 +13,8 @@ pub struct Share {
     pub stop: AtomicBool,
     /// Clients that may still send: counted by the control thread, discounted by the poller.
     pub clients: AtomicUsize,
+    /// Connections for READs, of all clients together: counted by the control thread, discounted by the poller.
+    pub lanes: AtomicUsize,
     /// Messages that each client may have on their way.
     pub credits: usize,
     /// How long a client is kept whose connection broke.

@@ -143,6 +143,7 @@ impl JobOptions {
         arguments.put_some("continuous", self.model.continuous.as_ref());
         arguments.flag("check", self.check);
         arguments.flag("copies", self.reads.copies);
+        arguments.put("read-lanes", &self.reads.read_lanes);
         arguments.flag("tell-parent", true);
     }
 }

@@ -78,7 +78,11 @@ pub fn with_processes<R: DeserializeOwned + Send + 'static>(
 ) -> Result<()> {
     let options = command.options;
     let mut embedded = match options.server.is_empty() {
-        true => Some(EmbeddedServer::start(&options.embedded, options.clients, options.workers)?),
+        true => Some(EmbeddedServer::start(
+            &options.embedded,
+            options.clients,
+            options.reads.lanes(options.workers),
+        )?),
         false => None,
     };
     let urls = embedded.as_ref().map_or(options.server.clone(), |server| vec![server.url().to_owned()]);

@@ -365,7 +365,7 @@ impl Prepared {
         let number = NUMBER.fetch_add(1, Relaxed);
         let name = format!("latency-{}-{size}-{}-{number}", op.name(), process::id());
         // All but `in-place` are about what happens over a network.
-        let reads = ReadOptions { copies: op != Op::InPlace };
+        let reads = ReadOptions { copies: op != Op::InPlace, ..ReadOptions::default() };
         let seat = |rows, model, clients| Seat::new(urls, &name, rows, size, model, clients, reads);
         let all = miss_rows(size as usize) as u64;
         Ok(match op {

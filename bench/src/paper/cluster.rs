@@ -161,7 +161,7 @@ pub fn run<X: Send + 'static>(
         let mut config = Config::new(address.clone());
         config.id = number as u64;
         config.clients = cluster.workers;
-        config.workers = 1;
+        config.lanes = 1;
         config.memory = (cluster.cache / cluster.servers).next_multiple_of(4096).max(64 << 10);
         sim.spawn(&node.clone(), "server", move || serve(&sim_inside, &node, &config, &shared));
     }

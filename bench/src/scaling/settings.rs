@@ -114,6 +114,7 @@ pub(super) fn arguments(options: &ScalingOptions, workers: u16, setting: Option<
             arguments.push(format!("--shards={shards}"));
             arguments.push(format!("--memory={}", options.memory));
             arguments.extend(options.reads.copies.then(|| "--copies".into()));
+            arguments.push(format!("--read-lanes={}", options.reads.read_lanes));
         }
     }
     arguments

@@ -26,7 +26,7 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Args, ValueEnum, value_parser};
-use fervor_client::Model;
+use fervor_client::{Model, ReadLanes};
 
 use crate::{
     connect::ReadOptions,
@@ -113,9 +113,9 @@ impl Op {
         }
     }
 
-    fn reads(self) -> ReadOptions {
-        // All others are about what happens over a network.
-        ReadOptions { copies: !matches!(self, Op::InPlace | Op::ManyInPlace | Op::Range) }
+    /// Whether copies are read: all but a few operations are about what happens over a network.
+    fn copies(self) -> bool {
+        !matches!(self, Op::InPlace | Op::ManyInPlace | Op::Range)
     }
 
     /// Whether each worker has rows of its own.
@@ -153,6 +153,9 @@ pub struct ThroughputOptions {
     /// For many-read: numbers of READs in flight to one shard, separated by commas
     #[arg(long, short = 'o', value_name = "LIST", value_delimiter = ',', default_value = "16", value_parser = value_parser!(u32).range(1..=1024))]
     pub outstanding: Vec<u32>,
+    /// For read and many-read: connections to a shard that the workers share; `per-worker`: each worker has its own
+    #[arg(long, value_name = "N", default_value_t)]
+    pub read_lanes: ReadLanes,
     /// Rows of one get_many or get_range, and rows that are updated between two clocks
     #[arg(long, default_value_t = 256, value_name = "ROWS", value_parser = value_parser!(u32).range(1..=1 << 20))]
     pub batch: u32,
@@ -211,9 +214,15 @@ struct Setting {
     shards: u32,
     outstanding: u32,
     batch: u32,
+    read_lanes: ReadLanes,
 }
 
 impl Setting {
+    /// How its workers read.
+    fn reads(&self) -> ReadOptions {
+        ReadOptions { copies: self.op.copies(), read_lanes: self.read_lanes }
+    }
+
     /// Rows of the table.
     fn rows(&self) -> u64 {
         let batch = u64::from(self.batch);
@@ -274,6 +283,7 @@ fn settings(options: &ThroughputOptions) -> Result<Vec<Setting>> {
                         shards,
                         outstanding,
                         batch: options.batch,
+                        read_lanes: options.read_lanes,
                     }));
                 }
             }
@@ -284,11 +294,11 @@ fn settings(options: &ThroughputOptions) -> Result<Vec<Setting>> {
 
 /// Measures one setting: in one go, or in turns with perftest.
 fn measure(options: &ThroughputOptions, setting: Setting) -> Result<Row> {
-    let Setting { op, size, workers, shards, outstanding, batch } = setting;
+    let Setting { op, size, workers, shards, outstanding, batch, .. } = setting;
     let embedded = match options.server.is_empty() {
         true => {
             let server = EmbeddedOptions { shards, memory: options.memory.clone() };
-            Some(EmbeddedServer::start(&server, 2, workers)?)
+            Some(EmbeddedServer::start(&server, 2, setting.reads().lanes(workers))?)
         }
         false => None,
     };
@@ -342,7 +352,8 @@ mod tests {
     use super::*;
 
     pub(super) fn setting(op: Op) -> Setting {
-        Setting { op, size: 64, workers: 3, shards: 1, outstanding: 16, batch: 100 }
+        let read_lanes = ReadLanes::default();
+        Setting { op, size: 64, workers: 3, shards: 1, outstanding: 16, batch: 100, read_lanes }
     }
 
     #[test]

@@ -54,7 +54,7 @@ pub(super) fn move_rows(urls: &[String], setting: Setting, duration: Duration) -
     let options = ClientOptions {
         cache_bytes: (64 << 20).max(3 * setting.rows() as usize * stride),
         reads_in_flight: setting.outstanding as usize,
-        ..connect::client_options(clients, setting.op.reads())
+        ..connect::client_options(clients, setting.reads())
     };
     let open = || -> Result<(Client, Table<i32>)> {
         let client = Client::connect_with(urls, options.clone())?;

@@ -20,6 +20,7 @@ use zerocopy::IntoBytes;
 use crate::{
     connect::{connect_one, main_hello},
     error::Error,
+    lane::Lanes,
     options::ClientOptions,
     session::{
         absence::Next,
@@ -112,6 +113,8 @@ pub struct Core<T: Transport> {
     pub bytes_read: AtomicU64,
     /// Connections that were made again, by shard, for the engine.
     pub made: Mutex<Vec<(usize, T::Connection, Welcome)>>,
+    /// The way to rows that are READ.
+    pub lanes: Lanes<T>,
     /// The region that servers write; see [`Core::region`].
     pub region: T::Region,
 }

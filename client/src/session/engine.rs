@@ -12,7 +12,6 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, PoisonError, RwLock, atomic::Ordering},
-    time::Duration,
 };
 
 use fervor_protocol::{
@@ -51,8 +50,6 @@ const MOST_SECTIONS: usize = 64;
 pub struct Engine<T: Transport> {
     transport: T,
     pub endpoint: T::Endpoint,
-    /// How long a shard may be out of reach.
-    lease: Duration,
     /// Where the shards write: control blocks, mirrors and slots.
     control: Memory,
     channels: Vec<Channel<T::Connection>>,
@@ -91,7 +88,6 @@ impl<T: Transport> Engine<T> {
         control: Memory,
         connections: Vec<T::Connection>,
         links: &[Link<T::View>],
-        lease: Duration,
     ) -> Result<Self, TransportError> {
         let credits = links.iter().map(|link| link.welcome.credits as usize);
         let buffers = credits
@@ -101,7 +97,6 @@ impl<T: Transport> Engine<T> {
         let outbox = Memory::new("fervor-outbox", credits.sum::<usize>() * MESSAGE_BYTES)?;
         Ok(Self {
             transport: transport.clone(),
-            lease,
             endpoint,
             control,
             by_id: connections.iter().enumerate().map(|(shard, c)| (c.id(), shard)).collect(),

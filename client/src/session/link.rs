@@ -36,6 +36,7 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use crossbeam_utils::CachePadded;
@@ -162,12 +163,14 @@ pub struct Link<V> {
     pub posted: AtomicU64,
     pub wishes: Mutex<Vec<Wish>>,
     pub absence: Absence,
+    /// How long the shard may be out of reach before it is lost.
+    pub lease: Duration,
     /// Why it is of no more use.
     pub end: OnceLock<Error>,
 }
 
 impl<V: View> Link<V> {
-    pub fn new(address: Address, shard: u16, welcome: Welcome, control: usize) -> Self {
+    pub fn new(address: Address, shard: u16, welcome: Welcome, control: usize, lease: Duration) -> Self {
         Self {
             address,
             shard,
@@ -190,6 +193,7 @@ impl<V: View> Link<V> {
             posted: AtomicU64::new(welcome.origin),
             wishes: Mutex::new(Vec::new()),
             absence: Absence::default(),
+            lease,
             end: OnceLock::new(),
             welcome,
         }

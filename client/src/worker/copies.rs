@@ -1,5 +1,7 @@
 //! Rows that are not read in place: from a mirror, from a slot, or by READ.
 
+use std::iter;
+
 use fervor_protocol::{
     Element, clock,
     limits::BLOCK_BYTES,
@@ -7,7 +9,7 @@ use fervor_protocol::{
     row::Header,
     wire::{PUSH_ONCE, SlotRecord},
 };
-use fervor_verbs::transport::{PostError, Transport};
+use fervor_verbs::transport::Transport;
 use zerocopy::IntoBytes;
 
 use super::{Worker, known_updates, place};
@@ -93,11 +95,18 @@ impl<T: Transport> Worker<T> {
     }
 
     /// The way to rows that are not in place.
+    #[inline]
     pub(super) fn reader(&mut self) -> Result<&mut Reader<T>, Error> {
         if self.reader.is_none() {
-            self.reader = Some(Reader::connect(&self.core)?);
+            self.take_seat()?;
         }
         Ok(self.reader.as_mut().expect("it has just been made"))
+    }
+
+    #[cold]
+    fn take_seat(&mut self) -> Result<(), Error> {
+        self.reader = Some(Reader::new(&self.core)?);
+        Ok(())
     }
 
     /// Reads a row from a mirror or a slot: the clock for which it is good. `None`: it has to be READ.
@@ -178,11 +187,20 @@ impl<T: Transport> Worker<T> {
         let router = self.core.router;
         // SYNC POINT: a READ is trusted for the clock that was known before it was posted.
         let before: Vec<Before> = (0..self.core.links.len()).map(|shard| self.before(shard)).collect();
-        for (&place, &at) in places.iter().zip(group) {
-            let (shard, index) = router.locate(rows[at]);
-            self.post(table, shard, table.layout().image(index), place)?;
+        let mut images: Vec<_> = places
+            .iter()
+            .zip(group)
+            .map(|(&place, &at)| {
+                let (shard, index) = router.locate(rows[at]);
+                (shard, place, table.layout().image(index))
+            })
+            .collect();
+        // Those of a shard go together, under one lock and with one doorbell.
+        images.sort_unstable();
+        for images in images.chunk_by(|one, other| one.0 == other.0) {
+            let of_shard = images.iter().map(|&(_, place, image)| (place, image));
+            self.post(table, images[0].0, of_shard, true)?;
         }
-        self.ring_all()?;
         self.await_reads(group.len())?;
         for (&place, &at) in places.iter().zip(group) {
             let row = rows[at];
@@ -248,40 +266,31 @@ impl<T: Transport> Worker<T> {
         index: u64,
         place: usize,
     ) -> Result<(), Error> {
-        self.post(table, shard, table.layout().image(index), place)?;
-        let rung = self.reader()?.ring(shard);
-        rung.or_else(|error| self.broken(shard, error))?;
+        self.post(table, shard, iter::once((place, table.layout().image(index))), true)?;
         self.await_reads(1)
     }
 
-    /// Rings for what was posted to all shards.
+    /// Rings for what was posted and not rung for.
     pub(super) fn ring_all(&mut self) -> Result<(), Error> {
-        for shard in 0..self.core.links.len() {
-            let rung = self.reader()?.ring(shard);
-            rung.or_else(|error| self.broken(shard, error))?;
-        }
-        Ok(())
+        let Self { core, reader, .. } = self;
+        reader.as_mut().map_or(Ok(()), |reader| reader.ring(core))
     }
 
-    /// Posts the READ of an image into `place`.
+    /// Posts READs of images of a shard, each into its place, and rings for them, if `ring` says so.
     pub(super) fn post<E: Element>(
         &mut self,
         table: &TableCore<E>,
         shard: usize,
-        image: u64,
-        place: usize,
+        images: impl ExactSizeIterator<Item = (usize, u64)>,
+        ring: bool,
     ) -> Result<(), Error> {
-        self.stats.reads += 1;
-        let bytes = table.layout().image_bytes();
-        self.bytes_read += (size_of::<Header>() + bytes) as u64;
-        let remote = table.remote(shard, image);
-        let posted = self.reader()?.post(shard, place, remote, bytes);
-        posted.or_else(|error| self.broken(shard, error))
-    }
-
-    /// A post was refused: the connection is broken, since the queue has room for all places.
-    fn broken(&self, shard: usize, error: PostError) -> Result<(), Error> {
-        Err(self.core.lost(shard, error))
+        let (bytes, count) = (table.layout().image_bytes(), images.len() as u64);
+        self.stats.reads += count;
+        self.bytes_read += count * (size_of::<Header>() + bytes) as u64;
+        let Self { core, reader, .. } = self;
+        let reader = reader.as_mut().expect("it has given the places");
+        let images = images.map(|(place, image)| (place, table.remote(shard, image)));
+        reader.post(core, shard, bytes, images, ring)
     }
 
     /// Takes the row that was READ into `place`, given what was known before, completes it, and keeps it. `false`: it is

@@ -10,6 +10,8 @@
 //!   are added to it. But the worker lets an update go when every copy *that will be READ* contains it, and
 //!   this READ was posted before. So the copy must be as of the last update that went.
 
+use std::iter;
+
 use fervor_protocol::Element;
 use fervor_verbs::transport::Transport;
 
@@ -31,7 +33,7 @@ impl<T: Transport> Worker<T> {
         if let Some(&greatest) = rows.iter().max() {
             self.check(table, greatest)?;
         }
-        if self.reader.is_none() {
+        if !self.copies {
             return Ok(());
         }
         self.may_read()?;
@@ -51,7 +53,7 @@ impl<T: Transport> Worker<T> {
             }
             let place = self.free_places(table.layout().image_bytes(), 1)?.next().expect("there is one");
             let before = self.before(shard);
-            self.post(table, shard, image, place)?;
+            self.post(table, shard, iter::once((place, image)), false)?;
             let (table, clock) = (table.number(), self.clock);
             self.prefetched.push(Prefetched { table, shard, image, place, before, done: false, clock });
         }
@@ -77,8 +79,9 @@ impl<T: Transport> Worker<T> {
         bytes: usize,
         wanted: usize,
     ) -> Result<impl Iterator<Item = usize>, Error> {
-        let places = self.reader()?.places();
-        if !self.reader()?.fits(bytes) || self.prefetched.len() + wanted.max(1) > places {
+        let reader = self.reader()?;
+        let (places, fits) = (reader.places(), reader.fits(bytes));
+        if !fits || self.prefetched.len() + wanted.max(1) > places {
             self.forget_prefetched()?;
             let transport = self.core.transport.clone();
             self.reader()?.fit(&transport, bytes)?;
@@ -107,7 +110,7 @@ impl<T: Transport> Worker<T> {
     /// Waits until all READs but those that were started ahead are done: `count`.
     pub(super) fn await_reads(&mut self, mut count: usize) -> Result<(), Error> {
         while count > 0 {
-            count -= self.await_read()?;
+            count = count.checked_sub(self.await_read()?).expect("each READ completes once");
         }
         Ok(())
     }

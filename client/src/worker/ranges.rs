@@ -22,7 +22,7 @@ impl<T: Transport> Worker<T> {
     ) -> Result<(), Error> {
         let width = table.width();
         let count = self.check_range(table, first, into.len())?;
-        if self.reader.is_none() {
+        if !self.copies {
             return self.read_many_in_place(&*table.0, count as usize, |at| first + at as u64, into);
         }
         let all: Vec<u64> = (first..first + count).collect();

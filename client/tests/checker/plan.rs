@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use fervor_client::{ElementType, Model};
+use fervor_client::{ElementType, Model, ReadLanes};
 use fervor_protocol::limits::{ACK_SEQUENCE_BITS, IMMEDIATE_BITS, MAX_CREDITS};
 use fervor_server::Origin;
 use fervor_verbs::transport::sim::Network;
@@ -125,6 +125,8 @@ pub struct Plan {
     /// Bytes of staging that what is on its way to one client may use; if nothing is said, the default.
     pub quota: Option<usize>,
     pub reads_in_flight: usize,
+    /// Of all clients.
+    pub read_lanes: ReadLanes,
     pub tables: Vec<TablePlan>,
     /// All workers of all clients, and last the rogue, if there is one.
     pub lanes: Vec<Lane>,
@@ -265,6 +267,7 @@ impl Plan {
             credits: 8,
             quota: None,
             reads_in_flight: 8,
+            read_lanes: ReadLanes::Shared(1),
             victim: None,
             late: None,
             added: each(&tables, &lanes, || AtomicI64::new(0)),
@@ -303,6 +306,11 @@ impl Plan {
                 number: before(1 << ACK_SEQUENCE_BITS),
             };
         }
+        self.read_lanes = match random.among(0..=3) {
+            0 | 1 => ReadLanes::Shared(1),
+            2 => ReadLanes::Shared(2),
+            _ => ReadLanes::PerWorker,
+        };
     }
 
     /// How many clients each says that the job has: all of them, or one, so that nobody waits for the others, who may not

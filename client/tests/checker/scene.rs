@@ -140,6 +140,7 @@ fn client<T: Transport>(
         clients: plan.expected(),
         cache_bytes: 8 << 20,
         reads_in_flight: plan.reads_in_flight,
+        read_lanes: plan.read_lanes,
         copies: plan.places[number].copies,
         // So little that some slabs find no room.
         slab_bytes: 5 << 20,

@@ -37,7 +37,7 @@ impl Trouble {
     pub fn draw(seed: u64, clients: usize, servers: usize, shards: usize, rogue: bool) -> Self {
         // Of its own: what else a seed decides stays what it is.
         if Random(seed ^ 0x4ea1_0000).one_in(5) {
-            return Self::healing(seed, clients, servers, shards);
+            return Self::healing(seed, clients, servers, shards, rogue);
         }
         let mut random = Random(seed ^ 0xfa17_0000);
         if !random.one_in(3) {
@@ -74,10 +74,10 @@ impl Trouble {
     }
 
     /// Connections of several clients break, some more than once, and are made again.
-    fn healing(seed: u64, clients: usize, servers: usize, shards: usize) -> Self {
+    fn healing(seed: u64, clients: usize, servers: usize, shards: usize, rogue: bool) -> Self {
         let mut random = Random(seed ^ 0x4ea1_0001);
         let links = servers * shards;
-        let plan = |client| {
+        let plan = |party| {
             let breaks = (0..random.among(0..=3)).map(|_| {
                 let nth = 1 << random.among(0..=7);
                 let nth = random.among(nth / 2..=nth);
@@ -87,8 +87,11 @@ impl Trouble {
                 } else {
                     Point::Post { kind: None, nth, fate }
                 };
-                // First it asks each server for its shards; then come those for messages.
-                let connection = servers + random.among(0..=links as u64 - 1) as usize;
+                // At a client those by which it asks for the shards come first, then those for messages, lanes, and what is made anew.
+                let connection = match party {
+                    Party::Client(_) => servers + random.among(0..=3 * links as u64) as usize,
+                    Party::Server(_) => random.among(0..=4 * (links * clients) as u64) as usize,
+                };
                 Fault::Break { connection, at }
             });
             let mut faults: Vec<_> = breaks.collect();
@@ -97,9 +100,12 @@ impl Trouble {
                 let delay = |of| Fault::Delay { of, one_in: 8, longest };
                 faults.extend([Shown::Work, Shown::Arrival, Shown::End].map(delay));
             }
-            (Party::Client(client), Plan { seed, faults })
+            (party, Plan { seed, faults })
         };
-        Self { at: (0..clients).map(plan).collect(), lease: Duration::from_secs(1) }
+        let clients = (0..clients).map(Party::Client);
+        // The rogue does not expect that a connection breaks.
+        let servers = (0..servers).filter(|_| !rogue).map(Party::Server);
+        Self { at: clients.chain(servers).map(plan).collect(), lease: Duration::from_secs(1) }
     }
 
     /// The plan of a party.

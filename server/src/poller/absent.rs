@@ -85,6 +85,7 @@ impl<T: Transport> Poller<T> {
         let attempt =
             attempt.and_then(|(connection, hello)| Some((self.readers.remove(&connection)?, hello)));
         if let Some((connection, hello)) = attempt {
+            self.share.lanes.fetch_sub(1, Ordering::Release);
             self.attach(id, connection, &hello);
         }
     }
@@ -109,9 +110,15 @@ impl<T: Transport> Poller<T> {
                 {
                     given_up.disconnect();
                 }
-                self.readers.insert(number, connection);
+                self.keep_as_lane(connection);
             }
         }
+    }
+
+    /// Keeps a connection on which nothing may come until its end has been polled, or it is taken out again.
+    fn keep_as_lane(&mut self, connection: T::Connection) {
+        self.share.lanes.fetch_add(1, Ordering::Release);
+        self.readers.insert(connection.id(), connection);
     }
 
     /// Tells somebody who cannot come back.
@@ -126,7 +133,7 @@ impl<T: Transport> Poller<T> {
             }
             Err((_, mut connection)) => {
                 connection.disconnect();
-                self.readers.insert(number, connection);
+                self.keep_as_lane(connection);
             }
         }
     }

@@ -440,8 +440,13 @@ impl Request for HostRequest {
         on!(self, HostRequest, request => request.private_data())
     }
 
-    fn accept(self, endpoint: &HostAttach, private_data: &[u8]) -> Result<HostConnection, Error> {
-        map!(self, HostRequest => HostConnection, request => request.accept(endpoint.pick(), private_data))
+    fn accept_with(
+        self,
+        endpoint: &HostAttach,
+        depth: usize,
+        private_data: &[u8],
+    ) -> Result<HostConnection, Error> {
+        map!(self, HostRequest => HostConnection, request => request.accept_with(endpoint.pick(), depth, private_data))
     }
 
     fn reject(self, private_data: &[u8]) {

@@ -513,7 +513,24 @@ pub trait Request: Send + 'static {
     ///
     /// # Errors
     /// [`Error::Limit`] when the endpoint has no place left; the peer is refused then.
-    fn accept(self, endpoint: &Self::Attach, private_data: &[u8]) -> Result<Self::Connection, Error>;
+    fn accept(self, endpoint: &Self::Attach, private_data: &[u8]) -> Result<Self::Connection, Error>
+    where
+        Self: Sized,
+    {
+        self.accept_with(endpoint, usize::MAX, private_data)
+    }
+
+    /// As [`Request::accept`], with a send queue of `depth` requests, at least 1 and at most the endpoint's
+    /// [`EndpointConfig::send_depth`]: an end that only serves its peer's READs needs less memory so.
+    ///
+    /// # Errors
+    /// As [`Request::accept`].
+    fn accept_with(
+        self,
+        endpoint: &Self::Attach,
+        depth: usize,
+        private_data: &[u8],
+    ) -> Result<Self::Connection, Error>;
 
     /// Refuses, with at most [`MAX_REPLY_DATA`] bytes of private data.
     fn reject(self, private_data: &[u8]);

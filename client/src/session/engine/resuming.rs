@@ -2,7 +2,7 @@
 
 use fervor_protocol::{
     limits::MESSAGE_BYTES,
-    resume::{lease, unprocessed},
+    resume::unprocessed,
     wire::{MessageHeader, Welcome},
 };
 use fervor_verbs::transport::{Connection, Payload, Region, Sge, Transport, WorkError};
@@ -14,20 +14,18 @@ impl<T: Transport> Engine<T> {
     /// The connection to a shard has ended, and nothing of it changes memory any more.
     pub(super) fn broken(&mut self, shard: usize, cause: WorkError, around: &Surroundings<'_, T::View>) {
         let (link, channel) = (&around.links[shard], &mut self.channels[shard]);
-        let breaks = channel.connection.as_ref().is_some_and(|connection| !connection.ends_with_peer());
         let over = channel.state == State::Over;
         channel.break_off();
         if over {
             channel.state = State::Over;
             return;
         }
-        let lease = lease(self.lease, link.welcome.lease);
-        if !breaks || lease.is_zero() {
+        if link.lease.is_zero() {
             return link.lose(cause);
         }
         // Said before, it is an error: nobody tries to come back.
         if link.end.get().is_none() {
-            link.absence.begin(self.transport.now(), lease, cause.to_string());
+            link.absence.begin(self.transport.now(), link.lease, cause.to_string());
         }
     }
 

@@ -371,9 +371,14 @@ impl<T: Transport> transport::Request for Request<T> {
         self.inner.private_data()
     }
 
-    fn accept(self, endpoint: &Attach<T>, private_data: &[u8]) -> Result<Connection<T>, Error> {
+    fn accept_with(
+        self,
+        endpoint: &Attach<T>,
+        depth: usize,
+        private_data: &[u8],
+    ) -> Result<Connection<T>, Error> {
         self.node.node.operates_in("accept")?;
-        let inner = self.inner.accept(&endpoint.inner, private_data)?;
+        let inner = self.inner.accept_with(&endpoint.inner, depth, private_data)?;
         Ok(self.node.connection(inner, endpoint, None))
     }
 

@@ -234,7 +234,7 @@ pub(super) fn connect(
     handshake.expect(rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_RESOLVED)?;
     let own = parameters(queues, u8::MAX, u8::MAX);
     queues.reserve()?;
-    let joined = Joined::new(queues, id)?;
+    let joined = Joined::new(queues, id, queues.config.send_depth)?;
     joined.with_cm(|cm| cm.connect(own, &framed))?.map_err(handshake.failed("rdma_connect"))?;
     let said = handshake.expect(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED)?;
     let Some((Kind::Accept, reply)) = unframe(&said.data) else {
@@ -260,8 +260,9 @@ struct Joined(Option<Arc<Link>>);
 
 impl Joined {
     /// Joins at a place that has been reserved.
-    fn new(queues: &Arc<Queues>, mut id: CmId) -> Result<Self, Error> {
-        let made = id.set_ack_timeout(patience(&queues.device.limits).0).and_then(|()| Link::new(queues, id));
+    fn new(queues: &Arc<Queues>, mut id: CmId, depth: usize) -> Result<Self, Error> {
+        let made =
+            id.set_ack_timeout(patience(&queues.device.limits).0).and_then(|()| Link::new(queues, id, depth));
         let link = made.inspect_err(|_| queues.unreserve())?;
         queues.manager.watch(&link);
         let joined = Self(Some(link));
@@ -417,7 +418,12 @@ impl Request for RdmaRequest {
         &self.data
     }
 
-    fn accept(mut self, endpoint: &RdmaAttach, private_data: &[u8]) -> Result<RdmaConnection, Error> {
+    fn accept_with(
+        mut self,
+        endpoint: &RdmaAttach,
+        depth: usize,
+        private_data: &[u8],
+    ) -> Result<RdmaConnection, Error> {
         let framed = frame(Kind::Accept, private_data);
         let queues = &endpoint.0;
         assert!(
@@ -434,7 +440,7 @@ impl Request for RdmaRequest {
             deadline: Instant::now() + ACCEPT_TIMEOUT,
             limit: ACCEPT_TIMEOUT,
         };
-        let joined = Joined::new(queues, id)?;
+        let joined = Joined::new(queues, id, depth.clamp(1, queues.config.send_depth))?;
         joined.with_cm(|cm| cm.accept(own, &framed))?.map_err(handshake.failed("rdma_accept"))?;
         let said = handshake.next()?;
         match said.event {

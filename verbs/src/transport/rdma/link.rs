@@ -72,9 +72,9 @@ unsafe impl Send for Link {}
 unsafe impl Sync for Link {}
 
 impl Link {
-    /// Makes the queue pair of `cm`, for an endpoint's queues.
-    pub(super) fn new(queues: &Arc<Queues>, mut cm: CmId) -> Result<Arc<Self>, Error> {
-        let depth = queues.config.send_depth as u32;
+    /// Makes the queue pair of `cm`, with a send queue of `depth` requests, for an endpoint's queues.
+    pub(super) fn new(queues: &Arc<Queues>, mut cm: CmId, depth: usize) -> Result<Arc<Self>, Error> {
+        let depth = depth as u32;
         // SAFETY: all-zero bytes are a value of this plain C struct.
         let mut attributes: ibv_qp_init_attr = unsafe { std::mem::zeroed() };
         attributes.send_cq = queues.completion_queue();

@@ -139,14 +139,21 @@ impl Incoming {
 }
 
 /// What an endpoint tells its peers.
-fn opening(kind: Kind, seat: &Seat, config: &EndpointConfig, regions: usize, data: &[u8]) -> Opening {
+fn opening(
+    kind: Kind,
+    seat: &Seat,
+    config: &EndpointConfig,
+    depth: usize,
+    regions: usize,
+    data: &[u8],
+) -> Opening {
     Opening {
         kind,
         slot: seat.slot,
         regions: regions as u32,
         receive_size: config.receive_size as u64,
         receive_buffers: config.receive_buffers as u64,
-        send_depth: config.send_depth as u64,
+        send_depth: depth as u64,
         data: data.to_vec(),
     }
 }
@@ -163,11 +170,11 @@ impl Peer {
         self,
         shared: &Shared,
         seat: Seat,
+        depth: usize,
         socket: OwnedFd,
         inbox: Inbox,
         outbox: Outbox,
     ) -> Result<ShmConnection, Error> {
-        let depth = shared.config.send_depth;
         let link = Arc::new(Link::new(seat.id, seat.slot, depth, socket, shared.bell.clone()));
         shared.inner.watch.add(&link)?;
         let Opening { slot: peer_slot, receive_size, .. } = self.opening;
@@ -207,7 +214,8 @@ pub(super) fn connect_to(
         }
     }
     let offers = shared.inner.registry.offers();
-    let hello = opening(Kind::Hello, &seat, &shared.config, offers.len(), private_data);
+    let depth = shared.config.send_depth;
+    let hello = opening(Kind::Hello, &seat, &shared.config, depth, offers.len(), private_data);
     send_opening(&socket, &hello, &[shared.bell_file()], &offers).map_err(|e| match e {
         Error::System { source, .. } if source.kind() == io::ErrorKind::BrokenPipe => {
             unreachable("it closed the connection".to_owned())
@@ -248,7 +256,7 @@ pub(super) fn connect_to(
         bell: Page::open(&shared.inner.mappings, &bell)?,
         regions: RemoteTable::new(incoming.regions),
     };
-    Ok((peer.connection(shared, seat, socket, inbox, outbox)?, private_data))
+    Ok((peer.connection(shared, seat, depth, socket, inbox, outbox)?, private_data))
 }
 
 /// A peer that has connected to the socket and not yet said all.
@@ -447,29 +455,33 @@ impl Request for ShmRequest {
         &self.private_data
     }
 
-    fn accept(mut self, endpoint: &ShmAttach, private_data: &[u8]) -> Result<ShmConnection, Error> {
+    fn accept_with(
+        mut self,
+        endpoint: &ShmAttach,
+        depth: usize,
+        private_data: &[u8],
+    ) -> Result<ShmConnection, Error> {
         check_private_data(private_data, MAX_REPLY_DATA)?;
         let shared = &endpoint.0;
         let seat = Seat::reserve(shared)?;
         let config = &shared.config;
+        let depth = depth.clamp(1, config.send_depth);
         let Some((peer, _)) = &self.peer else { unreachable!("`self` is answered once, and then consumed") };
         let receive_size = config.receive_size as u64;
         let inward = ring::capacity(peer.opening.send_depth.max(config.receive_buffers as u64), receive_size);
-        let outward = ring::capacity(
-            peer.opening.receive_buffers.max(config.send_depth as u64),
-            peer.opening.receive_size,
-        );
+        let outward =
+            ring::capacity(peer.opening.receive_buffers.max(depth as u64), peer.opening.receive_size);
         let (inbox, inbox_file) = ring::create(inward)?;
         let (outbox, outbox_file) = ring::create(outward)?;
         let own = "a ring just made is of the right size";
         let (inbox, outbox) = (Inbox::new(inbox).expect(own), Outbox::new(outbox).expect(own));
         let offers = shared.inner.registry.offers();
-        let accept = opening(Kind::Accept, &seat, config, offers.len(), private_data);
+        let accept = opening(Kind::Accept, &seat, config, depth, offers.len(), private_data);
         let fds = [shared.bell_file(), outbox_file.as_fd(), inbox_file.as_fd()];
         // Answered from here on: after a failure half way, the end of the socket is the peer's answer.
         let Some((peer, socket)) = self.peer.take() else { unreachable!("seen above") };
         send_opening(&socket, &accept, &fds, &offers)?;
-        peer.connection(shared, seat, socket, inbox, outbox)
+        peer.connection(shared, seat, depth, socket, inbox, outbox)
     }
 
     fn reject(mut self, private_data: &[u8]) {

@@ -333,7 +333,12 @@ impl transport::Request for Request {
         &self.data
     }
 
-    fn accept(mut self, endpoint: &Attach, private_data: &[u8]) -> Result<Connection, Error> {
+    fn accept_with(
+        mut self,
+        endpoint: &Attach,
+        depth: usize,
+        private_data: &[u8],
+    ) -> Result<Connection, Error> {
         // Refused when `self` is dropped with an error.
         at_most("the length of the reply's private data", private_data.len(), MAX_REPLY_DATA)?;
         let mut world = self.node.shared.lock();
@@ -345,6 +350,8 @@ impl transport::Request for Request {
         let server = self.node.place(&world, endpoint.index);
         let client = world.attempts[self.number].place;
         let link = world.new_link([client, server]);
+        let end = world.end(link, 1);
+        end.depth = end.depth.min(depth.max(1));
         let connection = Connection::new(&self.node, link, 1, &world);
         world.reply(self.number, Answer::Accepted { link, data: private_data.to_vec() });
         // The client, and this endpoint's thread, may go on before this one does.

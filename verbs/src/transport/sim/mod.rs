@@ -211,6 +211,14 @@ impl Sim {
         self.shared.lock().history.hash()
     }
 
+    /// Ends of connections at the endpoints of `node`: all but those of which the end has been polled and that have been dropped.
+    pub fn connections(&self, node: &Node) -> usize {
+        let world = self.shared.lock();
+        let endpoints =
+            world.endpoints.iter().filter(|endpoint| endpoint.alive && endpoint.node == node.index);
+        endpoints.map(|endpoint| endpoint.taken).sum()
+    }
+
     /// What has been sent so far, in a simulation of time; nothing otherwise.
     pub fn sent(&self) -> Sent {
         self.shared.lock().traffic.as_ref().map(|traffic| traffic.sent).unwrap_or_default()

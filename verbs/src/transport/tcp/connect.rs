@@ -61,11 +61,11 @@ fn prepare(socket: &TcpStream) -> Result<(), Error> {
         .map_err(|e| Error::io("setsockopt(TCP_USER_TIMEOUT)")(e.into()))
 }
 
-fn opening(kind: OpeningKind, shared: &Shared, private_data: &[u8]) -> Opening {
+fn opening(kind: OpeningKind, shared: &Shared, depth: usize, private_data: &[u8]) -> Opening {
     Opening {
         kind,
         receive_size: shared.config.receive_size as u64,
-        send_depth: shared.config.send_depth as u64,
+        send_depth: depth as u64,
         private_data: private_data.to_vec(),
     }
 }
@@ -85,11 +85,12 @@ pub(super) fn connect_to(
         || Error::Timeout { what: format!("connecting to `{address}`"), seconds: timeout.as_secs_f64() };
     let unreachable = |reason: String| Error::Unreachable { address: address.to_string(), reason };
     let seat = Seat::reserve(shared)?;
+    let depth = shared.config.send_depth;
     let mut socket = dial(&addresses, left).map_err(|error| match error.kind() {
         ErrorKind::TimedOut | ErrorKind::WouldBlock => late(),
         _ => unreachable(error.to_string()),
     })?;
-    let said = socket.write_all(&opening(OpeningKind::Hello, shared, private_data).encode());
+    let said = socket.write_all(&opening(OpeningKind::Hello, shared, depth, private_data).encode());
     said.map_err(|error| unreachable(error.to_string()))?;
     let mut answer = [0; OPENING];
     let mut heard = 0;
@@ -115,7 +116,7 @@ pub(super) fn connect_to(
         OpeningKind::Hello => return Err(unreachable("it wants to connect, too".to_owned())),
     }
     prepare(&socket)?;
-    let link = seat.occupy(socket, answer.send_depth);
+    let link = seat.occupy(socket, depth, answer.send_depth);
     Ok((TcpConnection::new(shared.clone(), link), answer.private_data))
 }
 
@@ -332,16 +333,22 @@ impl Request for TcpRequest {
         &self.opening.private_data
     }
 
-    fn accept(mut self, endpoint: &TcpAttach, private_data: &[u8]) -> Result<TcpConnection, Error> {
+    fn accept_with(
+        mut self,
+        endpoint: &TcpAttach,
+        depth: usize,
+        private_data: &[u8],
+    ) -> Result<TcpConnection, Error> {
         check_private_data(private_data, MAX_REPLY_DATA)?;
         let shared = &endpoint.0;
         let seat = Seat::reserve(shared)?;
+        let depth = depth.clamp(1, shared.config.send_depth);
         // Answered from here on: after a failure half way, the end of the socket is the peer's answer.
         let socket = self.socket.take().expect("it is answered once, and then consumed");
         prepare(&socket)?;
-        Self::answer(&socket, &opening(OpeningKind::Accept, shared, private_data))
+        Self::answer(&socket, &opening(OpeningKind::Accept, shared, depth, private_data))
             .map_err(Error::io("send(the acceptance)"))?;
-        let link = seat.occupy(socket, self.opening.send_depth);
+        let link = seat.occupy(socket, depth, self.opening.send_depth);
         Ok(TcpConnection::new(shared.clone(), link))
     }
 

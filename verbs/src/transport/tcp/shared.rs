@@ -217,9 +217,9 @@ impl Seat {
     }
 
     /// Hands the connection to the engine.
-    pub(super) fn occupy(mut self, socket: TcpStream, peer_depth: u64) -> Arc<Link> {
+    pub(super) fn occupy(mut self, socket: TcpStream, depth: usize, peer_depth: u64) -> Arc<Link> {
         self.occupied = true;
-        let link = Arc::new(Link::new(self.id, socket, self.shared.config.send_depth, peer_depth));
+        let link = Arc::new(Link::new(self.id, socket, depth, peer_depth));
         let mut orders = self.shared.orders();
         if orders.closed {
             // Nobody will poll its end.
