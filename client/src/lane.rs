@@ -86,8 +86,13 @@ pub struct Lanes<T: Transport> {
     pub broke: AtomicBool,
 }
 
-/// A lane, and a worker's seat in it.
-type Seated<T> = (Arc<Lane<T>>, Arc<Seat<T>>);
+/// A worker's seat in a lane.
+pub struct Seated<T: Transport> {
+    pub lane: Arc<Lane<T>>,
+    pub seat: Arc<Seat<T>>,
+    /// What the last worker left there, if there was one.
+    pub left: Option<Left<T>>,
+}
 
 impl<T: Transport> Default for Lanes<T> {
     fn default() -> Self {
@@ -119,8 +124,8 @@ impl<T: Transport> Lanes<T> {
         if !all.iter().any(|other| Arc::ptr_eq(other, &lane)) {
             lanes.push(Arc::downgrade(&lane));
         }
-        let seat = lane.seat();
-        Ok((lane, seat))
+        let (seat, left) = lane.seat();
+        Ok(Seated { lane, seat, left })
     }
 }
 
@@ -178,18 +183,12 @@ impl<T: Transport> Seat<T> {
         count
     }
 
-    /// Takes what was left here, if nothing of it is in flight any more.
-    fn reuse(&self) -> bool {
-        let mut left = lock(&self.left);
-        left.as_mut().is_some_and(|left| {
+    /// What the last worker left, for the next one, if nothing of it is in flight any more. Somebody sits here from then on.
+    fn inherit(&self) -> Option<Left<T>> {
+        lock(&self.left).take_if(|left| {
             left.in_flight -= self.take(|_| ());
             left.in_flight == 0
         })
-    }
-
-    /// What the last worker left, for the next one.
-    pub fn inherit(&self) -> Option<Left<T>> {
-        lock(&self.left).take()
     }
 
     /// The worker goes.
@@ -293,14 +292,14 @@ impl<T: Transport> Lane<T> {
     }
 
     /// A seat that nobody sits in.
-    fn seat(&self) -> Arc<Seat<T>> {
+    fn seat(&self) -> (Arc<Seat<T>>, Option<Left<T>>) {
         let mut seats = lock(&self.seats);
-        if let Some(seat) = seats.iter().find(|seat| seat.reuse()) {
-            return seat.clone();
-        }
-        let seat = Arc::new(Seat::new(seats.len(), self.places));
-        seats.push(seat.clone());
-        seat
+        let inherited = seats.iter().find_map(|seat| Some((seat.clone(), Some(seat.inherit()?))));
+        inherited.unwrap_or_else(|| {
+            let seat = Arc::new(Seat::new(seats.len(), self.places));
+            seats.push(seat.clone());
+            (seat, None)
+        })
     }
 
     /// Whether a connection has ended.

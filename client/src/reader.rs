@@ -21,7 +21,7 @@ use zerocopy::IntoBytes;
 
 use crate::{
     error::Error,
-    lane::{Halt, Lane, Left, PAUSE, Read, Seat, places},
+    lane::{Halt, Lane, Left, PAUSE, Read, Seat, Seated, places},
     session::core::{Core, For},
 };
 
@@ -61,10 +61,10 @@ impl<T: Transport> Reader<T> {
     /// # Errors
     /// The transport has no endpoint or no memory left.
     pub fn new(core: &Core<T>) -> Result<Self, Error> {
-        let (lane, seat) = core.lanes.join(core)?;
+        let Seated { lane, seat, left } = core.lanes.join(core)?;
         let places = places(&core.options);
-        let (scratch, place_bytes) = match seat.inherit() {
-            Some(Left { scratch, .. }) => scratch,
+        let (scratch, place_bytes) = match left {
+            Some(left) => left.scratch,
             None => (scratch(&core.transport, places, PLACE_BYTES)?, PLACE_BYTES),
         };
         Ok(Self {
@@ -176,9 +176,8 @@ impl<T: Transport> Reader<T> {
 
     fn move_to_another_lane(&mut self, core: &Core<T>) -> Result<(), Error> {
         core.lanes.broke.store(true, Ordering::Relaxed);
-        let (lane, seat) = core.lanes.join(core)?;
         // The places of this worker may have to be longer than those of the one who sat there.
-        drop(seat.inherit());
+        let Seated { lane, seat, left: _ } = core.lanes.join(core)?;
         let scratch = scratch(&core.transport, self.places, self.place_bytes)?;
         let mut place = vec![0; self.place_bytes];
         for offset in (0..self.places).map(|number| number * self.place_bytes) {

@@ -193,6 +193,7 @@ macro_rules! conformance {
             views_outlive_their_connection = views::after_the_end;
             views_outlive_their_peer = views::after_death;
             queues_full_send_queue_refuses_and_loses_nothing = queues::full_send_queue;
+            queues_shallow_end_serves_all_the_same = queues::shallow_end;
             queues_unsignalled_chains = queues::unsignalled_chains;
             queues_unsignalled_without_end = queues::unsignalled_without_end;
             queues_many_operations_in_flight = queues::many_in_flight;

@@ -81,6 +81,11 @@ impl<'r, R: Rig> Pair<'r, R> {
 
     /// Makes one more connection. Regions are registered before.
     pub(crate) fn connect(&mut self) {
+        self.connect_with(usize::MAX);
+    }
+
+    /// The same, with a send queue of so many requests at the server.
+    pub(crate) fn connect_with(&mut self, depth: usize) {
         let mut listener = match self.listener.take() {
             Some(listener) => listener,
             None => self.server.transport.listen(&self.rig.address(0)).expect("listen"),
@@ -89,7 +94,7 @@ impl<'r, R: Rig> Pair<'r, R> {
         let attach = self.server.endpoint.attach();
         let accept = Background::start(&self.server.transport, move || {
             let request = listener.accept(PATIENCE).expect("accept").expect("nobody connects");
-            let connection = request.accept(&attach, b"welcome").expect("accept");
+            let connection = request.accept_with(&attach, depth, b"welcome").expect("accept");
             (listener, connection)
         });
         let client = &self.client;

@@ -90,6 +90,40 @@ pub(super) fn unsignalled_chains<R: Rig>(rig: &R) {
     pair.silence();
 }
 
+/// An end that was accepted with a shallower send queue than its endpoint's: its own posts are bounded by it, what it serves is not.
+pub(super) fn shallow_end<R: Rig>(rig: &R) {
+    let config = EndpointConfig { send_depth: 16, ..EndpointConfig::default() };
+    for (asked, depth) in [(1, 1), (0, 1), (5, 5), (100, 16)] {
+        let mut pair = Pair::alike(rig, &config);
+        let theirs = pair.region(Side::Server, 4096, Access::RemoteRead);
+        let own = pair.region(Side::Client, 4096, Access::RemoteWrite);
+        pair.connect_with(asked);
+        assert_eq!((pair.end(Side::Client).room(), pair.end(Side::Server).room()), (16, depth));
+        for round in 0..u64::from(rig.effort().rounds) {
+            own.memory().write(0, &[0; 4096]);
+            for i in 0..16 {
+                let into = piece(&own, i * 8, 8);
+                let end = pair.end(Side::Client);
+                end.read(&[into], theirs.remote().at(i as u64 * 8), Some(round << 8 | i as u64))
+                    .expect("post");
+            }
+            pair.end(Side::Client).ring().expect("ring");
+            for i in 0..depth as u64 {
+                let end = pair.end(Side::Server);
+                let remote = own.remote().at(2048 + i * 8);
+                end.write(Payload::Inline(&round.to_le_bytes()), remote, None, Some(i)).expect("post");
+            }
+            let beyond = pair.end(Side::Server).send(Payload::Inline(b"one too many"), None, None);
+            assert_eq!(beyond, Err(PostError::Full));
+            pair.end(Side::Server).ring().expect("ring");
+            (0..16).for_each(|i| pair.work(Side::Client, round << 8 | i));
+            (0..depth as u64).for_each(|i| pair.work(Side::Server, i));
+            assert_eq!(bytes(&own, 0, 128), [0xee; 128]);
+        }
+        pair.silence();
+    }
+}
+
 pub(super) fn unsignalled_without_end<R: Rig>(rig: &R) {
     let config = EndpointConfig { send_depth: 8, ..EndpointConfig::default() };
     let mut pair = Pair::alike(rig, &config);
