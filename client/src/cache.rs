@@ -322,6 +322,13 @@ impl Cache {
         self.put(slot, self.word(slot).next(State::Local, image));
     }
 
+    /// The answer to an `Asked` slot of this worker may be lost: gives the slot up. `tell` as in [`Cache::take`].
+    pub fn give_up(&self, slot: Slot, image: u64, mut tell: impl FnMut(Slot, u64, u32)) {
+        let _hands = self.lock();
+        self.put(slot, self.word(slot).next(State::Closing, image));
+        tell(slot, image, UNSUBSCRIBE);
+    }
+
     /// Nothing more is on its way to a `Closing` slot: it is free.
     pub fn closed(&self, slot: Slot) {
         let _hands = self.lock();

@@ -7,13 +7,15 @@ use std::{
         Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use fervor_protocol::{
     Element, Model, Schema,
     limits::{CLIENT_RECEIVES, CONTROL_BYTES, MAX_CREDITS, MAX_ROW_BYTES, REPLY_BYTES},
+    resume::lease,
     route::Router,
-    wire::{Hello, Hold, Kind, MemoryHeader, OpenTable, ReleaseHeader, TableReply},
+    wire::{Hold, Kind, MemoryHeader, OpenTable, ReleaseHeader, TableReply},
 };
 use fervor_verbs::{
     Address, Exclusive, Memory,
@@ -25,7 +27,7 @@ use zerocopy::IntoBytes;
 
 use crate::{
     cache::Cache,
-    connect::{connect_one, find_shards},
+    connect::{connect_one, find_shards, main_hello},
     error::Error,
     lane::Lanes,
     options::ClientOptions,
@@ -43,8 +45,10 @@ use crate::{
 
 /// Fewest slots of a table: under eviction some are on their way out while others are needed.
 const FEWEST_SLOTS: usize = 4;
+/// Connections that may be under way besides one to each shard.
+const SPARE_CONNECTIONS: usize = 8;
 
-/// Counts of what a client has moved, bytes.
+/// Counts of what a client has moved, in bytes, and of what went wrong on the way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ClientStats {
     /// By one-sided READs of its workers, up to the last clock that each has ended.
@@ -53,6 +57,8 @@ pub struct ClientStats {
     pub bytes_pushed: u64,
     /// In batches and other messages to the servers.
     pub bytes_sent: u64,
+    /// How often it went on after the connection to a shard had broken.
+    pub resumptions: u64,
 }
 
 /// What a table is besides its name, rows, width and model.
@@ -127,7 +133,8 @@ impl<T: Transport> Client<T> {
             receive_size: REPLY_BYTES,
             send_depth: 2 * MAX_CREDITS,
             read_depth: 1,
-            connections: shards.len(),
+            // Some that are made again while others that were given up have not ended.
+            connections: shards.len() + shards.len().min(SPARE_CONNECTIONS),
             completion_vector: 0,
         };
         let endpoint = transport.endpoint(&config)?;
@@ -136,15 +143,11 @@ impl<T: Transport> Client<T> {
         let region = transport.register(&memory, Access::RemoteWrite)?;
         let sees = transport.has_views() && !options.copies;
         let slabs = sees.then(|| slab_memory(transport, options.slab_bytes)).transpose()?;
+        // Without a lease it is nobody who could come back.
+        let identity = if options.lease.is_zero() { 0 } else { transport.random().max(1) };
         let (mut connections, mut links, mut ways) = (Vec::new(), Vec::new(), Vec::new());
         for (number, (address, shard)) in shards.into_iter().enumerate() {
-            let mut hello = Hello::main(shard);
-            hello.clients = options.clients;
-            hello.key = region.remote().key;
-            hello.address = region.remote().address;
-            hello.length = region.remote().length;
-            hello.control = (number * CONTROL_BYTES) as u64;
-            hello.receives = CLIENT_RECEIVES as u32;
+            let hello = main_hello(&options, &region.remote(), identity, (shard, number * CONTROL_BYTES));
             let (connection, welcome) = connect_one(
                 transport,
                 &endpoint.attach(),
@@ -153,14 +156,18 @@ impl<T: Transport> Client<T> {
                 options.connect_timeout,
             )?;
             ways.push((address.clone(), connection.provider()));
+            // Where no network can break, what ends a connection is the end of the server.
+            let breaks = !connection.ends_with_peer();
+            let lease = if breaks { lease(options.lease, welcome.lease) } else { Duration::ZERO };
             connections.push(connection);
-            links.push(Link::new(address, shard, welcome, number * CONTROL_BYTES));
+            links.push(Link::new(address, shard, welcome, number * CONTROL_BYTES, lease));
         }
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let space = Space::new(controls, controls + options.cache_bytes);
         let core = Core {
             transport: transport.clone(),
             id: NEXT.fetch_add(1, Ordering::Relaxed),
+            identity,
             router: Router::new(links.len()),
             attach: endpoint.attach(),
             engine: Mutex::new(Engine::new(transport, endpoint, memory, connections, &links)?),
@@ -171,6 +178,7 @@ impl<T: Transport> Client<T> {
             pool: slabs.as_ref().map(|slabs| slabs.pool.clone()),
             tables: RwLock::new(Vec::new()),
             bytes_read: AtomicU64::new(0),
+            made: Mutex::new(Vec::new()),
             lanes: Lanes::default(),
             links,
             region,
@@ -198,7 +206,7 @@ impl<T: Transport> Client<T> {
     /// Finds out which shards' memory is seen from here, and names that of the slabs to them.
     fn see(&self, slabs: RemoteRegion) -> Result<(), Error> {
         for (shard, link) in self.core.links.iter().enumerate() {
-            let view = self.core.with_engine(For::Memory, |engine| Some(engine.view(shard, link)))?;
+            let view = self.core.with_engine(For::Memory, |engine| engine.view(shard, link))?;
             let Some(view) = view else { continue };
             let RemoteRegion { address, length, key } = slabs;
             let body = MemoryHeader { address, length, key, reserved: 0 };
@@ -401,6 +409,7 @@ impl<T: Transport> Client<T> {
             bytes_read: self.core.bytes_read.load(Ordering::Relaxed),
             bytes_pushed: self.core.links.iter().map(|link| engine.bytes_pushed(link)).sum(),
             bytes_sent: engine.bytes_sent,
+            resumptions: self.core.links.iter().map(|link| link.absence.resumptions()).sum(),
         }
     }
 

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use fervor_protocol::{
-    limits::MAX_SHARDS,
+    limits::{CLIENT_RECEIVES, CONTROL_BYTES, MAX_SHARDS},
     wire::{Hello, Refusal, Welcome},
 };
 use fervor_verbs::{
     Address, Error as TransportError,
-    transport::{Connection, Endpoint, EndpointConfig, Transport},
+    transport::{Connection, Endpoint, EndpointConfig, RemoteRegion, Transport},
 };
 use zerocopy::IntoBytes;
 
@@ -55,6 +55,24 @@ pub fn find_shards<T: Transport>(
         )));
     }
     Ok(shards)
+}
+
+/// The handshake of a client's main connection to a shard, with its identity and the memory that the shard may write.
+pub fn main_hello(
+    options: &ClientOptions,
+    region: &RemoteRegion,
+    identity: u64,
+    (shard, control): (u16, usize),
+) -> Hello {
+    const _: () =
+        assert!(CLIENT_RECEIVES <= u16::MAX as usize && MAX_SHARDS * CONTROL_BYTES <= u32::MAX as usize);
+    let mut hello = Hello::main(shard);
+    hello.clients = options.clients;
+    (hello.key, hello.address, hello.length) = (region.key, region.address, region.length);
+    hello.control = control as u32;
+    hello.receives = CLIENT_RECEIVES as u16;
+    hello.identity = identity;
+    hello
 }
 
 /// Connects, with a handshake.

@@ -42,9 +42,12 @@
 //! provider keeps the region as long as the connections that named it. The seat keeps it, too, and is given to another worker only
 //! when all those READs have completed.
 //!
-//! **Ends.** [`Lane::end`] is where a broken connection is noticed. Each worker of the lane is told of each end once, by the error of the
-//! call in which it waits or posts next. It reads no more after that ([`Core::alive`]), and a lane with an end gets no new
-//! workers. What was in flight is not accounted for then, so its seats are not used again.
+//! **Ends.** [`Lane::end`] is where a broken connection is noticed. Each worker of the lane is told of each end, by the call in which it
+//! waits or posts next. A lane with an end gets no new workers. What was in flight is not accounted for then, so its
+//! seats are not used again. If the server can be waited for ([`Link::lease`](crate::session::link::Link::lease)), each worker goes to
+//! another lane, which is made anew if need be, and posts what it waits for again there: a READ may happen twice, and what is READ later is
+//! as good ([`Reader`](crate::reader::Reader)). The old lane ends with its last worker. Otherwise the server is lost, and the
+//! worker reads no more ([`Core::alive`]).
 
 use std::{
     collections::VecDeque,
@@ -71,11 +74,17 @@ use crate::{
 
 /// Longest sleep: what is waited for wakes, and a peer that has died is found out by polling.
 const NAP: Duration = Duration::from_millis(1);
+/// Time between two tries to connect to a server that is out of reach.
+pub const PAUSE: Duration = Duration::from_millis(20);
 /// READs in the send queue of a connection that workers share. A NIC has 16 of them in flight.
 const SHARED_DEPTH: usize = 64;
 
 /// The lanes of a client that have workers.
-pub struct Lanes<T: Transport>(Mutex<Vec<Weak<Lane<T>>>>);
+pub struct Lanes<T: Transport> {
+    all: Mutex<Vec<Weak<Lane<T>>>>,
+    /// Some lane had to be made anew.
+    pub broke: AtomicBool,
+}
 
 /// A worker's seat in a lane.
 pub struct Seated<T: Transport> {
@@ -87,7 +96,7 @@ pub struct Seated<T: Transport> {
 
 impl<T: Transport> Default for Lanes<T> {
     fn default() -> Self {
-        Self(Mutex::default())
+        Self { all: Mutex::default(), broke: AtomicBool::new(false) }
     }
 }
 
@@ -103,7 +112,7 @@ impl<T: Transport> Lanes<T> {
         };
         // Dropped after the lock: the last of its workers may leave a lane meanwhile.
         let all: Vec<_>;
-        let mut lanes = lock(&self.0);
+        let mut lanes = lock(&self.all);
         all = lanes.iter().filter_map(Weak::upgrade).filter(|lane| !lane.has_ended()).collect();
         let lane = if all.len() < most {
             Arc::new(Lane::new(core)?)
@@ -231,6 +240,20 @@ pub struct Lane<T: Transport> {
     bell: T::Signal,
 }
 
+/// Why READs could not be posted, or do not complete.
+pub enum Halt {
+    /// The connection of the lane to this shard has ended, with this cause: they are to be posted in another lane.
+    Ended(usize, String),
+    /// A server is lost, or something else went wrong.
+    Failed(Error),
+}
+
+impl From<Error> for Halt {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
 /// A READ from `remote` to the place of this number, which is at `into`.
 pub struct Read<'a, R> {
     pub place: usize,
@@ -284,15 +307,37 @@ impl<T: Transport> Lane<T> {
         self.ends.load(Ordering::Acquire) > 0
     }
 
-    /// The end of a connection of which the worker that was told of `told` ends has not been told.
+    /// Looks whether a connection has ended of which the worker that was told of `told` ends has not been told.
+    ///
+    /// # Errors
+    /// One has.
     #[inline]
-    pub fn news(&self, told: &mut usize) -> Option<(usize, WorkError)> {
+    pub fn news(&self, core: &Core<T>, told: &mut usize) -> Result<(), Halt> {
         // SYNC POINT: acquires what `end` released.
         if self.ends.load(Ordering::Acquire) == *told {
-            return None;
+            return Ok(());
         }
         *told += 1;
-        lock(&self.ended).get(*told - 1).copied()
+        let end = lock(&self.ended).get(*told - 1).copied();
+        end.map_or(Ok(()), |(shard, cause)| Err(self.halt(core, shard, cause)))
+    }
+
+    /// The connection to `shard` is broken: what is to be done.
+    #[cold]
+    fn halt(&self, core: &Core<T>, shard: usize, cause: impl ToString) -> Halt {
+        if core.links[shard].lease.is_zero() {
+            return Halt::Failed(core.lost(shard, cause));
+        }
+        Halt::Ended(shard, cause.to_string())
+    }
+
+    /// A post was refused. The end of the connection is about to be polled, by whoever polls: no worker is to wait for that.
+    #[cold]
+    fn refused(&self, core: &Core<T>, shard: usize, cause: PostError) -> Halt {
+        if !core.links[shard].lease.is_zero() {
+            self.end(shard, WorkError::Disconnected);
+        }
+        self.halt(core, shard, cause)
     }
 
     /// The connection to `shard` has ended: all workers are told.
@@ -316,7 +361,7 @@ impl<T: Transport> Lane<T> {
         shard: usize,
         reads: impl Iterator<Item = Read<'a, T::Region>>,
         ring: bool,
-    ) -> Result<(), Error> {
+    ) -> Result<(), Halt> {
         let line = match self.lines[shard].get() {
             Some(line) => line,
             None => self.connect(core, shard)?,
@@ -337,13 +382,13 @@ impl<T: Transport> Lane<T> {
                 }
                 Err(error) => {
                     drop(held);
-                    return Err(core.lost(shard, error));
+                    return Err(self.refused(core, shard, error));
                 }
             }
         }
         let rung = if ring { held.connection.ring() } else { Ok(()) };
         drop(held);
-        rung.map_err(|error| core.lost(shard, error))
+        rung.map_err(|error| self.refused(core, shard, error))
     }
 
     /// The same, when the send queue is full or others wait for room.
@@ -355,7 +400,7 @@ impl<T: Transport> Lane<T> {
         (seat, told): (&Seat<T>, &mut usize),
         shard: usize,
         read: &Read<'_, T::Region>,
-    ) -> Result<(), Error> {
+    ) -> Result<(), Halt> {
         lock(line).waiting.push_back(seat.number);
         let mut turn = 0;
         loop {
@@ -370,14 +415,12 @@ impl<T: Transport> Lane<T> {
                     Err(PostError::Full) => _ = held.connection.ring(),
                     Err(error) => {
                         drop(held);
-                        return Err(core.lost(shard, error));
+                        return Err(self.refused(core, shard, error));
                     }
                 }
             }
             drop(held);
-            if let Some((shard, cause)) = self.news(told) {
-                return Err(core.lost(shard, cause));
-            }
+            self.news(core, told)?;
             // What completes of its own is taken when it is waited for.
             let full = || lock(line).connection.room() == 0;
             self.advance(core, seat, turn, full, |place| seat.land(place));
@@ -389,10 +432,10 @@ impl<T: Transport> Lane<T> {
     ///
     /// # Errors
     /// The server is lost.
-    pub fn ring(&self, core: &Core<T>, shard: usize) -> Result<(), Error> {
+    pub fn ring(&self, core: &Core<T>, shard: usize) -> Result<(), Halt> {
         let Some(line) = self.lines[shard].get() else { return Ok(()) };
         let rung = lock(line).connection.ring();
-        rung.map_err(|error| core.lost(shard, error))
+        rung.map_err(|error| self.refused(core, shard, error))
     }
 
     /// One turn of waiting, the `turn`-th, for the worker at `seat`: polls, if nobody else does, and hands out what has completed; `each`
@@ -498,7 +541,8 @@ impl<T: Transport> Lane<T> {
         count
     }
 
-    /// Connects to `shard`, unless another worker does.
+    /// Connects to `shard`, unless another worker does. A server that is out of reach is waited for, and one that has no place for as
+    /// long as it may not know that other lanes have ended.
     #[cold]
     fn connect(&self, core: &Core<T>, shard: usize) -> Result<&SharedLine<T>, Error> {
         let mut turn = None;
@@ -510,17 +554,29 @@ impl<T: Transport> Lane<T> {
             return Ok(line);
         }
         let link = &core.links[shard];
-        let connection = connect_lane(
-            &core.transport,
-            &self.attach,
-            &link.address,
-            link.shard,
-            core.options.connect_timeout,
-        )
-        .map_err(|unmade| match unmade {
-            Unmade::Gone(cause) => core.lost(shard, cause),
-            Unmade::Refused(error) => error,
-        })?;
+        let until = core.transport.now() + link.lease;
+        let connection = loop {
+            let made = connect_lane(
+                &core.transport,
+                &self.attach,
+                &link.address,
+                link.shard,
+                core.options.connect_timeout,
+            );
+            let unmade = match made {
+                Ok(connection) => break connection,
+                Err(unmade) => unmade,
+            };
+            let now = core.transport.now();
+            let may_pass = matches!(unmade, Unmade::Gone(_)) || core.lanes.broke.load(Ordering::Relaxed);
+            if now >= until || !may_pass {
+                return Err(match unmade {
+                    Unmade::Gone(cause) => core.lost(shard, cause),
+                    Unmade::Refused(error) => error,
+                });
+            }
+            core.wait(For::Event, || core.transport.now() >= now + PAUSE)?;
+        };
         let name = connection.id();
         let line = Mutex::new(Line { connection, waiting: VecDeque::new() });
         let line = self.lines[shard].get_or_init(|| line);

@@ -34,6 +34,10 @@ pub struct ClientOptions {
     /// The key for `fervor://` servers that ask for one [default: that in the environment; see
     /// [`Key::from_environment`]].
     pub key: Option<Key>,
+    /// How long a server may be out of reach before it is taken for lost. Until then the client tries to connect again, and goes on where
+    /// it was; calls that need the server wait. The servers' own `--lease` bounds it, too. 0: a connection that breaks is an error at
+    /// once. (Over shared memory it always is: nothing but the server's end breaks one.)
+    pub lease: Duration,
     /// How long connecting may take, per connection.
     pub connect_timeout: Duration,
 }
@@ -50,6 +54,7 @@ impl Default for ClientOptions {
             read_lanes: ReadLanes::default(),
             check: false,
             key: None,
+            lease: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(10),
         }
     }

@@ -231,7 +231,14 @@ impl<E: Element> ShardUpdates<E> {
             // Rows that go in ranges do not share an image: their columns are all of the copy.
             slab.add_to(row, start + columns, &mut copy[columns..]);
         }
-        lack.for_each(|Outstanding { slab, .. }| _ = slab.add_to(row, start, copy));
+        for Outstanding { slab, .. } in lack {
+            // It may have gone in the same batches as the first: then the copy contains as many of its columns. (Of later batches, of
+            // which that is not known, it contains none.)
+            let entry = if columns > 0 { slab.find(row) } else { 0 };
+            let in_ranges = entry > 0 && slab.progress(entry) == Progress::InRanges;
+            let columns = if in_ranges { columns_of(slab, entry, copied).unwrap_or(0) } else { 0 };
+            slab.add_to(row, start + columns, &mut copy[columns..]);
+        }
         self.current.add_to(row, start, copy);
         Ok(())
     }
@@ -392,6 +399,32 @@ mod tests {
         assert_eq!(get(&updates, 9, 0, 7), Err(Incomplete::Unknown(1)));
         second.acknowledged(0, 9);
         assert_eq!(get(&updates, 9, 0, 9), Ok(100));
+    }
+
+    /// Two clocks of a worker go in the same batches, and an update of a row takes two of them.
+    #[test]
+    fn a_copy_that_has_a_part_of_a_row_has_that_part_of_all_slabs_that_went_with_it() {
+        let mut updates = ShardUpdates::<i64>::new(10, 4, None);
+        let delivery = Delivery::new(1, 2);
+        for (stamp, value) in [(0, 1), (1, 10)] {
+            updates.current().add(3, &[value; 4], false);
+            updates.hand_over(stamp).unwrap();
+            let slab = &updates.outstanding[stamp as usize].slab;
+            slab.goes_out(&delivery, true);
+            slab.range_goes_with(slab.find(3), 2, 0);
+            slab.range_goes_with(slab.find(3), 4, 1);
+        }
+        delivery.complete(2);
+        let get = |lsn, below| {
+            let mut copy = [0; 4];
+            updates.complete(3, 0, &Copied { lsn, as_of: 0, below }, &mut copy).map(|()| copy)
+        };
+        assert_eq!(get(6, 6), Ok([11; 4]));
+        delivery.acknowledged(0, 7);
+        assert_eq!((get(6, 7), get(7, 7)), (Ok([11; 4]), Ok([0, 0, 11, 11])));
+        assert_eq!(get(8, 7), Err(Incomplete::Unknown(0)));
+        delivery.acknowledged(1, 8);
+        assert_eq!(get(8, 8), Ok([0; 4]));
     }
 
     #[test]

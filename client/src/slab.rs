@@ -469,14 +469,18 @@ impl<E: Element> Slab<E> {
     /// LSN at which a batch was applied, if it has been announced.
     pub fn columns_applied(&self, entry: u32, lsn: u64, announced: impl Fn(u64) -> Option<u64>) -> usize {
         let delivery = self.delivery.get().expect("some of it has been sent");
-        let ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        // A look at the shard's memory may let other threads run: no lock is held meanwhile. What the image may have was noted before it
+        // was copied.
+        let of_it: Vec<_> = {
+            let ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+            ranges.iter().filter(|range| range.entry == entry).copied().collect()
+        };
         let contained = |range: &&SentRange| {
             let known = || delivery.lsn(range.part);
             let applied = known().or_else(|| announced(delivery.first + range.part as u64)).or_else(known);
             applied.is_some_and(|applied| applied <= lsn)
         };
-        let of_it = ranges.iter().filter(|range| range.entry == entry);
-        of_it.take_while(contained).last().map_or(0, |range| range.end)
+        of_it.iter().take_while(contained).last().map_or(0, |range| range.end)
     }
 
     /// The ranges of an entry that have been sent, in their order: the first column behind each, and the LSN at which it was

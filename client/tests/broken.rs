@@ -5,7 +5,10 @@
 //! one at every further call; the others go on, and their guarantees hold; nothing is applied twice or in part, and
 //! nothing that anybody saw is lost. Here it is seen to that every place has its turn, and that the fault really happens there.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use checker::{
     plan::Plan,
@@ -105,6 +108,47 @@ fn a_client_whose_connection_breaks_at_any_operation_is_told_and_the_other_goes_
 fn a_server_whose_connection_breaks_at_any_operation_goes_on_with_the_others() {
     settle(1);
     breaks(SERVER);
+}
+
+/// Breaks each connection of `party` at each place, in jobs whose servers wait for those who come back: all clients do, and nothing is
+/// lost, or counted twice.
+fn heals(party: Party) {
+    for model in MODELS {
+        let run = |fault| {
+            let trouble = Trouble { lease: Duration::from_secs(1), ..Trouble::one(party, fault) };
+            let plan = Arc::new(Plan { trouble, ..Plan::small(7, model) });
+            let outcome = simulate(plan.clone());
+            assert!(plan.dead.iter().all(|dead| !dead.load(Ordering::SeqCst)));
+            outcome.unwrap_or_else(|failure| {
+                panic!("{}{model}, {party:?}: {fault:?}: {}", failure.report, failure.first)
+            })
+        };
+        let places = places(report(&run(NEVER), party));
+        let mut resumed = 0;
+        for fault in &places {
+            let outcome = run(*fault);
+            assert_eq!(report(&outcome, party).fired, [0], "{model}: {fault:?} did not happen");
+            resumed += outcome.tally.resumed;
+        }
+        // Others are lanes, or come behind the last use of a connection, or are those of the one who looks at the sums.
+        assert!(
+            resumed as usize * 5 > places.len(),
+            "{model}: {resumed} resumptions in {} jobs",
+            places.len()
+        );
+    }
+}
+
+#[test]
+fn with_a_lease_a_client_whose_connection_breaks_at_any_operation_goes_on() {
+    settle(0);
+    heals(ME);
+}
+
+#[test]
+fn with_a_lease_a_server_whose_connection_breaks_at_any_operation_loses_no_client() {
+    settle(1);
+    heals(SERVER);
 }
 
 /// Has `party` die at each of its operations; `deadly` says how many clients are gone then, at least and at most.

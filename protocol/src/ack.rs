@@ -242,6 +242,11 @@ impl BatchNumbers {
         self.lsns[number as usize % ACK_RING] = lsn;
     }
 
+    /// Takes the last batch for not applied: only a mutant does.
+    pub fn forget_last(&mut self) {
+        self.applied = self.applied.saturating_sub(1).max(self.origin);
+    }
+
     /// Number of the last batch applied.
     pub fn last(&self) -> u64 {
         self.applied

@@ -11,6 +11,7 @@
 //! | [`wire`] | handshake, messages and immediates |
 //! | [`batch`] | updates on their way to a shard: encoding, and checking before any is applied |
 //! | [`ack`] | acknowledgement words, credits, batch numbers: exactly once |
+//! | [`resume`] | a client that lost a connection and comes back: what is said again, and what is made up for |
 //! | [`value`] | the value bound of VAP: what of a worker's updates is in transit |
 //! | [`mutants`] | deliberate bugs, for the proof that the checker checks |
 //! | [`inclusion`] | which of a client's own batches a copy contains: each counted exactly once |
@@ -40,6 +41,7 @@ pub mod element;
 pub mod inclusion;
 pub mod limits;
 pub mod mutants;
+pub mod resume;
 pub mod route;
 pub mod row;
 pub mod schema;

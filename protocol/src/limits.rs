@@ -3,7 +3,7 @@
 /// First bytes of every handshake: "FRVR".
 pub const MAGIC: u32 = u32::from_le_bytes(*b"FRVR");
 /// Version of the protocol. Client and server must agree on it exactly.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// Bytes before the data of an image: version, check.
 pub const ROW_HEADER: usize = 16;

@@ -16,6 +16,7 @@
 //! | [`Kind::Table`] | server | [`TableReply`] |
 //! | [`Kind::Refused`] | server | text: the message with that sequence was refused |
 //! | [`Kind::Fault`] | server | text: the connection ends |
+//! | [`Kind::Resumed`] | server | nothing: all messages up to that sequence have been processed; see [`resume`](crate::resume) |
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -53,14 +54,29 @@ pub enum Kind {
     Fault = 67,
     /// The memory has been named.
     Named = 68,
+    /// A client that came back goes on where it was.
+    Resumed = 69,
 }
 
 impl Kind {
     fn from_code(code: u8) -> Option<Self> {
         use Kind::*;
-        [Batch, Slots, CreateTable, Credit, Leave, Memory, Reference, Release, Table, Refused, Fault, Named]
-            .into_iter()
-            .find(|k| *k as u8 == code)
+        let all = [
+            Batch,
+            Slots,
+            CreateTable,
+            Credit,
+            Leave,
+            Memory,
+            Reference,
+            Release,
+            Table,
+            Refused,
+            Fault,
+            Named,
+            Resumed,
+        ];
+        all.into_iter().find(|k| *k as u8 == code)
     }
 }
 
@@ -161,6 +177,9 @@ impl MessageHeader {
         Kind::from_code(self.kind).ok_or(Fault::Kind(self.kind))
     }
 }
+
+/// Flag of a [`Kind::Fault`]: the server does not know the client that wants to resume.
+pub const UNKNOWN: u8 = 1;
 
 /// Subscribe: the shard pushes the image now and whenever it has changed at the end of a clock.
 pub const SUBSCRIBE: u32 = 0;
@@ -411,11 +430,14 @@ pub struct Hello {
     pub address: u64,
     /// The region's length.
     pub length: u64,
-    /// Byte offset in it of this shard's control block.
-    pub control: u64,
+    /// The client's identity, by which it may [resume](crate::resume); 0: it will not.
+    pub identity: u64,
+    /// Byte offset in the region of this shard's control block.
+    pub control: u32,
     /// Receive buffers granted to the shard.
-    pub receives: u32,
-    reserved2: u32,
+    pub receives: u16,
+    /// Number of the attempt to resume; 0: the client is new.
+    pub attempt: u16,
 }
 
 const _: () = assert!(size_of::<Hello>() == 48);
@@ -433,9 +455,10 @@ impl Hello {
             key: 0,
             address: 0,
             length: 0,
+            identity: 0,
             control: 0,
             receives: 0,
-            reserved2: 0,
+            attempt: 0,
         }
     }
 
@@ -496,7 +519,8 @@ pub struct Welcome {
     pub credits: u32,
     /// Bytes of the greatest message.
     pub message_bytes: u32,
-    reserved: u32,
+    /// How long the server keeps a client whose connection broke, milliseconds.
+    pub lease: u32,
     /// The client's messages and batches are numbered from the next number on.
     pub origin: u64,
 }
@@ -517,7 +541,7 @@ impl Welcome {
             key: 0,
             credits: 1,
             message_bytes: LEAST_MESSAGE as u32,
-            reserved: 0,
+            lease: 0,
             origin: 0,
         }
     }
@@ -552,6 +576,13 @@ impl Welcome {
             ));
         }
         Ok(welcome)
+    }
+}
+
+impl Welcome {
+    /// Whether `other` is of the same shard of the same run of a server.
+    pub fn is_of_same_shard(&self, other: &Self) -> bool {
+        Self { clock: 0, ..*self } == Self { clock: 0, ..*other }
     }
 }
 

@@ -84,6 +84,7 @@ impl<T: Transport> Control<T> {
         welcome.key = door.region.key;
         welcome.credits = door.share.credits as u32;
         welcome.message_bytes = MESSAGE_BYTES as u32;
+        welcome.lease = u32::try_from(door.share.lease.as_millis()).unwrap_or(u32::MAX);
         welcome.origin = self.origin;
         let (count, depth) = match role {
             Role::Main => (&door.share.clients, usize::MAX),
@@ -92,7 +93,10 @@ impl<T: Transport> Control<T> {
         };
         match request.accept_with(&door.attach, depth, welcome.as_bytes()) {
             Ok(connection) => {
-                count.fetch_add(1, Ordering::Release);
+                // A client that comes back has been counted.
+                if hello.attempt == 0 {
+                    count.fetch_add(1, Ordering::Release);
+                }
                 let hello = (role == Role::Main).then_some(hello);
                 // A poller that has ended takes no mail; the connection is dropped, which its client sees.
                 let _ = door.post.send(Mail { connection, hello });
@@ -117,8 +121,11 @@ impl<T: Transport> Control<T> {
             if hello.clients == 0 {
                 return Err(Refusal::new("clients = 0: a job has at least one client"));
             }
+            if hello.attempt > 0 && hello.identity == 0 {
+                return Err(Refusal::new("attempt > 0, but identity = 0: who has none cannot come back"));
+            }
             // Only this thread counts up. There are receive buffers for the credits of so many.
-            if door.share.clients.load(Ordering::Acquire) >= self.clients {
+            if hello.attempt == 0 && door.share.clients.load(Ordering::Acquire) >= self.clients {
                 return Err(Refusal::new(&format!(
                     "it has {} clients, and no place for more: start it with more --clients",
                     self.clients

@@ -1,5 +1,7 @@
 //! What a server is made for.
 
+use std::time::Duration;
+
 use fervor_protocol::limits::{ACK_RING, MAX_CREDITS, MAX_ROW_BYTES, MESSAGE_BYTES, ROW_HEADER};
 use fervor_verbs::{Address, transport::EndpointConfig};
 
@@ -8,6 +10,10 @@ use crate::{
     error::ServerError,
 };
 
+/// How long a client is kept whose connection broke, if nothing is said: a network that hiccups is back by then.
+const DEFAULT_LEASE: Duration = Duration::from_secs(10);
+/// The longest time that is possible: it goes over the wire in milliseconds.
+const MOST_LEASE: Duration = Duration::from_secs(1_000_000);
 /// Memory is given out by pages.
 const PAGE: usize = 4096;
 /// Least staging memory that a client may use: a push of this many bytes can be on its way to each.
@@ -35,6 +41,9 @@ pub struct Config {
     pub lanes: usize,
     /// Messages that a client may have on their way to one shard: each has a receive buffer.
     pub credits: usize,
+    /// How long a client is kept whose connection broke, so that it can come back. Until then it holds the clock back, as it is not
+    /// known whether its process has died. 0: it is not kept. (Over shared memory no connection breaks without its process.)
+    pub lease: Duration,
     /// Bytes per shard that pushes are sent from. What is on its way to one client uses a part of it at most
     /// ([`Config::quota`]), and no row may be wider than that.
     pub staging: usize,
@@ -56,6 +65,7 @@ impl Config {
             clients,
             lanes: 3,
             credits: 8,
+            lease: DEFAULT_LEASE,
             staging: Self::default_staging(clients),
             id: 0,
             origin: Origin::default(),
@@ -122,6 +132,13 @@ impl Config {
             return bad(format!(
                 "credits = {}: 1 to {MAX_CREDITS} are possible; change --credits",
                 self.credits
+            ));
+        }
+        if self.lease > MOST_LEASE {
+            return bad(format!(
+                "lease = {} s: at most {} are possible; change --lease",
+                self.lease.as_secs_f64(),
+                MOST_LEASE.as_secs()
             ));
         }
         if self.lanes == 0 || self.lanes > usize::from(u16::MAX) {

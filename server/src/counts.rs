@@ -126,7 +126,7 @@ pub fn push(clients: u32, rounds: u64) -> Result<(), Error> {
         let mut hello = Hello::main(0);
         let remote = region.remote();
         (hello.key, hello.address, hello.length) = (remote.key, remote.address, remote.length);
-        hello.receives = CLIENT_RECEIVES as u32;
+        hello.receives = CLIENT_RECEIVES as u16;
         let (attach, address, transport) = (theirs.attach(), address.clone(), host.clone());
         let (give, take) = std::sync::mpsc::channel();
         let connecting = host.spawn("connecting", None, move || {

@@ -110,6 +110,8 @@ impl<T: Transport> Server<T> {
                 clients: AtomicUsize::new(0),
                 lanes: AtomicUsize::new(0),
                 credits: config.credits,
+                lease: config.lease,
+                resumptions: AtomicU64::new(0),
             });
             let (post, mail) = mpsc::channel();
             server.shares.push(share.clone());
@@ -147,6 +149,11 @@ impl<T: Transport> Server<T> {
     /// The memory that it has taken.
     pub fn budget(&self) -> &Budget {
         &self.budget
+    }
+
+    /// How often clients came back after their connection to a shard had broken.
+    pub fn resumptions(&self) -> u64 {
+        self.shares.iter().map(|share| share.resumptions.load(Ordering::Relaxed)).sum()
     }
 
     /// Stops: no new connections; what has been received is applied; clients are told; all threads end.

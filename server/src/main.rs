@@ -9,7 +9,7 @@ use std::{
     net::ToSocketAddrs,
     path::{Path, PathBuf},
     process::ExitCode,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, anyhow, bail};
@@ -84,6 +84,17 @@ struct Arguments {
     /// Messages that a client may have on their way to one shard. The shard has a receive buffer for each
     #[arg(long, value_name = "N", default_value_t = 8)]
     credits: usize,
+
+    /// How long a client is waited for whose connection broke, in seconds: it goes on where it was if it is back by then. A process
+    /// that died is waited for as long, since that looks the same (but not over shared memory). 0: nobody is waited for
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "10")]
+    lease: Duration,
+}
+
+/// A time in seconds.
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| format!("`{text}` is no number of seconds"))?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| format!("`{text}` is no number of seconds: {error}"))
 }
 
 #[derive(Debug, Subcommand)]
@@ -192,6 +203,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     config.clients = arguments.clients;
     config.lanes = arguments.lanes;
     config.credits = arguments.credits;
+    config.lease = arguments.lease;
     config.bookkeeping =
         arguments.bookkeeping.unwrap_or_else(|| Config::default_bookkeeping(arguments.memory));
     config.staging = arguments.staging.unwrap_or_else(|| Config::default_staging(arguments.clients));

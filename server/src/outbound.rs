@@ -3,7 +3,7 @@
 //! | order | what | why there |
 //! |---|---|---|
 //! | 1 | acknowledgements | they give credits back. They also tell a client which of its own updates a round contains, so they come before any push |
-//! | 2 | answers | they are few, and somebody waits |
+//! | 2 | answers | they are few, and somebody waits. (After a resumption that is the first one; the others wait for all that is owed, as a round does) |
 //! | 3 | owed runs of mirrors, then slots | |
 //! | 4 | `Closed` | it says that slots are free. That is so when all earlier WRITEs of this connection to them are visible |
 //! | 5 | a proof, `Visible` | a READ behind all pushes |
@@ -17,6 +17,9 @@
 //!
 //! So an acknowledgement waits for nothing but the send queue, which empties by itself.
 //!
+//! **A client that comes back** ([`fervor_protocol::resume`]) is told once more what it may not have heard. So what was posted is
+//! remembered: the last acknowledgements, the answers until their receive buffers are given back, the last `Closed` and `Visible`.
+//!
 //! **Bounds.** Acknowledgements are bounded by the client's credits, answers by [`MAX_ANSWERS`], slots by its
 //! subscriptions and [`MAX_ASKED`]. A client that exceeds one is at fault, and is told the numbers.
 
@@ -25,7 +28,8 @@ use std::collections::{BTreeSet, VecDeque};
 use fervor_protocol::{
     ack::{Immediate, Receives},
     mutants::{Mutant, mutant},
-    wire::{Fault, MessageHeader},
+    resume::{History, Unheard},
+    wire::{self, Fault, Kind, MessageHeader},
 };
 
 use crate::core::{Slot, TableId};
@@ -91,6 +95,15 @@ pub struct Outbound {
     round: Option<(u64, u64)>,
     /// The one answer that is left is the last word.
     condemned: bool,
+    /// What was said that a client which comes back may not have heard.
+    history: History,
+    unheard: Unheard,
+    last_closed: Option<u64>,
+    last_visible: Option<u64>,
+    /// The answer that a client which came back gets before anything else but acknowledgements.
+    resumed: Option<Vec<u8>>,
+    /// It has come back, and not all that it lost is made up for.
+    refilling: bool,
 }
 
 impl Outbound {
@@ -107,7 +120,35 @@ impl Outbound {
             visible: None,
             round: None,
             condemned: false,
+            history: History::new(credits),
+            unheard: Unheard::default(),
+            last_closed: None,
+            last_visible: None,
+            resumed: None,
+            refilling: false,
         }
+    }
+
+    /// The client has come back, grants so many receive buffers, and has had all messages up to `sequence` processed: says again what
+    /// it may not have heard. `slots`: those that are to be pushed.
+    pub fn resume(&mut self, receives: usize, sequence: u64, slots: impl IntoIterator<Item = Slot>) {
+        self.receives = Receives::new(receives);
+        for answer in self.unheard.take().rev() {
+            self.answers.push_front(answer);
+        }
+        self.acknowledgements = self.history.iter().collect();
+        self.resumed = Some(wire::reply(Kind::Resumed, sequence, &[]));
+        // What was asked for once is asked for again.
+        self.slots = slots.into_iter().collect();
+        (self.closed, self.visible) = (self.last_closed, self.last_visible);
+        self.refilling = !mutant(Mutant::AnswersBeforeRefill);
+    }
+
+    /// Forgets that the last message was acknowledged: only a mutant does. Whether there was one.
+    pub fn forget_last(&mut self) -> bool {
+        let any = self.history.iter().next().is_some();
+        self.history.forget_last();
+        any
     }
 
     /// A message of the client is here.
@@ -124,6 +165,7 @@ impl Outbound {
             )));
         }
         self.receives.update(header.returned).map_err(Fault::State)?;
+        self.unheard.returned(header.returned);
         if self.answers.len() >= MAX_ANSWERS {
             return Err(Fault::State(format!(
                 "{} answers wait for receive buffers, of which returned = {}: at most {MAX_ANSWERS} may",
@@ -137,6 +179,7 @@ impl Outbound {
     /// Message `sequence` is acknowledged as of `lsn`.
     pub fn acknowledge(&mut self, sequence: u64, lsn: u64) {
         self.acknowledgements.push_back((sequence, lsn));
+        self.history.acknowledged(sequence, lsn);
     }
 
     /// An answer, at most [`fervor_protocol::limits::REPLY_BYTES`] long.
@@ -146,7 +189,7 @@ impl Outbound {
 
     /// The first answer, which is posted now.
     pub fn first_answer(&self) -> &[u8] {
-        self.answers.front().map_or(&[], Vec::as_slice)
+        self.resumed.as_ref().or(self.answers.front()).map_or(&[], Vec::as_slice)
     }
 
     /// An image waits for its slot.
@@ -172,11 +215,13 @@ impl Outbound {
     /// Slots given up by messages up to this one are to be told free.
     pub fn close(&mut self, sequence: u64) {
         self.closed = Some(sequence);
+        self.last_closed = self.closed;
     }
 
     /// The client's batches up to this number are visible.
     pub fn tell_visible(&mut self, number: u64) {
         self.visible = Some(number);
+        self.last_visible = self.visible;
     }
 
     /// A round is to be closed. It takes the place of one that could not be yet.
@@ -187,6 +232,7 @@ impl Outbound {
     /// Nothing goes any more but the last word.
     pub fn condemn(&mut self, last_word: Vec<u8>) {
         self.condemned = true;
+        self.resumed = None;
         self.answers.clear();
         self.answers.push_back(last_word);
         self.stop();
@@ -207,6 +253,7 @@ impl Outbound {
     pub fn is_busy(&self) -> bool {
         !self.acknowledgements.is_empty()
             || !self.answers.is_empty()
+            || self.resumed.is_some()
             || !self.slots.is_empty()
             || self.closed.is_some()
             || self.visible.is_some()
@@ -219,7 +266,12 @@ impl Outbound {
             return (room.requests > 0).then_some(Item::Acknowledgement { sequence, lsn });
         }
         let staged = room.requests > RESERVE && room.staging;
-        if staged && !self.answers.is_empty() && (self.condemned || self.can_tell()) {
+        if staged && self.resumed.is_some() && self.can_tell() {
+            return Some(Item::Answer);
+        }
+        let all_posted = !room.owed && self.slots.is_empty();
+        let answers = !self.answers.is_empty() && (all_posted || !self.refilling);
+        if staged && (self.condemned && !self.answers.is_empty() || answers && self.can_tell()) {
             return Some(Item::Answer);
         }
         if staged && room.payable {
@@ -228,7 +280,6 @@ impl Outbound {
         if staged && !self.slots.is_empty() {
             return self.next_slot().map(Item::Slot);
         }
-        let all_posted = !room.owed && self.slots.is_empty();
         if room.proof && all_posted && staged {
             return Some(Item::Proof);
         }
@@ -249,13 +300,19 @@ impl Outbound {
     pub fn posted(&mut self, item: Item) {
         match item {
             Item::Acknowledgement { .. } => drop(self.acknowledgements.pop_front()),
+            Item::Answer if self.resumed.is_some() => {
+                self.receives.take();
+                self.unheard.posted(None);
+                self.resumed = None;
+            }
             Item::Answer => {
                 if self.condemned {
                     self.receives.take_last();
                 } else {
                     self.receives.take();
                 }
-                self.answers.pop_front();
+                let answer = self.answers.pop_front();
+                self.unheard.posted(answer);
             }
             Item::Slot(slot) => {
                 self.slots.remove(&slot);
@@ -263,6 +320,7 @@ impl Outbound {
             }
             Item::Immediate(immediate) => {
                 self.receives.take();
+                self.unheard.posted(None);
                 match immediate {
                     Immediate::Closed(_) => self.closed = None,
                     Immediate::Visible(_) => self.visible = None,
@@ -271,7 +329,10 @@ impl Outbound {
             }
             Item::Round { .. } => {
                 self.receives.take();
+                self.unheard.posted(None);
                 self.round = None;
+                // It is the last of what was made up for.
+                self.refilling = false;
             }
             Item::Owed | Item::Proof => {}
         }

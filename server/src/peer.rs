@@ -6,6 +6,10 @@
 //! | `pinned` | bytes of those entries | with `inflight`. It is at most the quota, so that a client that takes nothing leaves enough for the others |
 //! | `serial` | number of the last such post | each such post raises it |
 //! | `unsignalled` | some such post has no completion coming that would release it | until [`Peer::ask_for_completion`] |
+//!
+//! A client outlives its connection ([`fervor_protocol::resume`]). When the end of the connection has been polled, nothing of it is on its
+//! way, and the peer is [suspended](Peer::suspend): it has no connection, and so room for nothing. What is to be posted waits in its
+//! [`Outbound`], until it is [attached](Peer::attach) to another connection.
 
 use std::collections::VecDeque;
 
@@ -14,6 +18,7 @@ use fervor_protocol::{
     batch::Source,
     limits::{CONTROL_BYTES, CONTROL_PUSHED, CONTROL_SPARE},
     mutants::{Mutant, mutant},
+    resume::is_later,
     wire::Hello,
 };
 use fervor_verbs::transport::{Connection, Payload, PostError, RemoteRegion, Sge, View};
@@ -53,11 +58,22 @@ pub struct Staged {
     pub bytes: usize,
 }
 
+fn region(hello: &Hello) -> RemoteRegion {
+    RemoteRegion { address: hello.address, length: hello.length, key: hello.key }
+}
+
 /// See the module.
 pub struct Peer<C: Connection> {
     /// Its number, for people.
     pub number: u64,
-    pub connection: C,
+    /// `None`: it is suspended.
+    connection: Option<C>,
+    /// By which it may come back; 0: it may not.
+    pub identity: u64,
+    /// Number of the last attempt to come back.
+    attempt: u16,
+    /// It is one of those for which there are receive buffers.
+    pub counted: bool,
     pub outbound: Outbound,
     pub slabs: Option<Slabs<C::View>>,
     region: RemoteRegion,
@@ -83,18 +99,20 @@ impl<C: Connection> Peer<C> {
     /// # Errors
     /// What is wrong with the handshake, and the connection.
     pub fn new(connection: C, hello: &Hello, credits: usize) -> Result<Self, (String, C)> {
-        let region = RemoteRegion { address: hello.address, length: hello.length, key: hello.key };
-        let end = hello.control.checked_add(CONTROL_BYTES as u64);
-        if !hello.control.is_multiple_of(64) || end.is_none_or(|end| end > hello.length) {
-            return Err((format!("control = {} is outside the client's region", hello.control), connection));
+        let control = u64::from(hello.control);
+        if !control.is_multiple_of(64) || control + CONTROL_BYTES as u64 > hello.length {
+            return Err((format!("control = {control} is outside the client's region"), connection));
         }
         Ok(Self {
             number: 0,
-            connection,
-            outbound: Outbound::new(hello.receives as usize, credits),
+            connection: Some(connection),
+            identity: hello.identity,
+            attempt: hello.attempt,
+            counted: true,
+            outbound: Outbound::new(hello.receives.into(), credits),
             slabs: None,
-            region,
-            control: hello.control,
+            region: region(hello),
+            control,
             inflight: VecDeque::new(),
             pinned: 0,
             serial: 0,
@@ -107,6 +125,77 @@ impl<C: Connection> Peer<C> {
         })
     }
 
+    /// Whether it has no connection.
+    pub fn is_suspended(&self) -> bool {
+        self.connection.is_none()
+    }
+
+    /// Whether this is an attempt to come back after all others so far, with the same memory. It counts from now on.
+    ///
+    /// # Errors
+    /// Why it is none.
+    pub fn expects(&mut self, hello: &Hello) -> Result<(), &'static str> {
+        if self.condemned || self.left {
+            return Err("the client was put out, or has left");
+        }
+        if !is_later(hello.attempt, self.attempt) {
+            return Err("a later attempt of the client to come back was made before");
+        }
+        if (hello.length, u64::from(hello.control)) != (self.region.length, self.control) {
+            return Err("the client comes back with other memory");
+        }
+        self.attempt = hello.attempt;
+        Ok(())
+    }
+
+    /// Its connection has ended, and that has been polled: nothing of it is on its way. Gives the entries that requests read to
+    /// `release`.
+    pub fn suspend(&mut self, mut release: impl FnMut(Entry)) {
+        self.connection = None;
+        self.proof_done(false, &mut release);
+        self.completed(u64::MAX, &mut release);
+        self.unsignalled = false;
+    }
+
+    /// It has come back on this connection.
+    pub fn attach(&mut self, connection: C, hello: &Hello) {
+        assert!(self.is_suspended(), "one connection at a time");
+        self.connection = Some(connection);
+        self.region = region(hello);
+    }
+
+    /// Requests that may be posted now.
+    pub fn room(&self) -> usize {
+        self.connection.as_ref().map_or(0, C::room)
+    }
+
+    /// Hands over what was posted.
+    ///
+    /// # Errors
+    /// The connection is broken, or there is none.
+    pub fn ring(&mut self) -> Result<(), PostError> {
+        self.connected()?.ring()
+    }
+
+    /// Ends the connection, if there is one.
+    pub fn disconnect(&mut self) {
+        self.connection.as_mut().map(C::disconnect);
+    }
+
+    /// Whether its connection can end only with its process.
+    pub fn ends_with_process(&self) -> bool {
+        self.connection.as_ref().is_some_and(C::ends_with_peer)
+    }
+
+    /// A view of its memory, if it is on this host.
+    pub fn view(&self, region: RemoteRegion) -> Option<C::View> {
+        self.connection.as_ref()?.view(region)
+    }
+
+    fn connected(&mut self) -> Result<&mut C, PostError> {
+        self.connection.as_mut().ok_or(PostError::Disconnected)
+    }
+
     /// Bytes of its region.
     pub fn region_bytes(&self) -> u64 {
         self.region.length
@@ -114,7 +203,7 @@ impl<C: Connection> Peer<C> {
 
     /// Whether a push of `bytes` bytes can be posted now, before anything else that waits, within the quota.
     pub fn takes(&self, bytes: usize, quota: usize) -> bool {
-        self.connection.room() > RESERVE && self.outbound.slots() == 0 && self.affords(bytes, quota)
+        self.room() > RESERVE && self.outbound.slots() == 0 && self.affords(bytes, quota)
     }
 
     /// Whether `bytes` more bytes of staging are within the quota.
@@ -130,7 +219,8 @@ impl<C: Connection> Peer<C> {
         let serial = self.serial + 1;
         let signal = serial.is_multiple_of(SIGNAL_EVERY).then_some(serial);
         let piece = Sge { region, offset: staged.entry.offset() + staged.from, length: staged.bytes };
-        self.connection.write(Payload::Gather(&[piece]), self.region.at(at), None, signal)?;
+        let remote = self.region.at(at);
+        self.connected()?.write(Payload::Gather(&[piece]), remote, None, signal)?;
         self.unsignalled = signal.is_none();
         self.pushed += staged.bytes as u64;
         self.pin(staged);
@@ -144,7 +234,7 @@ impl<C: Connection> Peer<C> {
     pub fn send(&mut self, region: &C::Region, staged: Staged) -> Result<(), PostError> {
         let id = if self.outbound.is_last_word() { FAULT_ID } else { self.serial + 1 };
         let piece = Sge { region, offset: staged.entry.offset(), length: staged.bytes };
-        self.connection.send(Payload::Gather(&[piece]), None, Some(id))?;
+        self.connected()?.send(Payload::Gather(&[piece]), None, Some(id))?;
         self.unsignalled = false;
         self.pin(staged);
         Ok(())
@@ -163,10 +253,10 @@ impl<C: Connection> Peer<C> {
     pub fn prove(&mut self, region: &C::Region, entry: Entry) -> Result<(), PostError> {
         let remote = self.region.at(self.control);
         if mutant(Mutant::VisibleOnWrite) {
-            self.connection.write(Payload::Inline(&[]), remote, None, Some(PROOF_ID))?;
+            self.connected()?.write(Payload::Inline(&[]), remote, None, Some(PROOF_ID))?;
         } else {
             let into = Sge { region, offset: entry.offset(), length: 8 };
-            self.connection.read(&[into], remote, Some(PROOF_ID))?;
+            self.connected()?.read(&[into], remote, Some(PROOF_ID))?;
         }
         self.unsignalled = false;
         self.proof = Some((self.serial, entry));
@@ -201,7 +291,7 @@ impl<C: Connection> Peer<C> {
     pub fn acknowledge(&mut self, sequence: u64, lsn: u64) -> Result<(), PostError> {
         let word = ack_word(sequence, lsn).to_le_bytes();
         let remote = self.region.at(self.control + ack_offset(sequence) as u64);
-        self.connection.write(Payload::Inline(&word), remote, None, None)
+        self.connected()?.write(Payload::Inline(&word), remote, None, None)
     }
 
     /// Posts a WRITE with immediate, behind all pushes so far, that also tells how many bytes they were.
@@ -233,7 +323,8 @@ impl<C: Connection> Peer<C> {
     ) -> Result<(), PostError> {
         let remote = self.region.at(self.control + at as u64);
         let signal = immediate.map(|_| self.serial);
-        self.connection.write(Payload::Inline(words), remote, immediate.map(Immediate::encode), signal)?;
+        let bits = immediate.map(Immediate::encode);
+        self.connected()?.write(Payload::Inline(words), remote, bits, signal)?;
         self.unsignalled &= immediate.is_none();
         Ok(())
     }
@@ -248,9 +339,10 @@ impl<C: Connection> Peer<C> {
     /// # Errors
     /// The connection is broken.
     pub fn ask_for_completion(&mut self) -> Result<(), PostError> {
-        if self.unsignalled && self.connection.room() > 0 {
+        if self.unsignalled && self.room() > 0 {
             let remote = self.region.at(self.control);
-            self.connection.write(Payload::Inline(&[]), remote, None, Some(self.serial))?;
+            let serial = self.serial;
+            self.connected()?.write(Payload::Inline(&[]), remote, None, Some(serial))?;
             self.unsignalled = false;
         }
         Ok(())

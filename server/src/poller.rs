@@ -14,6 +14,7 @@
 //! | [`core`](crate::core) | images, clients, clocks | connections, time |
 //! | [`outbound`](crate::outbound) | what waits for a client, in which order | images |
 //! | [`posting`](crate::posting) | connections, staging memory | messages |
+//! | [`absent`](self::absent) | who has lost a connection and may come back | messages |
 //! | this | messages, completions, who comes and goes | |
 
 use std::{
@@ -32,6 +33,8 @@ use fervor_verbs::transport::{
     Completion, Connection, ConnectionId, Endpoint, Export, ReceiveBuffer, RemoteRegion, Transport, WorkError,
 };
 
+use zerocopy::IntoBytes;
+
 use crate::{
     accept::Mail,
     core::{ClientId, Due, Effects, Next, Run, ShardCore, SlotEffect, TableId},
@@ -41,8 +44,12 @@ use crate::{
     share::Share,
 };
 
-/// Longest sleep. Nothing is due at any time but the continuous pushes that wait for their budget: messages, ends of
-/// connections, mail and the stop all wake the thread.
+mod absent;
+
+use absent::Absent;
+
+/// Longest sleep. Nothing is due at any time but the continuous pushes that wait for their budget, and the ends of leases: messages,
+/// ends of connections, mail and the stop all wake the thread.
 const SLEEP: Duration = Duration::from_secs(3600);
 /// How long a stopping poller still takes what comes, and then waits for its clients to take their last message.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -61,6 +68,7 @@ pub struct Poller<T: Transport> {
     share: Arc<Share>,
     /// Whose connection it is.
     clients: BTreeMap<ConnectionId, ClientId>,
+    absent: Absent,
     readers: BTreeMap<ConnectionId, T::Connection>,
     completions: Vec<Completion>,
     /// Completions of connections whose mail has not come yet.
@@ -82,6 +90,7 @@ impl<T: Transport> Poller<T> {
         export: Box<dyn Export>,
     ) -> Self {
         Self {
+            absent: Absent::new(share.lease),
             transport,
             endpoint,
             mail,
@@ -107,7 +116,7 @@ impl<T: Transport> Poller<T> {
                 self.transport.relax(idle);
                 idle += 1;
             } else {
-                self.endpoint.wait(self.until_next_push().unwrap_or(SLEEP));
+                self.endpoint.wait(self.next_due().unwrap_or(SLEEP));
             }
         }
         self.farewell();
@@ -119,6 +128,7 @@ impl<T: Transport> Poller<T> {
         let end = self.transport.now() + FAREWELL;
         while self.turn() > 0 && self.transport.now() < end {}
         self.core.stop_clock();
+        self.give_up_absent();
         for id in self.posting.ids() {
             self.condemn(id, "the server stops");
         }
@@ -136,7 +146,7 @@ impl<T: Transport> Poller<T> {
 
     /// Does what there is to do; returns how much that was.
     fn turn(&mut self) -> usize {
-        let mut work = self.take_mail() + self.take_completions();
+        let mut work = self.take_mail() + self.take_completions() + self.end_leases();
         if work > 0 {
             self.posting.post_acknowledgements();
             self.push_changes();
@@ -161,6 +171,7 @@ impl<T: Transport> Poller<T> {
             taken += 1;
             match hello {
                 None => drop(self.readers.insert(connection.id(), connection)),
+                Some(hello) if hello.attempt > 0 => self.come_back(connection, hello),
                 Some(hello) => self.join(connection, &hello),
             }
         }
@@ -184,6 +195,9 @@ impl<T: Transport> Poller<T> {
         let region = peer.region_bytes();
         let id = self.posting.add(peer);
         self.clients.insert(connection_id, id);
+        if !self.absent.knows(hello.identity, id) {
+            return self.condemn(id, "another client has the same identity");
+        }
         match self.core.join(id, hello.clients.into(), region) {
             Ok(number) => {
                 let (clock, lsn) = (self.core.clock(), self.core.round_lsn());
@@ -260,14 +274,33 @@ impl<T: Transport> Poller<T> {
         if work == FAULT_ID
             && let Some(peer) = self.posting.peer(id)
         {
-            peer.connection.disconnect();
+            peer.disconnect();
         }
     }
 
+    /// The connection of a client has ended: it may come back, or is gone.
     fn gone(&mut self, connection: ConnectionId, id: ClientId, cause: WorkError) {
         self.clients.remove(&connection);
+        let Some(peer) = self.posting.peer(id) else { return };
+        let may_come_back = !peer.left && !peer.condemned && !peer.ends_with_process();
+        let identity = peer.identity;
+        self.posting.suspend(id);
+        self.core.proof_done(id, false);
+        if may_come_back && self.absent.keeps(identity, id) {
+            self.suspended(id, cause);
+        } else {
+            self.bury(id, &cause.to_string());
+        }
+    }
+
+    /// A client is gone for good. It has no connection.
+    fn bury(&mut self, id: ClientId, cause: &str) {
         let Some(peer) = self.posting.remove(id) else { return };
-        if !peer.left {
+        let attempt = self.absent.forget(peer.identity, id);
+        if let Some(attempt) = attempt.and_then(|attempt| self.readers.get_mut(&attempt)) {
+            attempt.disconnect();
+        }
+        if peer.counted && !peer.left {
             self.share.clients.fetch_sub(1, Ordering::Release);
         }
         if !peer.left && !peer.condemned {
@@ -298,10 +331,15 @@ impl<T: Transport> Poller<T> {
 
     /// Tells a client what it did wrong, listens to it no more, and ends the connection when it has been told.
     fn condemn(&mut self, id: ClientId, text: &str) {
+        self.condemn_as(id, 0, text);
+    }
+
+    fn condemn_as(&mut self, id: ClientId, flags: u8, text: &str) {
         let Some(peer) = self.posting.peer(id).filter(|peer| !peer.condemned) else { return };
         eprintln!("fervor-server: client {}: {text}", peer.number);
         peer.condemned = true;
-        let mut last_word = wire::reply(Kind::Fault, 0, text.as_bytes());
+        let header = MessageHeader::new(Kind::Fault, flags, 0, 0, 0);
+        let mut last_word = [header.as_bytes(), text.as_bytes()].concat();
         last_word.truncate(REPLY_BYTES);
         peer.outbound.condemn(last_word);
         self.posting.list(id);
@@ -381,7 +419,13 @@ impl<T: Transport> Poller<T> {
         RANKED_A_TURN
     }
 
-    /// How long the poller may sleep until a budget allows the next push, as [`Poller::push_continuously`] saw it; it may
+    /// How long the poller may sleep until something is due.
+    fn next_due(&self) -> Option<Duration> {
+        let lease = self.absent.next_end().map(|end| end.saturating_sub(self.transport.now()));
+        [self.until_next_push(), lease].into_iter().flatten().min()
+    }
+
+    /// How long until a budget allows the next push, as [`Poller::push_continuously`] saw it; it may
     /// be no time by now. (What clients could not take they can when a completion says so, which wakes the poller.)
     fn until_next_push(&self) -> Option<Duration> {
         self.next_push.map(|at| at.saturating_sub(self.transport.now()))
@@ -399,7 +443,7 @@ fn handle<C: Connection>(
     peer.outbound.admit(&header)?;
     if header.kind == Kind::Memory as u8 && peer.slabs.is_none() {
         let MemoryHeader { address, length, key, .. } = wire::body(message, "memory")?;
-        peer.slabs = peer.connection.view(RemoteRegion { address, length, key }).map(Slabs);
+        peer.slabs = peer.view(RemoteRegion { address, length, key }).map(Slabs);
     }
     let Effects { lsn, slots, closed, left } = core.handle(id, message, peer.slabs.as_ref())?;
     for effect in slots {

@@ -17,7 +17,7 @@ use fervor_protocol::{
     limits::REPLY_BYTES,
     mutants::{Mutant, mutant},
 };
-use fervor_verbs::transport::{Connection, PostError, Region, Transport};
+use fervor_verbs::transport::{PostError, Region, Transport};
 
 use crate::{
     core::{ClientId, CopyKind, Delivery, Run, ShardCore},
@@ -73,11 +73,17 @@ impl<T: Transport> Posting<T> {
     }
 
     /// The connection of a client has ended: nothing of it is on its way.
-    pub fn remove(&mut self, id: ClientId) -> Option<Peer<T::Connection>> {
-        let mut peer = self.peers.get_mut(id.0 as usize)?.take()?;
+    pub fn suspend(&mut self, id: ClientId) {
         let staging = &mut self.staging;
-        peer.proof_done(false, |entry| staging.release(entry));
-        peer.completed(u64::MAX, |entry| staging.release(entry));
+        if let Some(peer) = self.peers.get_mut(id.0 as usize).and_then(Option::as_mut) {
+            peer.suspend(|entry| staging.release(entry));
+        }
+    }
+
+    /// A client is gone. It has been suspended: nothing is on its way to it.
+    pub fn remove(&mut self, id: ClientId) -> Option<Peer<T::Connection>> {
+        let peer = self.peers.get_mut(id.0 as usize)?.take()?;
+        assert!(peer.is_suspended(), "its connection has ended");
         Some(peer)
     }
 
@@ -147,6 +153,10 @@ impl<T: Transport> Posting<T> {
             if core.waits_for_visible(run.table) && !(staged.is_none() && mutant(Mutant::QueuedUnproved)) {
                 core.wants_proof(delivery.client);
             }
+            if self.is_suspended(delivery.client) {
+                // When it comes back it is owed all.
+                continue;
+            }
             match staged {
                 Some(entry) => {
                     let from = (delivery.images.start - run.images.start) as usize * core.stride(run.table);
@@ -168,6 +178,7 @@ impl<T: Transport> Posting<T> {
         core.deliveries(run, &mut deliveries);
         let can = deliveries
             .iter()
+            .filter(|delivery| !self.is_suspended(delivery.client))
             .all(|delivery| !delivery.behind && self.can_take(delivery, bytes_of(core, run, delivery)));
         self.deliveries = deliveries;
         can
@@ -177,6 +188,10 @@ impl<T: Transport> Posting<T> {
     pub fn bytes_pushed(&mut self, core: &ShardCore, run: &Run) -> usize {
         core.deliveries(run, &mut self.deliveries);
         self.deliveries.iter().map(|delivery| bytes_of(core, run, delivery)).sum()
+    }
+
+    fn is_suspended(&self, id: ClientId) -> bool {
+        self.peers[id.0 as usize].as_ref().is_some_and(Peer::is_suspended)
     }
 
     fn can_take(&self, delivery: &Delivery, bytes: usize) -> bool {
@@ -228,7 +243,7 @@ impl<T: Transport> Posting<T> {
         for id in &self.busy {
             let Some(peer) = self.peers[id.0 as usize].as_mut() else { continue };
             while let Some(item @ Item::Acknowledgement { sequence, lsn }) =
-                peer.outbound.next(Room { requests: peer.connection.room(), ..Room::NONE })
+                peer.outbound.next(Room { requests: peer.room(), ..Room::NONE })
                 && peer.acknowledge(sequence, lsn).is_ok()
             {
                 peer.outbound.posted(item);
@@ -247,6 +262,10 @@ impl<T: Transport> Posting<T> {
         busy.retain(|id| {
             posted += self.pump_one(core, *id);
             let Some(peer) = self.peer(*id) else { return false };
+            if peer.is_suspended() {
+                peer.listed = false;
+                return false;
+            }
             let waits = peer.outbound.is_busy() || peer.is_unsignalled();
             peer.listed = waits || core.owes(*id) || core.is_proof_due(*id);
             peer.listed
@@ -265,7 +284,7 @@ impl<T: Transport> Posting<T> {
             let owed = core.owes(id);
             let payable = if owed && staging { core.next_owed(id, run_bytes) } else { None };
             let room = Room {
-                requests: peer.connection.room(),
+                requests: peer.room(),
                 staging,
                 owed,
                 payable: payable.is_some(),
@@ -280,7 +299,7 @@ impl<T: Transport> Posting<T> {
         }
         if let Some(peer) = self.peer(id) {
             // Of a broken connection the end is about to be polled.
-            let _ = peer.ask_for_completion().and_then(|()| peer.connection.ring());
+            let _ = peer.ask_for_completion().and_then(|()| peer.ring());
         }
         posted
     }

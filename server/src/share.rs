@@ -1,6 +1,9 @@
 //! What the control thread and a poller tell each other, besides the mail.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::{
+    sync::atomic::{AtomicBool, AtomicU64, AtomicUsize},
+    time::Duration,
+};
 
 /// What the control thread and a poller share.
 pub struct Share {
@@ -14,4 +17,8 @@ pub struct Share {
     pub lanes: AtomicUsize,
     /// Messages that each client may have on their way.
     pub credits: usize,
+    /// How long a client is kept whose connection broke.
+    pub lease: Duration,
+    /// How often clients came back: counted by the poller.
+    pub resumptions: AtomicU64,
 }

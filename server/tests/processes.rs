@@ -122,7 +122,8 @@ fn a_killed_server_leaves_its_address_to_the_next_one() {
 
 /// What each of the clients of a dying server is at when it dies, and what it gets.
 fn clients_of_a_dying_server(address: &Address, kill: impl FnOnce(&mut Program), check: fn(&Error)) {
-    let mut server = Program::start(address, &["--memory", "4M", "--shards", "2"]);
+    // Without a lease: what looks like a dead process is one.
+    let mut server = Program::start(address, &["--memory", "4M", "--shards", "2", "--lease", "0"]);
     let started = std::sync::Barrier::new(5);
     let killed = std::sync::Barrier::new(5);
     // Returns how long after the kill it had the error.

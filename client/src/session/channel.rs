@@ -3,6 +3,18 @@
 //! A message lies in one of the buffers of the outbox. There are as many buffers as the shard granted
 //! credits. The message stays in its buffer from its post until two things have happened: it is acknowledged,
 //! and its SEND has completed. For a batch the slabs are kept as long, since a reference names their memory.
+//!
+//! A channel outlives its connection ([`fervor_protocol::resume`]):
+//!
+//! ```text
+//!            the end is polled          another connection           Resumed is polled: what the shard
+//!  ┌────┐ ──────────────────▶ ┌──────┐ ───────────────▶ ┌──────────┐ has not processed is sent again
+//!  │ Up │                     │ Down │                  │ Resuming │ ──────▶ Up
+//!  └────┘                     └──────┘ ◀─────────────── └──────────┘
+//!                                           its end
+//! ```
+//!
+//! What is posted between the break and its end stays in its buffer like everything else, and is sent again.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -12,7 +24,7 @@ use std::{
 use fervor_protocol::{
     ack::{SendWindow, Told, ack_offset, acknowledged},
     mutants::{Mutant, mutant},
-    wire::{Fault, Kind, MessageHeader, NamedReply, TableReply, Welcome},
+    wire::{Fault, Kind, MessageHeader, NamedReply, TableReply, UNKNOWN, Welcome},
 };
 use fervor_verbs::{
     Memory,
@@ -47,9 +59,31 @@ pub struct SentBatch {
     pub named: Vec<Outgoing>,
 }
 
+/// Whether messages can be sent. See the module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Up,
+    Down,
+    Resuming,
+    /// The client has left, and the shard has forgotten it.
+    Over,
+}
+
+/// What a message of the shard means for the channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard {
+    Answer,
+    /// The shard goes on after this message.
+    Resumed(u64),
+    /// It has forgotten a client that has left.
+    Over,
+}
+
 /// A message that has not been acknowledged.
 #[derive(Debug, Default)]
 pub struct Sent {
+    /// Bytes.
+    pub length: usize,
     pub batch: Option<SentBatch>,
     /// Slots given up in it, by table.
     pub closing: Vec<(usize, Slot)>,
@@ -57,7 +91,9 @@ pub struct Sent {
 
 /// See the module.
 pub struct Channel<C> {
-    pub connection: C,
+    /// `None`: its end has been polled.
+    pub connection: Option<C>,
+    pub state: State,
     pub window: SendWindow,
     pub sent: VecDeque<Sent>,
     /// Sequence of the last SEND that completed: its buffer is ours again.
@@ -75,15 +111,16 @@ pub struct Channel<C> {
     pub closing: VecDeque<(u64, usize, Slot)>,
     /// The shard was told that this client leaves: it is sent nothing more.
     pub left: bool,
-    /// Answers to requests, by sequence.
-    pub replies: BTreeMap<u64, Result<Answer, String>>,
+    /// Answers to requests, by sequence; `None`: it is waited for.
+    replies: BTreeMap<u64, Option<Result<Answer, String>>>,
 }
 
 impl<C: Connection> Channel<C> {
     pub fn new(connection: C, welcome: &Welcome) -> Self {
         let origin = welcome.origin;
         Self {
-            connection,
+            connection: Some(connection),
+            state: State::Up,
             window: SendWindow::starting_at(welcome.credits as usize, origin),
             sent: VecDeque::new(),
             completed: origin,
@@ -101,9 +138,41 @@ impl<C: Connection> Channel<C> {
     /// Whether a message can be sent: there is a credit, room in the queue, and the buffer is ours, since the SEND that
     /// used it last has completed. (That it was acknowledged follows from there being a credit.)
     pub fn can_send(&self) -> bool {
-        self.window.room() > 0
+        self.state == State::Up
+            && self.window.room() > 0
             && self.window.sent() < self.completed + self.window.credits()
-            && self.connection.room() > 0
+            && self.connection.as_ref().is_some_and(|connection| connection.room() > 0)
+    }
+
+    /// The end of the connection has been polled.
+    pub fn break_off(&mut self) {
+        self.connection = None;
+        self.state = State::Down;
+    }
+
+    /// On another connection; the shard has not said yet where it goes on.
+    pub fn attach(&mut self, connection: C) {
+        self.connection = Some(connection);
+        self.state = State::Resuming;
+        (self.polled, self.told) = (0, 0);
+    }
+
+    /// An answer to request `sequence` is waited for.
+    pub fn expect_answer(&mut self, sequence: u64) {
+        self.replies.insert(sequence, None);
+    }
+
+    /// The answer to request `sequence`, if it has come.
+    pub fn answer(&mut self, sequence: u64) -> Option<Result<Answer, String>> {
+        self.replies.get(&sequence)?.as_ref()?;
+        self.replies.remove(&sequence)?
+    }
+
+    fn answered(&mut self, sequence: u64, answer: Result<Answer, String>) {
+        // After a resumption one comes that has come before: nobody waits for it.
+        if let Some(waited) = self.replies.get_mut(&sequence) {
+            *waited = Some(answer);
+        }
     }
 
     /// A message is sent now: its sequence, and how many receive buffers it gives back. There is a credit.
@@ -144,7 +213,7 @@ impl<C: Connection> Channel<C> {
     ///
     /// # Errors
     /// It ends the connection, or makes no sense.
-    pub fn receive<V>(&mut self, link: &Link<V>, message: &[u8]) -> Result<(), Error> {
+    pub fn receive<V>(&mut self, link: &Link<V>, message: &[u8]) -> Result<Heard, Error> {
         let lost = |cause: String| Error::ServerLost { address: link.address.to_string(), cause };
         let header = MessageHeader::parse(message).map_err(|fault| lost(fault.to_string()))?;
         let body = &message[size_of::<MessageHeader>()..];
@@ -153,17 +222,20 @@ impl<C: Connection> Channel<C> {
         match header.kind().map_err(|fault: Fault| lost(fault.to_string()))? {
             Kind::Table => {
                 let reply = TableReply::read_from_bytes(body).map_err(malformed)?;
-                self.replies.insert(header.sequence, Ok(Answer::Table(reply)));
+                self.answered(header.sequence, Ok(Answer::Table(reply)));
             }
             Kind::Named => {
                 let reply = NamedReply::read_from_bytes(body)
                     .map_err(|_| lost("it sent a malformed answer".into()))?;
-                self.replies.insert(header.sequence, Ok(Answer::Named(reply)));
+                self.answered(header.sequence, Ok(Answer::Named(reply)));
             }
-            Kind::Refused => _ = self.replies.insert(header.sequence, Err(text())),
+            Kind::Refused => self.answered(header.sequence, Err(text())),
+            Kind::Resumed if self.state == State::Resuming => return Ok(Heard::Resumed(header.sequence)),
+            // Its farewell was the last that it sent, and all before that had been acknowledged.
+            Kind::Fault if header.flags == UNKNOWN && self.left => return Ok(Heard::Over),
             Kind::Fault => return Err(Error::Fault { address: link.address.to_string(), reason: text() }),
             kind => return Err(lost(format!("it sent a message of kind {kind:?}"))),
         }
-        Ok(())
+        Ok(Heard::Answer)
     }
 }

@@ -12,14 +12,18 @@ use std::{
 use fervor_protocol::{
     mutants::{Mutant, mutant},
     route::Router,
+    wire::Welcome,
 };
-use fervor_verbs::transport::{Attach, Endpoint, Signal, Transport};
+use fervor_verbs::transport::{Attach, Endpoint, Region, Signal, Transport};
+use zerocopy::IntoBytes;
 
 use crate::{
+    connect::{connect_one, main_hello},
     error::Error,
     lane::Lanes,
     options::ClientOptions,
     session::{
+        absence::Next,
         engine::{Engine, Surroundings},
         link::{Link, Wish},
     },
@@ -89,6 +93,8 @@ pub struct Core<T: Transport> {
     pub options: ClientOptions,
     /// Tells this client's tables from others'.
     pub id: u64,
+    /// By which the servers know it when it comes back.
+    pub identity: u64,
     pub router: Router,
     pub links: Vec<Link<T::View>>,
     pub engine: Mutex<Engine<T>>,
@@ -105,6 +111,8 @@ pub struct Core<T: Transport> {
     pub pool: Option<Arc<Pool>>,
     pub tables: RwLock<Vec<Arc<dyn AnyTable>>>,
     pub bytes_read: AtomicU64,
+    /// Connections that were made again, by shard, for the engine.
+    pub made: Mutex<Vec<(usize, T::Connection, Welcome)>>,
     /// The way to rows that are READ.
     pub lanes: Lanes<T>,
     /// The region that servers write; see [`Core::region`].
@@ -175,6 +183,7 @@ impl<T: Transport> Core<T> {
         let mut turn = 0;
         while !done() {
             self.alive()?;
+            self.reconnect();
             let epoch = self.signal.epoch();
             let sleepy = turn >= T::AWAKE_TURNS && self.wanted.load(Ordering::SeqCst) == own;
             match self.try_engine() {
@@ -205,6 +214,7 @@ impl<T: Transport> Core<T> {
 
     /// Drives the engine once, if nobody else does, and again if something was handed over meanwhile.
     pub fn progress(&self) {
+        self.reconnect();
         while let Some(mut engine) = self.try_engine() {
             self.turn(&mut engine);
             drop(engine);
@@ -228,11 +238,46 @@ impl<T: Transport> Core<T> {
     /// One turn of the engine. Returns how much it did.
     fn turn(&self, engine: &mut Engine<T>) -> usize {
         self.handed_over.store(false, Ordering::SeqCst);
+        for (shard, connection, welcome) in lock(&self.made).drain(..) {
+            engine.attach(shard, connection, &welcome, &self.surroundings());
+        }
         let work = engine.progress(&self.surroundings());
         if work > 0 {
             self.signal.notify();
         }
         work
+    }
+
+    /// Connects again to shards that are out of reach, if it is time for that and nobody else does. It holds no lock: others drive the
+    /// engine meanwhile.
+    fn reconnect(&self) {
+        let absent =
+            |(_, link): &(usize, &Link<T::View>)| link.absence.is_absent() && link.end.get().is_none();
+        for (shard, link) in self.links.iter().enumerate().filter(absent) {
+            match link.absence.next(self.transport.now(), self.options.connect_timeout) {
+                Next::Nothing => {}
+                Next::GiveUp(cause) => link.lose(cause),
+                Next::Connect(attempt, time) => {
+                    let mut hello = main_hello(
+                        &self.options,
+                        &self.region.remote(),
+                        self.identity,
+                        (link.shard, link.control),
+                    );
+                    hello.attempt = attempt;
+                    let made =
+                        connect_one(&self.transport, &self.attach, &link.address, hello.as_bytes(), time);
+                    match made {
+                        Ok((connection, welcome)) => {
+                            lock(&self.made).push((shard, connection, welcome));
+                            // As in `drive`: whoever drives the engine looks again.
+                            self.handed_over.store(true, Ordering::SeqCst);
+                        }
+                        Err(error) => link.absence.failed(self.transport.now(), error.to_string()),
+                    }
+                }
+            }
+        }
     }
 
     /// The engine, if nobody holds it.

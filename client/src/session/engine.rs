@@ -29,9 +29,11 @@ use fervor_verbs::{
 };
 use zerocopy::IntoBytes;
 
+mod resuming;
+
 use crate::{
     session::{
-        channel::{Answer, Channel, Sent, SentBatch},
+        channel::{Answer, Channel, Heard, Sent, SentBatch, State},
         combine::Combining,
         link::{Link, Outgoing, Wish},
     },
@@ -46,6 +48,7 @@ const MOST_SECTIONS: usize = 64;
 
 /// See the module.
 pub struct Engine<T: Transport> {
+    transport: T,
     pub endpoint: T::Endpoint,
     /// Where the shards write: control blocks, mirrors and slots.
     control: Memory,
@@ -57,6 +60,8 @@ pub struct Engine<T: Transport> {
     buffers: Vec<usize>,
     scratch: Vec<u8>,
     completions: Vec<Completion>,
+    /// Completions of connections that another thread has made and not handed over yet.
+    early: Vec<Completion>,
     pub bytes_sent: u64,
 }
 
@@ -91,6 +96,7 @@ impl<T: Transport> Engine<T> {
         let buffers = buffers.collect();
         let outbox = Memory::new("fervor-outbox", credits.sum::<usize>() * MESSAGE_BYTES)?;
         Ok(Self {
+            transport: transport.clone(),
             endpoint,
             control,
             by_id: connections.iter().enumerate().map(|(shard, c)| (c.id(), shard)).collect(),
@@ -103,6 +109,7 @@ impl<T: Transport> Engine<T> {
             buffers,
             scratch: vec![0; MESSAGE_BYTES],
             completions: Vec::new(),
+            early: Vec::new(),
             bytes_sent: 0,
         })
     }
@@ -125,29 +132,35 @@ impl<T: Transport> Engine<T> {
     }
 
     fn complete(&mut self, completion: Completion, around: &Surroundings<'_, T::View>) {
+        let (Completion::Work { connection, .. }
+        | Completion::WriteImmediate { connection, .. }
+        | Completion::Received { connection, .. }
+        | Completion::Disconnected { connection, .. }) = &completion;
+        let Some(&shard) = self.by_id.get(connection) else { return self.early.push(completion) };
         match completion {
-            Completion::Work { connection, id, result: Ok(()) } => {
-                let channel = &mut self.channels[self.by_id[&connection]];
+            Completion::Work { id, result: Ok(()), .. } => {
+                let channel = &mut self.channels[shard];
                 channel.completed = channel.completed.max(id);
             }
             // The connection is breaking; its end comes with the cause.
             Completion::Work { result: Err(_), .. } => {}
-            Completion::WriteImmediate { connection, immediate } => {
-                let shard = self.by_id[&connection];
-                self.immediate(shard, immediate, around);
-            }
-            Completion::Received { connection, buffer, .. } => {
-                let shard = self.by_id[&connection];
+            Completion::WriteImmediate { immediate, .. } => self.immediate(shard, immediate, around),
+            Completion::Received { buffer, .. } => {
                 let link = &around.links[shard];
                 let channel = &mut self.channels[shard];
                 channel.polled += 1;
-                if let Err(error) = channel.receive(link, self.endpoint.message(&buffer)) {
-                    let _ = link.end.set(error);
-                }
+                let heard = channel.receive(link, self.endpoint.message(&buffer));
                 self.endpoint.release(buffer);
+                match heard {
+                    Ok(Heard::Answer) => {}
+                    Ok(Heard::Resumed(sequence)) => self.resumed(shard, sequence, around),
+                    Ok(Heard::Over) => channel.state = State::Over,
+                    Err(error) => _ = link.end.set(error),
+                }
             }
             Completion::Disconnected { connection, cause } => {
-                around.links[self.by_id[&connection]].lose(cause);
+                self.by_id.remove(&connection);
+                self.broken(shard, cause, around);
             }
         }
     }
@@ -210,46 +223,44 @@ impl<T: Transport> Engine<T> {
             if channel.left || !channel.can_send() {
                 break;
             }
-            let outcome = if let wishes @ [_, ..] = &*take_wishes(link) {
-                self.send_wishes(shard, wishes).map(|()| true)
+            if let wishes @ [_, ..] = &*take_wishes(link) {
+                self.send_wishes(shard, wishes);
             } else if channel.combining.is_some() {
-                self.send_combined(shard, around).map(|()| true)
+                self.send_combined(shard, around);
             } else if let Some(clock) = wants_slabs(link) {
-                self.send_slabs(shard, clock, around)
+                if !self.send_slabs(shard, clock, around) {
+                    break;
+                }
             } else if (channel.polled - channel.told) * 2 >= CLIENT_RECEIVES as u64 {
-                self.send(shard, Kind::Credit, &[]).map(|_| true)
+                self.send(shard, Kind::Credit, &[]);
             } else {
-                Ok(false)
-            };
-            match outcome {
-                Ok(true) => sent += 1,
-                // A broken connection: its end is about to be polled.
-                Ok(false) | Err(_) => break,
+                break;
             }
+            sent += 1;
         }
         if sent > 0 {
-            // As above.
-            let _ = self.channels[shard].connection.ring();
+            self.ring(shard);
         }
         sent
     }
 
-    fn send_wishes(&mut self, shard: usize, wishes: &[Wish]) -> Result<(), PostError> {
+    /// Has what was posted go out. Of a broken connection the end is about to be polled.
+    fn ring(&mut self, shard: usize) {
+        if let Some(connection) = &mut self.channels[shard].connection {
+            let _ = connection.ring();
+        }
+    }
+
+    fn send_wishes(&mut self, shard: usize, wishes: &[Wish]) {
         let body: Vec<u8> = wishes.iter().flat_map(|wish| wish.record.as_bytes().to_vec()).collect();
-        self.send(shard, Kind::Slots, &body)?;
+        self.send(shard, Kind::Slots, &body);
         let given_up = wishes.iter().filter(|wish| wish.record.wish == UNSUBSCRIBE);
         let sent = self.channels[shard].sent.back_mut().expect("it was just sent");
         sent.closing = given_up.map(|wish| (wish.table, wish.slot)).collect();
-        Ok(())
     }
 
     /// Takes the slabs that are to go and sends a batch of them, which ends `clock` if it is all. Whether there was one.
-    fn send_slabs(
-        &mut self,
-        shard: usize,
-        clock: Option<u64>,
-        around: &Surroundings<'_, T::View>,
-    ) -> Result<bool, PostError> {
+    fn send_slabs(&mut self, shard: usize, clock: Option<u64>, around: &Surroundings<'_, T::View>) -> bool {
         let link = &around.links[shard];
         let named = link.place.get().is_some();
         let (taken, flushed) = {
@@ -274,19 +285,19 @@ impl<T: Transport> Engine<T> {
         let clock = clock.filter(|clock| !named || !link.outgoing().has_below(*clock));
         if taken.is_empty() && clock.is_none() {
             link.flushed.fetch_max(flushed, Ordering::Release);
-            return Ok(false);
+            return false;
         }
         let sections = taken.iter().map(|entry| entry.slab.references().map(<[_]>::len));
         let sections = sections.sum::<Option<usize>>().filter(|sections| named && *sections <= MOST_SECTIONS);
         if sections.is_some() {
-            self.send_named(shard, taken, clock, flushed, around)?;
+            self.send_named(shard, taken, clock, flushed, around);
         } else {
             let message = self.message_bytes(link);
             let first = self.channels[shard].batch + 1;
             self.channels[shard].combining = Some(Combining::new(taken, first, message, clock, flushed));
-            self.send_combined(shard, around)?;
+            self.send_combined(shard, around);
         }
-        Ok(true)
+        true
     }
 
     fn message_bytes(&self, link: &Link<T::View>) -> usize {
@@ -301,7 +312,7 @@ impl<T: Transport> Engine<T> {
         clock: Option<u64>,
         flushed: u64,
         around: &Surroundings<'_, T::View>,
-    ) -> Result<(), PostError> {
+    ) {
         const _: () = assert!(HEADERS + MOST_SECTIONS * SECTION <= MESSAGE_BYTES);
         let link = &around.links[shard];
         let number = self.channels[shard].batch + 1;
@@ -324,13 +335,12 @@ impl<T: Transport> Engine<T> {
         let length = writer.finish(kind, sequence, returned, number, clock);
         let named = if mutant(Mutant::SlabReusedEarly) { Vec::new() } else { taken };
         let batch = SentBatch { number, delivery, part: 0, named };
-        self.post(shard, sequence, length, Some(batch))?;
+        self.post(shard, sequence, length, Some(batch));
         posted(link, number, clock, Some(flushed));
-        Ok(())
     }
 
     /// Sends the next batch of the slabs that are being combined.
-    fn send_combined(&mut self, shard: usize, around: &Surroundings<'_, T::View>) -> Result<(), PostError> {
+    fn send_combined(&mut self, shard: usize, around: &Surroundings<'_, T::View>) {
         let link = &around.links[shard];
         let length = self.message_bytes(link);
         let channel = &mut self.channels[shard];
@@ -347,9 +357,8 @@ impl<T: Transport> Engine<T> {
         let (sequence, returned) = channel.next_message();
         let length = writer.finish(Kind::Batch, sequence, returned, number, clock);
         let batch = SentBatch { number, delivery, part, named: Vec::new() };
-        self.post(shard, sequence, length, Some(batch))?;
+        self.post(shard, sequence, length, Some(batch));
         posted(link, number, clock, all.then_some(flushed));
-        Ok(())
     }
 
     /// Sends a message of `kind` if there is a credit for it: its sequence.
@@ -357,9 +366,12 @@ impl<T: Transport> Engine<T> {
         if !self.channels[shard].can_send() {
             return None;
         }
-        let sequence = self.send(shard, kind, body).ok();
-        let _ = self.channels[shard].connection.ring();
-        sequence
+        let sequence = self.send(shard, kind, body);
+        if matches!(kind, Kind::CreateTable | Kind::Memory) {
+            self.channels[shard].expect_answer(sequence);
+        }
+        self.ring(shard);
+        Some(sequence)
     }
 
     /// Says that no more messages will come, if there is a credit for it: whether there was.
@@ -369,39 +381,37 @@ impl<T: Transport> Engine<T> {
     }
 
     /// Sends a message; there is a credit, a buffer, and room in the queue.
-    fn send(&mut self, shard: usize, kind: Kind, body: &[u8]) -> Result<u64, PostError> {
+    fn send(&mut self, shard: usize, kind: Kind, body: &[u8]) -> u64 {
         let (sequence, returned) = self.channels[shard].next_message();
         let records = if kind == Kind::Slots { body.len() / size_of::<SlotRecord>() } else { 0 };
         let header = MessageHeader::new(kind, 0, records as u32, sequence, returned);
         let length = size_of::<MessageHeader>() + body.len();
         self.scratch[..size_of::<MessageHeader>()].copy_from_slice(header.as_bytes());
         self.scratch[size_of::<MessageHeader>()..length].copy_from_slice(body);
-        self.post(shard, sequence, length, None)?;
-        Ok(sequence)
+        self.post(shard, sequence, length, None);
+        sequence
     }
 
-    /// Posts the message in the scratch buffer.
-    fn post(
-        &mut self,
-        shard: usize,
-        sequence: u64,
-        length: usize,
-        batch: Option<SentBatch>,
-    ) -> Result<(), PostError> {
+    /// Posts the message in the scratch buffer. If the connection is broken the message is kept, like all that is not acknowledged, and
+    /// goes when the shard can be reached again.
+    fn post(&mut self, shard: usize, sequence: u64, length: usize, batch: Option<SentBatch>) {
         let channel = &mut self.channels[shard];
         let buffer = (sequence % channel.window.credits()) as usize;
         let offset = self.buffers[shard] + buffer * MESSAGE_BYTES;
         self.outbox.memory().write(offset, &self.scratch[..length]);
         channel.batch = batch.as_ref().map_or(channel.batch, |batch| batch.number);
-        channel.sent.push_back(Sent { batch, closing: Vec::new() });
+        channel.sent.push_back(Sent { length, batch, closing: Vec::new() });
         self.bytes_sent += length as u64;
         let piece = Sge { region: &self.outbox, offset, length };
-        channel.connection.send(Payload::Gather(&[piece]), None, Some(sequence))
+        if let Some(connection) = &mut channel.connection {
+            let posted = connection.send(Payload::Gather(&[piece]), None, Some(sequence));
+            assert!(posted != Err(PostError::Full), "there is room");
+        }
     }
 
     /// The answer to the request with that sequence, if it has come.
     pub fn answer(&mut self, shard: usize, sequence: u64) -> Option<Result<Answer, String>> {
-        self.channels[shard].replies.remove(&sequence)
+        self.channels[shard].answer(sequence)
     }
 
     /// Everything that `shard` wrote because of messages up to this one is visible.
@@ -409,14 +419,15 @@ impl<T: Transport> Engine<T> {
         self.channels[shard].heard.closed
     }
 
-    /// The memory of `shard` that it exports, if it is on this host.
-    pub fn view(&self, shard: usize, link: &Link<T::View>) -> Option<T::View> {
-        self.channels[shard].connection.view(link.region())
+    /// The memory of `shard` that it exports, if it is on this host, when the shard can be reached.
+    pub fn view(&self, shard: usize, link: &Link<T::View>) -> Option<Option<T::View>> {
+        Some(self.channels[shard].connection.as_ref()?.view(link.region()))
     }
 
     /// Whether every message to `shard` has been acknowledged.
     pub fn drained(&self, shard: usize) -> bool {
-        self.channels[shard].window.awaited().is_none()
+        let channel = &self.channels[shard];
+        channel.window.awaited().is_none() || channel.state == State::Over
     }
 
     /// Bytes that `shard` has pushed, as it says.

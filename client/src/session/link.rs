@@ -15,6 +15,7 @@
 //! | `flush` | by threads that want what they handed over sent although no clock ends | by the holder, before it takes slabs |
 //! | `posted`, then `flushed` | by the holder, after the batch was posted | by threads that asked |
 //! | `wishes` | by workers | by the holder |
+//! | `absence` | by the holder, when the connection has ended, and when it goes on; by the thread that tries to connect again | by threads that wait |
 //!
 //! **Why no update misses its clock.** Workers put every slab stamped below `c` into the queue, and only then
 //! is `due` raised to `c`. The holder reads `due >= c`, and takes and posts every such slab. Then it posts
@@ -35,6 +36,7 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use crossbeam_utils::CachePadded;
@@ -47,7 +49,7 @@ use fervor_verbs::{
     transport::{RemoteRegion, View},
 };
 
-use crate::{cache::Slot, error::Error, known::Known, slab::AnySlab};
+use crate::{cache::Slot, error::Error, known::Known, session::absence::Absence, slab::AnySlab};
 
 /// A wish for a slot, on its way to a shard.
 #[derive(Debug, Clone, Copy)]
@@ -160,12 +162,15 @@ pub struct Link<V> {
     /// Number of the last batch posted.
     pub posted: AtomicU64,
     pub wishes: Mutex<Vec<Wish>>,
+    pub absence: Absence,
+    /// How long the shard may be out of reach before it is lost.
+    pub lease: Duration,
     /// Why it is of no more use.
     pub end: OnceLock<Error>,
 }
 
 impl<V: View> Link<V> {
-    pub fn new(address: Address, shard: u16, welcome: Welcome, control: usize) -> Self {
+    pub fn new(address: Address, shard: u16, welcome: Welcome, control: usize, lease: Duration) -> Self {
         Self {
             address,
             shard,
@@ -187,6 +192,8 @@ impl<V: View> Link<V> {
             flushed: AtomicU64::new(0),
             posted: AtomicU64::new(welcome.origin),
             wishes: Mutex::new(Vec::new()),
+            absence: Absence::default(),
+            lease,
             end: OnceLock::new(),
             welcome,
         }

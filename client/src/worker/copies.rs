@@ -380,6 +380,16 @@ impl<T: Transport> Worker<T> {
         self.core.wish(shard, Wish { record, table: table.number(), slot })
     }
 
+    /// Gives up a slot whose answer may be lost.
+    fn give_up<E: Element>(&self, table: &TableCore<E>, shard: usize, image: u64, slot: Slot) {
+        if mutant(Mutant::AskedAgainInPlace) {
+            self.wish(table, shard, image, slot, PUSH_ONCE);
+            return table.cache(shard).expect("a slot of a cache").answered(slot, image);
+        }
+        let cache = table.cache(shard).expect("a slot of a cache");
+        cache.give_up(slot, image, |slot, image, wish| _ = self.wish(table, shard, image, slot, wish));
+    }
+
     /// A hot row, torn time and again: the server, its one writer, pushes it (invariant 11).
     fn ask<E: Element>(
         &mut self,
@@ -393,6 +403,8 @@ impl<T: Transport> Worker<T> {
         let (core, image) = (self.core.clone(), table.layout().image(index));
         loop {
             let before = self.before(shard);
+            // SYNC POINT: before the wish is left. If the connection has been made again since, the answer may be lost.
+            let resumptions = core.links[shard].absence.resumptions();
             // Where rows are pushed anyway the first push is the answer: a copy that is not kept up to date has no place
             // in the cache of such a table.
             let eager = table.schema().eager();
@@ -412,11 +424,16 @@ impl<T: Transport> Worker<T> {
                 let mut answer = None;
                 core.wait(For::Memory, || {
                     answer = table.verified(index, into, |data| cache.copy(slot, data)).ok();
-                    answer.is_some()
+                    answer.is_some() || core.links[shard].absence.resumptions() != resumptions
                 })?;
                 let stamp = cache.stamp(slot);
+                let Some(header) = answer else {
+                    // What was asked for may come yet, and then to this slot: another one is asked for.
+                    self.give_up(table, shard, image, slot);
+                    continue;
+                };
                 cache.answered(slot, image);
-                let lsn = answer.expect("it was waited for").version.lsn();
+                let lsn = header.version.lsn();
                 let found = Found { clock: stamp.clock, lsn, as_of: stamp.as_of };
                 if self.complete(table, shard, index, &found, into)? {
                     return Ok(found.clock);

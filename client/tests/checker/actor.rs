@@ -260,18 +260,33 @@ impl<T: Transport> Actor<T> {
         Before { made: made.collect(), closed: closed.collect(), stats: self.worker.stats() }
     }
 
-    /// The clock that the `get`s since `before` claim to be good for: the least of theirs.
-    fn claim(&self, before: &Before) -> u64 {
+    /// The clock that the `get`s since `before` claim to be good for, the least of theirs: at least, and at most. (Great differentials are
+    /// only known roughly: those of a worker far behind the job, or far ahead of it.)
+    fn claim(&self, before: &Before) -> (u64, u64) {
         let after = self.worker.stats().clock_differential;
         let new = |(differential, count): &(&i64, &u64)| {
             before.stats.clock_differential.get(differential).is_none_or(|earlier| earlier < *count)
         };
         let differential = *after.iter().find(new).expect("every get counts its differential").0;
-        // Great ones are rounded up: no clock is below 0.
-        u64::try_from(differential + 1 + self.worker.now() as i64).unwrap_or(0)
+        // They are rounded up in size, to a power of two.
+        let (least, most) = match differential {
+            ..-64 => (differential, differential / 2 - 1),
+            65.. => (differential / 2 + 1, differential),
+            _ => (differential, differential),
+        };
+        // No clock is below 0.
+        let clock = |differential| u64::try_from(differential + 1 + self.worker.now() as i64).unwrap_or(0);
+        (clock(least), clock(most))
     }
 
-    fn check<E: Number>(&mut self, table: usize, row: u64, copy: &[E], claim: u64, before: &Before) {
+    fn check<E: Number>(
+        &mut self,
+        table: usize,
+        row: u64,
+        copy: &[E],
+        (claim, most_claimed): (u64, u64),
+        before: &Before,
+    ) {
         let plan = self.plan.clone();
         let model = plan.tables[table].model;
         let clock = self.worker.now();
@@ -284,7 +299,7 @@ impl<T: Transport> Actor<T> {
             plan.seed, self.lane
         );
         let needed = model.staleness().map_or(0, |s| clock.saturating_sub(s.into()));
-        assert!(claim >= needed, "{place}: STALE: clock {needed} is needed");
+        assert!(most_claimed >= needed, "{place}: STALE: clock {needed} is needed");
         assert_eq!(self.worker.stats().violations, 0, "{place}: STALE: the worker itself says so");
         let nobodys = (0..copy.len()).filter(|column| column % plan.tables[table].spacing != 0);
         for column in nobodys {
@@ -340,7 +355,7 @@ impl<T: Transport> Actor<T> {
             // READs that are in flight together may pass each other. A first push may be on its way while a READ
             // overtakes it; and a push may know of a clock before its round is closed, which a READ does not.
             if gets(&self.worker.stats()) == gets(&before.stats) + 1 && !plan.tables[table].pushed() {
-                assert!(claim >= *last_claim, "BACK: {place}, after clock {last_claim}");
+                assert!(most_claimed >= *last_claim, "BACK: {place}, after clock {last_claim}");
                 let forward = last.iter().zip(&sums).all(|(last, now)| last <= now);
                 assert!(
                     forward || plan.in_parts(table),

@@ -74,11 +74,14 @@ pub struct Tally {
     pub harmed: u64,
     /// Completions that were held back.
     pub delayed: u64,
+    /// How often a client went on after a connection had broken.
+    pub resumed: u64,
 }
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { gets, in_place, hits, reads, torn, asked, deaths, rogues, late, harmed, delayed } = self;
+        let Self { gets, in_place, hits, reads, torn, asked, deaths, rogues, late, harmed, delayed, resumed } =
+            self;
         writeln!(
             f,
             "{gets} gets checked: {in_place} in place, {hits} hits, {reads} READs, {torn} torn, {asked} rows asked for"
@@ -89,7 +92,8 @@ impl fmt::Display for Tally {
         )?;
         write!(
             f,
-            "in {harmed} a connection broke or a client died at a chosen call; {delayed} completions were held back"
+            "in {harmed} a connection broke or a client died at a chosen call; {resumed} times one went on after that; {delayed} \
+             completions were held back"
         )
     }
 }
@@ -107,6 +111,7 @@ impl Tally {
         self.late += other.late;
         self.harmed += other.harmed;
         self.delayed += other.delayed;
+        self.resumed += other.resumed;
     }
 
     fn count(&mut self, stats: &WorkerStats) {
@@ -166,6 +171,7 @@ fn client<T: Transport>(
     for thread in threads {
         assert!(thread.join(), "seed {}: a worker failed", plan.seed);
     }
+    tally.lock().unwrap_or_else(PoisonError::into_inner).resumed += client.stats().resumptions;
     let closed = client.close();
     assert!(closed.is_err() || !lost.load(Ordering::SeqCst), "seed {}: closed without a server", plan.seed);
     closed?;
@@ -220,6 +226,7 @@ fn start<T: Transport>(transport: &T, address: &Address, plan: &Plan, number: us
     }
     config.id = number as u64;
     config.origin = plan.origin;
+    config.lease = plan.trouble.lease;
     Server::start(transport, &config).unwrap()
 }
 
@@ -266,7 +273,7 @@ impl Stage {
             self.sleep_until(inner, || self.left.load(Ordering::SeqCst) == 0);
             if self.plan.victim.is_some() || self.plan.rogue.is_some() || self.plan.trouble.harms() {
                 // Until it has been noticed everywhere who is gone: the job is over then.
-                self.sim.sleep(inner, Duration::from_millis(2500));
+                self.sim.sleep(inner, Duration::from_millis(2500) + self.plan.trouble.lease);
             }
             let found = sums(inner, &self.addresses, &self.plan);
             // The fault may have been kept for it; there is but one.

@@ -1,7 +1,8 @@
 //! Trouble of the transport: connections that break and clients that die at a counted operation, completions that are late.
 //!
 //! Every server and every client of a job is a [`Faulty`] node. Nobody is to notice trouble but the client that it takes a
-//! server from: it gets an error that names the server, and the others go on without it.
+//! server from: it gets an error that names the server, and the others go on without it. In some jobs trouble *heals*: connections that
+//! break are made again, and then nobody is to notice at all.
 
 use std::time::Duration;
 
@@ -20,18 +21,24 @@ pub enum Party {
 #[derive(Debug, Clone, Default)]
 pub struct Trouble {
     pub at: Vec<(Party, Plan)>,
+    /// How long the servers wait for a client whose connection broke: so long that connections that break are made again, and nobody
+    /// is to notice anything but time.
+    pub lease: Duration,
 }
 
 impl Trouble {
     /// One fault at one party.
     pub fn one(party: Party, fault: Fault) -> Self {
-        Self { at: vec![(party, Plan::one(fault))] }
+        Self { at: vec![(party, Plan::one(fault))], lease: Duration::ZERO }
     }
 
     /// What a seed makes of a job, of which most have none. With a `rogue`, who does not expect it, servers keep their
     /// connections.
     pub fn draw(seed: u64, clients: usize, servers: usize, shards: usize, rogue: bool) -> Self {
         // Of its own: what else a seed decides stays what it is.
+        if Random(seed ^ 0x4ea1_0000).one_in(5) {
+            return Self::healing(seed, clients, servers, shards, rogue);
+        }
         let mut random = Random(seed ^ 0xfa17_0000);
         if !random.one_in(3) {
             return Self::default();
@@ -63,7 +70,42 @@ impl Trouble {
                 (party, [Shown::Work, Shown::Arrival, Shown::End].map(delay).to_vec())
             }
         };
-        Self { at: vec![(party, Plan { seed, faults })] }
+        Self { at: vec![(party, Plan { seed, faults })], lease: Duration::ZERO }
+    }
+
+    /// Connections of several clients break, some more than once, and are made again.
+    fn healing(seed: u64, clients: usize, servers: usize, shards: usize, rogue: bool) -> Self {
+        let mut random = Random(seed ^ 0x4ea1_0001);
+        let links = servers * shards;
+        let plan = |party| {
+            let breaks = (0..random.among(0..=3)).map(|_| {
+                let nth = 1 << random.among(0..=7);
+                let nth = random.among(nth / 2..=nth);
+                let fate = [Fate::Done, Fate::Undone][random.among(0..=1) as usize];
+                let at = if random.one_in(2) {
+                    Point::Completion { nth }
+                } else {
+                    Point::Post { kind: None, nth, fate }
+                };
+                // At a client those by which it asks for the shards come first, then those for messages, lanes, and what is made anew.
+                let connection = match party {
+                    Party::Client(_) => servers + random.among(0..=3 * links as u64) as usize,
+                    Party::Server(_) => random.among(0..=4 * (links * clients) as u64) as usize,
+                };
+                Fault::Break { connection, at }
+            });
+            let mut faults: Vec<_> = breaks.collect();
+            if random.one_in(3) {
+                let longest = Duration::from_micros([20, 200, 2000][random.among(0..=2) as usize]);
+                let delay = |of| Fault::Delay { of, one_in: 8, longest };
+                faults.extend([Shown::Work, Shown::Arrival, Shown::End].map(delay));
+            }
+            (party, Plan { seed, faults })
+        };
+        let clients = (0..clients).map(Party::Client);
+        // The rogue does not expect that a connection breaks.
+        let servers = (0..servers).filter(|_| !rogue).map(Party::Server);
+        Self { at: clients.chain(servers).map(plan).collect(), lease: Duration::from_secs(1) }
     }
 
     /// The plan of a party.
@@ -74,7 +116,12 @@ impl Trouble {
 
     /// Whether somebody may lose a server, or die.
     pub fn harms(&self) -> bool {
-        let harm = |fault: &Fault| !matches!(fault, Fault::Delay { .. });
+        let heals = !self.lease.is_zero();
+        let harm = |fault: &Fault| match fault {
+            Fault::Delay { .. } => false,
+            Fault::Break { .. } => !heals,
+            Fault::Die { .. } | Fault::Replay { .. } => true,
+        };
         self.at.iter().any(|(_, plan)| plan.faults.iter().any(harm))
     }
 

@@ -6,6 +6,7 @@
 use std::{
     path::PathBuf,
     sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
 use fervor_server::Config;
@@ -72,5 +73,7 @@ pub fn config(address: &Address, shards: usize) -> Config {
     config.cores = vec![None; shards];
     config.memory = 16 << 20;
     config.clients = 6;
+    // Who loses a connection is gone at once, where nothing else is said.
+    config.lease = Duration::ZERO;
     config
 }

@@ -24,7 +24,7 @@ pub struct Client {
     pub seat: Option<usize>,
     /// It has named its memory, whether the server sees it or not.
     pub named: bool,
-    /// It said that it leaves.
+    /// It said that it leaves, or it was put out.
     pub left: bool,
     /// Tables of which its mirrors are owed images.
     pub owed: BTreeSet<TableId>,

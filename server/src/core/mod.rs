@@ -257,7 +257,44 @@ impl ShardCore {
         self.rise(rose);
     }
 
-    /// The connection of a client has ended.
+    /// Sequence of the last message of a client that has been processed.
+    pub fn processed(&self, id: ClientId) -> u64 {
+        let client = self.clients.get(id.0 as usize).and_then(Option::as_ref);
+        client.map_or(0, |client| client.sequence)
+    }
+
+    /// A client comes back on another connection. What was pushed to it may be lost: its mirrors are owed all that was ever
+    /// written, and the slots that are returned are to be pushed.
+    pub fn resume(&mut self, id: ClientId) -> Vec<Slot> {
+        let mut pushed = Vec::new();
+        if mutant(Mutant::CopiesNotOwedAgain) {
+            return pushed;
+        }
+        let Self { tables, clients, .. } = self;
+        let client = clients[id.0 as usize].as_mut().expect("it has joined");
+        for (table_id, table) in (0..).zip(tables) {
+            let Some(Table { holders: Some(holders), written, .. }) = table else { continue };
+            if let Some(mirror) = holders.mirror(id) {
+                mirror.owed.clone_from(written);
+                mirror.cursor = 0;
+                if !written.is_empty() {
+                    client.owed.insert(table_id);
+                }
+            }
+            let slots = holders.slots.iter().filter(|((_, holder), _)| *holder == id);
+            pushed.extend(slots.map(|(&(image, _), &at)| Slot { table: table_id, image, at }));
+        }
+        pushed
+    }
+
+    /// Forgets that the last message of a client was processed: only a mutant does.
+    pub fn forget_last(&mut self, id: ClientId) {
+        let client = self.client(id);
+        client.sequence -= 1;
+        client.batches.forget_last();
+    }
+
+    /// A client is gone: its connection has ended for good.
     pub fn forget(&mut self, id: ClientId) {
         if self.clients.get(id.0 as usize).is_none_or(Option::is_none) {
             return;
@@ -320,7 +357,7 @@ impl ShardCore {
                 self.leave(id, Departure::Left);
                 effects.left = true;
             }
-            kind @ (Kind::Table | Kind::Refused | Kind::Fault | Kind::Named) => {
+            kind @ (Kind::Table | Kind::Refused | Kind::Fault | Kind::Named | Kind::Resumed) => {
                 return Err(Fault::Kind(kind as u8));
             }
         }

@@ -118,7 +118,8 @@ impl ShardCore {
                 client.subscriptions += 1;
                 effects.slots.push(SlotEffect::Push(slot));
             }
-            UNSUBSCRIBE if table.schema.eager() => {
+            // A row of any table may have been asked for once: that is given up in the same way.
+            UNSUBSCRIBE => {
                 let slots = table.holders.as_mut().map(|holders| &mut holders.slots);
                 if let Some(slots) = slots.filter(|slots| slots.get(&(image, id)) == Some(&at)) {
                     slots.remove(&(image, id));

@@ -139,7 +139,11 @@
 //! }
 //! ```
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    hash::{BuildHasher, RandomState},
+    time::Duration,
+};
 
 use crate::{
     address::Address,
@@ -361,6 +365,12 @@ pub trait Transport: Clone + Send + Sync + 'static {
     /// Time since some fixed moment; never goes back.
     fn now(&self) -> Duration;
 
+    /// 64 bits that no other process can guess. (In a simulation they come from its seed.)
+    fn random(&self) -> u64 {
+        // The keys come from the system; whoever sees hashes does not learn them.
+        RandomState::new().hash_one(0)
+    }
+
     /// One turn of waiting: spins for the first turns (`turn` counts from 0), later yields the processor.
     fn relax(&self, turn: u32);
 
@@ -470,6 +480,12 @@ pub trait Connection: Send + fmt::Debug + 'static {
 
     /// Ends the connection; both sides get [`Completion::Disconnected`].
     fn disconnect(&mut self);
+
+    /// Whether nothing can end it but this side and the peer: no network lies between them that could break. Its end means that
+    /// the peer's process has died, or has ended it.
+    fn ends_with_peer(&self) -> bool {
+        false
+    }
 }
 
 /// A listening address. Dropped, it stops listening; accepted connections go on.

@@ -173,6 +173,10 @@ impl Connection for HostConnection {
         lane.view(self.regions.translate_region(region)?)
     }
 
+    fn ends_with_peer(&self) -> bool {
+        on!(&self.lane, Lane, lane => lane.ends_with_peer())
+    }
+
     fn disconnect(&mut self) {
         on!(&mut self.lane, Lane, lane => lane.disconnect());
     }

@@ -219,6 +219,10 @@ impl<T: Transport> Transport for Faulty<T> {
         self.inner.now()
     }
 
+    fn random(&self) -> u64 {
+        self.inner.random()
+    }
+
     fn relax(&self, turn: u32) {
         self.inner.relax(turn);
     }
@@ -323,6 +327,11 @@ impl<T: Transport> transport::Connection for Connection<T> {
 
     fn disconnect(&mut self) {
         lock(&self.end).disconnect();
+    }
+
+    /// It can break: that is what this is for.
+    fn ends_with_peer(&self) -> bool {
+        false
     }
 }
 

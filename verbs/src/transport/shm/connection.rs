@@ -388,6 +388,10 @@ impl Connection for ShmConnection {
         self.announce();
         self.link.close(WorkError::Disconnected);
     }
+
+    fn ends_with_peer(&self) -> bool {
+        true
+    }
 }
 
 impl Drop for ShmConnection {

@@ -121,6 +121,10 @@ impl Transport for Node {
         Duration::from_nanos(world.now + lag)
     }
 
+    fn random(&self) -> u64 {
+        self.shared.lock().random.next()
+    }
+
     fn relax(&self, turn: u32) {
         let mut world = self.shared.lock();
         if world.traffic.is_some() {
