@@ -19,13 +19,15 @@ use fervor_protocol::{
 use fervor_verbs::transport::{Attach, Listener, RemoteRegion, Request, Transport};
 use zerocopy::IntoBytes;
 
-use crate::{config::Config, share::Share};
+use crate::{access::Grant, config::Config, share::Share};
 
 /// A connection for a poller.
 pub struct Mail<C> {
     pub connection: C,
     /// The handshake of a client's main connection; `None` for a reader's.
     pub hello: Option<Hello>,
+    /// What the client may do.
+    pub grant: Grant,
 }
 
 /// The way to one poller.
@@ -75,6 +77,10 @@ impl<T: Transport> Control<T> {
             Ok(checked) => checked,
             Err(refusal) => return request.reject(&refusal.encode()),
         };
+        let grant = match request.key().map_or_else(|| Ok(Grant::default()), Grant::of) {
+            Ok(grant) => grant,
+            Err(error) => return request.reject(&Refusal::new(&error.to_string()).encode()),
+        };
         let mut welcome = Welcome::new();
         welcome.shards = self.doors.len() as u16;
         welcome.server = self.id;
@@ -99,7 +105,7 @@ impl<T: Transport> Control<T> {
                 }
                 let hello = (role == Role::Main).then_some(hello);
                 // A poller that has ended takes no mail; the connection is dropped, which its client sees.
-                let _ = door.post.send(Mail { connection, hello });
+                let _ = door.post.send(Mail { connection, hello, grant });
                 door.attach.wake();
             }
             Err(error) => eprintln!("fervor-server: a connection could not be accepted: {error}"),

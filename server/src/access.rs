@@ -2,8 +2,8 @@
 //!
 //! | word | says |
 //! |---|---|
-//! | `role=read` | join tables that are there, and read them |
-//! | `role=train` | make tables, read them, and update them; without a role as well |
+//! | `role=read` | open tables and read them. (One that it makes by that, and nobody updates, is gone when it closes it) |
+//! | `role=train` | update them, too; without a role as well |
 //! | `tables=GLOB` | tables whose name fits alone; `*` stands for any characters, as in `tables=team-a/*`. It may be given several times |
 //!
 //! **What this keeps.** A client opens and updates what it may, and nothing else; what it asks for besides is refused with the reason.
@@ -34,7 +34,10 @@ pub struct BadRule {
 impl fmt::Display for BadRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { key, rule } = self;
-        write!(f, "key `{key}`: `{rule}` is no rule; there are role=read, role=train and tables=NAME, as in tables=team-a/*")
+        write!(
+            f,
+            "key `{key}`: `{rule}` is no rule; there are role=read, role=train and tables=NAME, as in tables=team-a/*"
+        )
     }
 }
 
@@ -63,22 +66,22 @@ impl Grant {
         Ok(grant)
     }
 
-    /// Whether it may update tables, and make them.
+    /// Whether it may update tables.
     pub fn updates(&self) -> bool {
         self.updates
     }
 
-    /// Whether it may open the table of that name, which is there or not.
+    /// Whether it may open the table of that name.
     ///
     /// # Errors
     /// Why not, for the client's user.
-    pub fn opens(&self, table: &str, there: bool) -> Result<(), String> {
-        let Self { key, updates, tables } = self;
+    pub fn opens(&self, table: &str) -> Result<(), String> {
+        let Self { key, tables, .. } = self;
         if !tables.is_empty() && !tables.iter().any(|glob| fits(glob, table)) {
-            return Err(format!("the key `{key}` may use tables={}, and `{table}` is none of them", tables.join(" tables=")));
-        }
-        if !updates && !there {
-            return Err(format!("the table `{table}` is not there, and the key `{key}` may read (role=read), but make none"));
+            return Err(format!(
+                "the key `{key}` may use tables={}, and `{table}` is none of them",
+                tables.join(" tables=")
+            ));
         }
         Ok(())
     }
@@ -142,15 +145,13 @@ mod tests {
 
     #[test]
     fn rules_say_what_a_key_may_do() {
-        assert_eq!(Grant::default().opens("x", false), Ok(()));
+        assert_eq!(Grant::default().opens("x"), Ok(()));
         assert!(grant("").unwrap().updates() && grant("role=train").unwrap().updates());
         let reader = grant("role=read tables=a/* tables=b").unwrap();
         assert!(!reader.updates());
-        assert_eq!(reader.opens("a/L", true), Ok(()));
-        assert_eq!(reader.opens("b", true), Ok(()));
-        let error = reader.opens("b", false).unwrap_err();
-        assert!(error.contains("`b` is not there") && error.contains("`k`"), "{error}");
-        let error = reader.opens("c", true).unwrap_err();
+        assert_eq!(reader.opens("a/L"), Ok(()));
+        assert_eq!(reader.opens("b"), Ok(()));
+        let error = reader.opens("c").unwrap_err();
         assert!(error.contains("`c`") && error.contains("tables=a/* tables=b"), "{error}");
         for rule in ["role=admin", "tables=", "x", "role"] {
             let error = grant(rule).unwrap_err().to_string();

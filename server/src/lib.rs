@@ -17,6 +17,7 @@
 //! | [`posting`] | all clients' connections and the staging memory: pushes |
 //! | [`staging`] | the memory that pushes are sent from |
 //! | [`poller`] | the loop of a polling thread, and how it idles |
+//! | [`access`] | what the holder of a key may do; pure |
 //! | [`accept`] | the control thread: handshakes, and mail to the pollers |
 //! | [`share`] | the atomics that the two share |
 //! | [`config`], [`budget`] | what a server is made for; how much memory that takes, term by term |
@@ -42,6 +43,7 @@ use fervor_verbs::{
 };
 
 mod accept;
+mod access;
 pub mod budget;
 pub mod config;
 pub mod core;
@@ -54,6 +56,7 @@ mod posting;
 mod share;
 mod staging;
 
+pub use access::{BadRule, Grant};
 pub use budget::Budget;
 pub use config::Config;
 pub use core::Origin;

@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Parser, Subcommand};
-use fervor_server::{Budget, Config, Server};
+use fervor_server::{Budget, Config, Grant, Server};
 use fervor_verbs::{
     Address,
     session::{KEY_FILE_VARIABLE, Key, KeyRing},
@@ -183,6 +183,9 @@ fn keygen(out: &Path, name: &str) -> anyhow::Result<ExitCode> {
 fn transport(arguments: &Arguments) -> anyhow::Result<Host> {
     let keys = arguments.key_file.as_deref().map(KeyRing::read).transpose();
     let keys = keys.map_err(|error| anyhow!("{error}"))?.unwrap_or_default();
+    for key in keys.keys() {
+        Grant::of(key).map_err(|error| anyhow!("{error}"))?;
+    }
     let listen = std::slice::from_ref(&arguments.listen);
     Host::with_keys(listen, keys).map_err(|error| anyhow!("{error}"))
 }

@@ -37,6 +37,7 @@ use zerocopy::IntoBytes;
 
 use crate::{
     accept::Mail,
+    access::Grant,
     core::{ClientId, Due, Effects, Next, Run, ShardCore, SlotEffect, TableId},
     outbound::MAX_ASKED,
     peer::{FAULT_ID, PROOF_ID, Peer, Slabs},
@@ -167,18 +168,18 @@ impl<T: Transport> Poller<T> {
 
     fn take_mail(&mut self) -> usize {
         let mut taken = 0;
-        while let Ok(Mail { connection, hello }) = self.mail.try_recv() {
+        while let Ok(Mail { connection, hello, grant }) = self.mail.try_recv() {
             taken += 1;
             match hello {
                 None => drop(self.readers.insert(connection.id(), connection)),
-                Some(hello) if hello.attempt > 0 => self.come_back(connection, hello),
-                Some(hello) => self.join(connection, &hello),
+                Some(hello) if hello.attempt > 0 => self.come_back(connection, hello, &grant),
+                Some(hello) => self.join(connection, &hello, grant),
             }
         }
         taken
     }
 
-    fn join(&mut self, connection: T::Connection, hello: &Hello) {
+    fn join(&mut self, connection: T::Connection, hello: &Hello, grant: Grant) {
         let connection_id = connection.id();
         let peer = match Peer::new(connection, hello, self.share.credits) {
             Ok(peer) => peer,
@@ -200,6 +201,7 @@ impl<T: Transport> Poller<T> {
         }
         match self.core.join(id, hello.clients.into(), region) {
             Ok(number) => {
+                self.core.grant(id, grant);
                 let (clock, lsn) = (self.core.clock(), self.core.round_lsn());
                 let peer = self.posting.peer(id).expect("it was added");
                 peer.number = number;

@@ -8,6 +8,8 @@ use fervor_protocol::{
     wire::{Fault, MessageHeader},
 };
 
+use crate::access::Grant;
+
 use super::{id::TableId, visible::Visibility};
 
 /// See the module.
@@ -33,6 +35,8 @@ pub struct Client {
     /// Tables that it has asked for and that are not ready.
     pub opening: usize,
     pub visible: Visibility,
+    /// What it may do.
+    pub grant: Grant,
 }
 
 impl Client {
@@ -50,6 +54,7 @@ impl Client {
             subscriptions: 0,
             opening: 0,
             visible: Visibility::default(),
+            grant: Grant::default(),
         }
     }
 

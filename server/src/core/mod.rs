@@ -68,6 +68,8 @@ pub use ranking::Next;
 use region::Region;
 use table::Table;
 
+use crate::access::Grant;
+
 /// Bytes of a shard's region before the tables, with so many seats.
 pub fn region_header(seats: usize) -> usize {
     Region::header_bytes(seats)
@@ -238,6 +240,16 @@ impl ShardCore {
         Ok(number)
     }
 
+    /// Says what a client may do.
+    pub fn grant(&mut self, id: ClientId, grant: Grant) {
+        self.client(id).grant = grant;
+    }
+
+    /// Whether this is what a client may do.
+    pub fn has_grant(&self, id: ClientId, grant: &Grant) -> bool {
+        self.clients.get(id.0 as usize).and_then(Option::as_ref).is_some_and(|client| client.grant == *grant)
+    }
+
     /// A client holds up nobody any more, and gets nothing. It keeps its place until [`ShardCore::forget`].
     pub fn leave(&mut self, id: ClientId, how: Departure) {
         let client = self.clients.get_mut(id.0 as usize).and_then(Option::as_mut);
@@ -400,7 +412,7 @@ impl ShardCore {
         let tables = &self.tables;
         let read =
             batch.read(header, message, slabs, |table| Some(tables.get(table as usize)?.as_ref()?.shape()));
-        let result = match read {
+        let result = match read.and_then(|()| self.allowed(id, &batch)) {
             Ok(()) => self.admit(id, &batch, &values),
             Err(fault) => {
                 if mutant(Mutant::BatchByHalves) {
@@ -412,6 +424,25 @@ impl ShardCore {
         };
         self.batch = batch;
         result
+    }
+
+    /// Checks that a client whose key says what it may do keeps to that: what it updates are tables that it was let open.
+    fn allowed(&self, id: ClientId, batch: &Batch) -> Result<(), Fault> {
+        let client = self.clients[id.0 as usize].as_ref().expect("it has joined");
+        if client.grant == Grant::default() {
+            return Ok(());
+        }
+        for section in batch.sections() {
+            if !client.grant.updates() {
+                return Err(Fault::State(client.grant.no_updates()));
+            }
+            let opened = self.table(section.table).is_some_and(|table| table.openers.contains_key(&id));
+            if !opened {
+                let text = format!("an update of table {}, which the client has not opened", section.table);
+                return Err(Fault::State(text));
+            }
+        }
+        Ok(())
     }
 
     fn admit<S: Source + ?Sized>(

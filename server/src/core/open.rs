@@ -44,9 +44,9 @@ impl ShardCore {
                 "{MAX_OPENING} tables are being opened: no more may be at a time"
             )));
         }
-        let found = self.find(&open).and_then(|found| match found {
-            Some(table) => Ok(table),
-            None => self.make(&open),
+        let found = self.find(&open).and_then(|found| {
+            self.client(id).grant.opens(&open.schema.name)?;
+            found.map_or_else(|| self.make(&open), Ok)
         });
         let opened = found.and_then(|table| {
             let opened = self.hold(table, id, &open);

@@ -22,7 +22,7 @@ use fervor_protocol::{
 use fervor_verbs::transport::{Connection, ConnectionId, Transport, WorkError};
 
 use super::Poller;
-use crate::{core::ClientId, peer::Peer};
+use crate::{access::Grant, core::ClientId, peer::Peer};
 
 /// See the module.
 #[derive(Debug)]
@@ -91,10 +91,11 @@ impl<T: Transport> Poller<T> {
     }
 
     /// Somebody says that it is a client that has lost its connection.
-    pub(super) fn come_back(&mut self, connection: T::Connection, hello: Hello) {
+    pub(super) fn come_back(&mut self, connection: T::Connection, hello: Hello, grant: &Grant) {
         let known = self.absent.identities.get(&hello.identity).copied();
         let peer = known.and_then(|id| Some((id, self.posting.peer(id)?)));
         let expected = match peer {
+            Some((id, _)) if !self.core.has_grant(id, grant) => Err("the client had another key"),
             Some((id, peer)) => peer.expects(&hello).map(|()| id),
             None => Err("the client is not known: its lease is over, or the server was started again"),
         };
