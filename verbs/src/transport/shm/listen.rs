@@ -181,22 +181,22 @@ impl Request for ShmRequest {
         let seat = Seat::reserve(shared)?;
         let config = &shared.config;
         let Some((peer, _)) = &self.peer else { unreachable!("`self` is answered once, and then consumed") };
-        let (depth, buffers) = (config.send_depth as u64, config.receive_buffers as u64);
+        let (depth, buffers) = (config.send_depth, config.receive_buffers as u64);
         let theirs = &peer.opening;
         let (inbox, inbox_file) =
             ring::create(capacity(theirs.send_depth, buffers, config.receive_size as u64))?;
         let (outbox, outbox_file) =
-            ring::create(capacity(depth, theirs.receive_buffers, theirs.receive_size))?;
+            ring::create(capacity(depth as u64, theirs.receive_buffers, theirs.receive_size))?;
         let own = "a ring just made is of the right size";
         let (inbox, outbox) = (Inbox::new(inbox).expect(own), Outbox::new(outbox).expect(own));
-        let accept = opening(Kind::Accept, &seat, config, &offers, private_data);
+        let accept = opening(Kind::Accept, &seat, config, depth, &offers, private_data);
         let fds = [shared.bell_file(), outbox_file.as_fd(), inbox_file.as_fd()];
         // Answered from here on: after a failure half way, the end of the socket is the peer's answer.
         let Some((peer, socket)) = self.peer.take() else { unreachable!("seen above") };
         // A peer that does not read is not waited for: what this side says fits the socket.
         let users = (shared.inner.user, self.user);
         send_opening(&socket, &accept, &fds, &offers, users, Some(Instant::now()))?;
-        peer.connection(shared, seat, socket, inbox, outbox)
+        peer.connection(shared, seat, depth, socket, inbox, outbox)
     }
 
     fn reject(mut self, private_data: &[u8]) {
