@@ -144,6 +144,11 @@ fn make(
                 reasons.push(format!("{way}: {reason}"));
                 dialled.bad.push((way, reason));
             }
+            // Without a key shared memory is for one user.
+            Err(error @ Error::OtherUser { .. }) => {
+                reasons.push(format!("{way}: {error}"));
+                dialled.bad.push((way, error.to_string()));
+            }
             made => return made,
         }
     }
@@ -303,7 +308,7 @@ impl Session {
         }
     }
 
-    /// Makes a lane. [`Error::Unreachable`] alone means that another way may lead there.
+    /// Makes a lane. [`Error::Unreachable`] and [`Error::OtherUser`] mean that another way may lead there.
     fn lane(
         &mut self,
         asked: &Asked,

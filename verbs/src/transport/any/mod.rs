@@ -202,7 +202,9 @@ impl Inner {
         self.sessions = true;
         self.boot = boot_id()?;
         if asked(Way::Shm).is_some() {
-            self.shm = Some(shm::Shm::new()?);
+            // Who has proved by a key who it is may be another user of this host.
+            let admit = if self.keys.is_empty() { shm::Admit::SameUser } else { shm::Admit::AnyUser };
+            self.shm = Some(shm::Shm::admitting(admit)?);
         }
         if asked(Way::Tcp).is_some() {
             self.tcp = Some(tcp::Tcp::new());

@@ -61,11 +61,12 @@ pub(super) fn resolve(address: &Address) -> Result<(&Path, SocketAddrUnix), Erro
     Ok((path, name))
 }
 
-/// What an endpoint tells its peers.
+/// What an endpoint tells its peers. `depth` is that of the connection's send queue.
 pub(super) fn opening(
     kind: Kind,
     seat: &Seat,
     config: &EndpointConfig,
+    depth: usize,
     offers: &[Offer],
     data: &[u8],
 ) -> Opening {
@@ -76,7 +77,7 @@ pub(super) fn opening(
         region_bytes: offers.iter().map(|offer| offer.length).sum(),
         receive_size: config.receive_size as u64,
         receive_buffers: config.receive_buffers as u64,
-        send_depth: config.send_depth as u64,
+        send_depth: depth as u64,
         data: data.to_vec(),
     }
 }
@@ -153,7 +154,7 @@ pub(super) fn connect_to(
         return Err(stranger(user));
     }
     let offers = inner.registry.offers()?;
-    let hello = opening(Kind::Hello, &seat, &shared.config, &offers, private_data);
+    let hello = opening(Kind::Hello, &seat, &shared.config, shared.config.send_depth, &offers, private_data);
     let users = (inner.user, user);
     let said = send_opening(&socket, &hello, &[shared.bell_file()], &offers, users, patience.deadline);
     let heard = match said {
@@ -257,9 +258,9 @@ fn established(
     let [bell, inbox_file, outbox_file]: [OwnedFd; 3] =
         fds.try_into().map_err(|_| patience.unreachable("it sent no rings"))?;
     let config = &shared.config;
-    let (depth, buffers) = (config.send_depth as u64, config.receive_buffers as u64);
+    let (depth, buffers) = (config.send_depth, config.receive_buffers as u64);
     let inward = capacity(opening.send_depth, buffers, config.receive_size as u64);
-    let outward = capacity(depth, opening.receive_buffers, opening.receive_size);
+    let outward = capacity(depth as u64, opening.receive_buffers, opening.receive_size);
     let mappings = &shared.inner.mappings;
     let open = |what: &str, file: &OwnedFd, capacity| {
         let wrong = |e: String| patience.unreachable(format!("it sent a bad {what}: {e}"));
@@ -271,5 +272,5 @@ fn established(
     let bell = Page::open(mappings, &bell)
         .map_err(|e| patience.unreachable(format!("it sent a bad doorbell: {e}")))?;
     let peer = Peer { opening, bell, regions };
-    Ok((peer.connection(shared, seat, config.send_depth, socket, inbox, outbox)?, private_data))
+    Ok((peer.connection(shared, seat, depth, socket, inbox, outbox)?, private_data))
 }

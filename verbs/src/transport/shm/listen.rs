@@ -31,7 +31,7 @@ use super::{
 use crate::{
     address::Address,
     error::Error,
-    transport::{EndpointConfig, Listener, MAX_REPLY_DATA, Request, host::check_private_data},
+    transport::{Listener, MAX_REPLY_DATA, Request, host::check_private_data},
 };
 
 /// Pause of a listener that the system has no descriptor for.
@@ -184,8 +184,8 @@ impl Request for ShmRequest {
         let shared = &endpoint.0;
         let offers = shared.inner.registry.offers()?;
         let seat = Seat::reserve(shared)?;
-        let depth = depth.clamp(1, shared.config.send_depth);
-        let config = &EndpointConfig { send_depth: depth, ..shared.config.clone() };
+        let config = &shared.config;
+        let depth = depth.clamp(1, config.send_depth);
         let Some((peer, _)) = &self.peer else { unreachable!("`self` is answered once, and then consumed") };
         let buffers = config.receive_buffers as u64;
         let theirs = &peer.opening;
@@ -195,7 +195,7 @@ impl Request for ShmRequest {
             ring::create(capacity(depth as u64, theirs.receive_buffers, theirs.receive_size))?;
         let own = "a ring just made is of the right size";
         let (inbox, outbox) = (Inbox::new(inbox).expect(own), Outbox::new(outbox).expect(own));
-        let accept = opening(Kind::Accept, &seat, config, &offers, private_data);
+        let accept = opening(Kind::Accept, &seat, config, depth, &offers, private_data);
         let fds = [shared.bell_file(), outbox_file.as_fd(), inbox_file.as_fd()];
         // Answered from here on: after a failure half way, the end of the socket is the peer's answer.
         let Some((peer, socket)) = self.peer.take() else { unreachable!("seen above") };
