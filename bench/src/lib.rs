@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`check`] | the guarantee of the consistency models, at scale |
 //! | [`connect`] | how all of these connect to servers |
+//! | [`connecting`] | how long it takes until all are connected |
 //! | [`data`] | ratings: read, recognised, generated |
 //! | [`job`] | processes and threads of a training job |
 //! | [`lda`] | topics of documents, with the parameter server and without |
@@ -29,6 +30,7 @@
 pub mod check;
 pub mod compare;
 pub mod connect;
+pub mod connecting;
 pub mod data;
 pub mod demo;
 pub mod devices;

@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use fervor_bench::{
-    check, compare, demo, devices, latency, lda, limits, mf, paper, report, scaling, server, throughput,
+    check, compare, connecting, demo, devices, latency, lda, limits, mf, paper, report, scaling, server,
+    throughput,
 };
 
 /// Applications and measurements of the Fervor parameter server.
@@ -33,6 +34,8 @@ enum Command {
     Latency(Box<latency::LatencyOptions>),
     /// How many rows a second are read, updated and pushed
     Throughput(Box<throughput::ThroughputOptions>),
+    /// How long it takes until all processes of a job are connected
+    Connect(connecting::ConnectOptions),
     /// Compare the latencies of several runs, from their logs
     Compare(compare::CompareOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
@@ -74,6 +77,7 @@ fn run(command: Command) -> Result<()> {
         Command::Limits(options) => limits::run(&options),
         Command::Latency(options) => latency::run(&options),
         Command::Throughput(options) => throughput::run(&options),
+        Command::Connect(options) => connecting::run(&options),
         Command::Compare(options) => compare::run(&options),
         Command::Devices => devices::run().map(|text| print!("{text}")),
         Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),

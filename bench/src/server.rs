@@ -64,16 +64,23 @@ impl EmbeddedServer {
     /// # Errors
     /// When there is no server program, or it does not start; with its last words.
     pub fn start(options: &EmbeddedOptions, clients: u16, lanes: u16) -> Result<Self> {
-        let program = program()?;
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let socket = std::env::temp_dir().join(format!("fervor-{}-{number}.sock", std::process::id()));
+        Self::start_at(&format!("shm://{}", socket.display()), options, clients, lanes)
+    }
+
+    /// As [`EmbeddedServer::start`], at an address.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_at(listen: &str, options: &EmbeddedOptions, clients: u16, lanes: u16) -> Result<Self> {
+        let program = program()?;
         let own = std::env::current_exe().context("cannot find the own program")?;
         let mut child = Command::new(own)
             .args([WITH_PARENT, &std::process::id().to_string()])
             .arg(&program)
-            .arg("--listen")
-            .arg(format!("shm://{}", socket.display()))
+            .args(["--listen", listen])
             .args(["--shards", &options.shards.to_string(), "--memory", &options.memory])
             .args(["--clients", &clients.to_string(), "--lanes", &lanes.to_string()])
             // In a process group of its own, so that an interrupt from the terminal is left to us.

@@ -80,6 +80,8 @@ pub struct Client<T: Transport = Host> {
     space: Mutex<Space>,
     /// A thread is opening a table: others wait, lest one table is held twice.
     opening: AtomicBool,
+    /// Per shard the server's address, and the provider of the connection to it.
+    ways: Vec<(Address, &'static str)>,
     /// The memory of slabs is exported as long as there are connections.
     _slabs: Option<T::Export>,
 }
@@ -91,7 +93,8 @@ impl<T: Transport> fmt::Debug for Client<T> {
 }
 
 impl Client<Host> {
-    /// Connects to the servers at `urls` (`shm:///path/to/socket`, `rdma://host:port` or `tcp://host:port`), as a job of one client.
+    /// Connects to the servers at `urls`, as a job of one client. To `fervor://host:port` it goes by the best way that leads there:
+    /// shared memory, RDMA or TCP. To `shm:///path/to/socket`, `rdma://host:port` and `tcp://host:port` it goes by that way alone.
     ///
     /// # Errors
     /// A URL that makes no sense; a server that is not there or refuses; no memory for the cache.
@@ -107,9 +110,13 @@ impl Client<Host> {
         let addresses: Vec<_> =
             urls.iter().map(|url| Address::from_str(url.as_ref())).collect::<Result<_, _>>()?;
         if addresses.is_empty() {
-            return Err(Error::Servers("no server: give at least one shm://, rdma:// or tcp:// URL".into()));
+            return Err(Error::Servers("no server: give at least one URL, as in fervor://host:port".into()));
         }
-        Client::connect_on(&Host::for_addresses(&addresses)?, &addresses, options)
+        let host = match &options.key {
+            Some(key) => Host::with_keys(&addresses, [key.clone()].into_iter().collect())?,
+            None => Host::for_addresses(&addresses)?,
+        };
+        Client::connect_on(&host, &addresses, options)
     }
 }
 
@@ -138,7 +145,7 @@ impl<T: Transport> Client<T> {
         let slabs = sees.then(|| slab_memory(transport, options.slab_bytes)).transpose()?;
         // Without a lease it is nobody who could come back.
         let identity = if options.lease.is_zero() { 0 } else { transport.random().max(1) };
-        let (mut connections, mut links) = (Vec::new(), Vec::new());
+        let (mut connections, mut links, mut ways) = (Vec::new(), Vec::new(), Vec::new());
         for (number, (address, shard)) in shards.into_iter().enumerate() {
             let hello = main_hello(&options, &region.remote(), identity, (shard, number * CONTROL_BYTES));
             let (connection, welcome) = connect_one(
@@ -148,6 +155,7 @@ impl<T: Transport> Client<T> {
                 hello.as_bytes(),
                 options.connect_timeout,
             )?;
+            ways.push((address.clone(), connection.provider()));
             // Where no network can break, what ends a connection is the end of the server.
             let breaks = !connection.ends_with_peer();
             let lease = if breaks { lease(options.lease, welcome.lease) } else { Duration::ZERO };
@@ -182,11 +190,17 @@ impl<T: Transport> Client<T> {
             core: Arc::new(core),
             space: Mutex::new(space),
             opening: AtomicBool::new(false),
+            ways,
             _slabs: None,
         };
         let Some((region, export)) = export else { return Ok(client) };
         client.see(region)?;
         Ok(Self { _slabs: Some(export), ..client })
+    }
+
+    /// By which way it reaches each shard: the server's address, and `shm`, `rdma`, `tcp` or `sim`.
+    pub fn ways(&self) -> &[(Address, &'static str)] {
+        &self.ways
     }
 
     /// Finds out which shards' memory is seen from here, and names that of the slabs to them.

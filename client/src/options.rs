@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr, time::Duration};
 
 use crate::error::Error;
 
+use fervor_verbs::session::Key;
+
 /// What a client may be told. `Default` is a job of one client.
 #[derive(Debug, Clone)]
 pub struct ClientOptions {
@@ -29,6 +31,9 @@ pub struct ClientOptions {
     /// [`Error::Stale`]: crate::Error::Stale
     /// [`WorkerStats::violations`]: crate::WorkerStats::violations
     pub check: bool,
+    /// The key for `fervor://` servers that ask for one [default: that in the environment; see
+    /// [`Key::from_environment`]].
+    pub key: Option<Key>,
     /// How long a server may be out of reach before it is taken for lost. Until then the client tries to connect again, and goes on where
     /// it was; calls that need the server wait. The servers' own `--lease` bounds it, too. 0: a connection that breaks is an error at
     /// once. (Over shared memory it always is: nothing but the server's end breaks one.)
@@ -48,6 +53,7 @@ impl Default for ClientOptions {
             reads_in_flight: 16,
             read_lanes: ReadLanes::default(),
             check: false,
+            key: None,
             lease: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(10),
         }

@@ -10,18 +10,16 @@ use fervor_verbs::{Error, transport::any::Host};
 /// The devices cannot be listed.
 pub fn default(transport: &Host) -> Result<Vec<Option<usize>>, Error> {
     let allowed = core_affinity::get_core_ids().unwrap_or_default();
-    match transport {
-        Host::Shm(_) | Host::Tcp(_) => Ok(vec![None; (allowed.len() / 2).max(1)]),
-        #[cfg(feature = "rdma")]
-        Host::Rdma(rdma) => {
-            let devices = fervor_verbs::devices::list()?;
-            let near = devices.into_iter().find(|device| device.name == rdma.device_name());
-            let near = near.map(|device| device.local_cores).unwrap_or_default();
-            let mut cores: Vec<_> =
-                allowed.iter().map(|core| core.id).filter(|id| near.contains(id)).collect();
-            cores.truncate(rdma.completion_vectors().max(1));
-            // A device that names no processors (a virtual one) is near to none in particular.
-            Ok(if cores.is_empty() { vec![None] } else { cores.into_iter().map(Some).collect() })
-        }
+    #[cfg(feature = "rdma")]
+    if let Some(rdma) = transport.rdma() {
+        let devices = fervor_verbs::devices::list()?;
+        let near = devices.into_iter().find(|device| device.name == rdma.device_name());
+        let near = near.map(|device| device.local_cores).unwrap_or_default();
+        let mut cores: Vec<_> = allowed.iter().map(|core| core.id).filter(|id| near.contains(id)).collect();
+        cores.truncate(rdma.completion_vectors().max(1));
+        // A device that names no processors (a virtual one) is near to none in particular.
+        return Ok(if cores.is_empty() { vec![None] } else { cores.into_iter().map(Some).collect() });
     }
+    let _ = transport;
+    Ok(vec![None; (allowed.len() / 2).max(1)])
 }

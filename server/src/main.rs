@@ -6,14 +6,20 @@ mod cores;
 
 use std::{
     io::Write,
+    net::ToSocketAddrs,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, anyhow, bail};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use fervor_server::{Budget, Config, Server};
-use fervor_verbs::{Address, transport::any::Host};
+use fervor_verbs::{
+    Address,
+    session::{KEY_FILE_VARIABLE, Key, KeyRing},
+    transport::any::Host,
+};
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
     iterator::Signals,
@@ -25,11 +31,23 @@ use signal_hook::{
 /// caches that the server pushes changes into. The server prints its memory budget, and then `fervor-server ready at
 /// URL`. To stop it, send SIGTERM or press ctrl-C: it applies what it has received, tells its clients, and exits with 0.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_conflicts_with_subcommands = true)]
 struct Arguments {
-    /// Where to listen: shm:///path/to/socket, rdma://host:port or tcp://host:port (port 0: any)
+    #[command(subcommand)]
+    command: Option<Command>,
+
+    /// Where to listen (port 0: any free one). fervor://host:port serves clients of this host through shared memory, and others
+    /// over RDMA or TCP. shm:///path/to/socket, rdma://host:port and tcp://host:port serve by that way alone
     #[arg(long, value_name = "URL", default_value = "shm:///tmp/fervor.sock")]
     listen: Address,
+
+    /// Talk to clients that have a key of this file, and to nobody else (fervor:// alone). `fervor-server keygen` makes a key
+    #[arg(long, value_name = "FILE", env = KEY_FILE_VARIABLE)]
+    key_file: Option<PathBuf>,
+
+    /// Listen beyond this host without a key. Whoever reaches the port can then read and change every table
+    #[arg(long)]
+    insecure: bool,
 
     /// Processors to pin polling threads to, as in 0,1. Each thread polls one shard, a part of the rows [default: over
     /// RDMA the processors near the NIC, one for each of its completion vectors; over shared memory see --shards]
@@ -79,6 +97,19 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|error| format!("`{text}` is no number of seconds: {error}"))
 }
 
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Makes a key for servers and clients, in a new file that only you can read
+    Keygen {
+        /// The file
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        /// Name of the key, which is shown in logs
+        #[arg(long, default_value = "default")]
+        name: String,
+    },
+}
+
 /// A size in bytes: a number with an optional K, M, G or T (powers of 1024).
 fn parse_size(text: &str) -> Result<usize, String> {
     let (digits, shift) = match text.char_indices().last() {
@@ -115,10 +146,53 @@ fn check_memory(budget: &Budget) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    // These errors say all that there is to say; their sources are part of it.
+/// Refuses to listen where strangers can come in, unless there is a key or the user insists.
+fn check_exposure(arguments: &Arguments) -> anyhow::Result<()> {
+    let host = match &arguments.listen {
+        Address::Session { host, .. } if arguments.key_file.is_none() => host,
+        Address::Tcp { host, .. } | Address::Rdma { host, .. } => host,
+        _ => return Ok(()),
+    };
+    if arguments.insecure {
+        return Ok(());
+    }
+    // A name that leads nowhere is refused later, with the reason.
+    let mut found = (host.as_str(), 0).to_socket_addrs().into_iter().flatten();
+    if found.any(|address| !address.ip().is_loopback()) {
+        bail!(
+            "{} can be reached from other hosts, and there is no key: whoever reaches it could read and change every table. \
+             Make a key (`fervor-server keygen --out FILE`), and start with --listen fervor://HOST:PORT --key-file FILE; or \
+             start with --insecure if everybody in that network may",
+            arguments.listen
+        );
+    }
+    Ok(())
+}
+
+fn keygen(out: &Path, name: &str) -> anyhow::Result<ExitCode> {
+    let written = Key::generate(name).and_then(|key| key.write_new(out));
+    written.map_err(|error| anyhow!("{error}"))?;
+    println!(
+        "wrote the key `{name}` to {}; copy it to each client's host, and set {KEY_FILE_VARIABLE} to its path there",
+        out.display()
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The transport that the arguments ask for. Its errors say all that there is to say; their sources are part of it.
+fn transport(arguments: &Arguments) -> anyhow::Result<Host> {
+    let keys = arguments.key_file.as_deref().map(KeyRing::read).transpose();
+    let keys = keys.map_err(|error| anyhow!("{error}"))?.unwrap_or_default();
     let listen = std::slice::from_ref(&arguments.listen);
-    let transport = Host::for_addresses(listen).map_err(|error| anyhow!("{error}"))?;
+    Host::with_keys(listen, keys).map_err(|error| anyhow!("{error}"))
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    if let Some(Command::Keygen { out, name }) = &arguments.command {
+        return keygen(out, name);
+    }
+    check_exposure(&arguments)?;
+    let transport = transport(&arguments)?;
     let mut config = Config::new(arguments.listen.clone());
     config.cores = match (arguments.cores, arguments.shards) {
         (Some(cores), _) => cores.into_iter().map(Some).collect(),

@@ -2,11 +2,21 @@
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use crate::error::Error;
+use crate::{error::Error, session::Way};
 
 /// Where a server listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Address {
+    /// `fervor://host:port`: a session over TCP, and then data by the best way that leads there: shared memory, RDMA or TCP. With
+    /// `?via=shm`, `?via=rdma` or `?via=tcp` by that way alone.
+    Session {
+        /// Name or address of the host.
+        host: String,
+        /// The port.
+        port: u16,
+        /// The way that is insisted on.
+        via: Option<Way>,
+    },
     /// `shm:///path/to/socket`: a Unix socket on this host; data moves through shared memory.
     Shm(PathBuf),
     /// `rdma://host:port`: InfiniBand, RoCE or iWARP through librdmacm. A client may add `?from=ADDRESS`
@@ -37,10 +47,26 @@ impl FromStr for Address {
         let bad = |reason: &str| Error::BadAddress { url: url.to_owned(), reason: reason.to_owned() };
         let Some((scheme, rest)) = url.split_once("://") else {
             return Err(bad(
-                "it has no scheme; write shm:///path/to/socket, rdma://host:port or tcp://host:port",
+                "it has no scheme; write fervor://host:port, shm:///path/to/socket, rdma://host:port or tcp://host:port",
             ));
         };
         match scheme {
+            "fervor" => {
+                let (endpoint, via) = match rest.split_once("?via=") {
+                    Some((endpoint, name)) => match Way::from_name(name) {
+                        Some(way) => (endpoint, Some(way)),
+                        None => {
+                            return Err(bad(
+                                "?via= names no way; write ?via=shm, ?via=rdma or ?via=tcp, or leave it out",
+                            ));
+                        }
+                    },
+                    None => (rest, None),
+                };
+                let (host, port) = host_and_port(endpoint)
+                    .map_err(|what| bad(&format!("{what}; write fervor://host:port")))?;
+                Ok(Address::Session { host, port, via })
+            }
             "shm" if rest.starts_with('/') && rest.len() > 1 => Ok(Address::Shm(rest.into())),
             "shm" => Err(bad("the path of a shm URL is absolute: shm:///path/to/socket")),
             "rdma" => {
@@ -64,7 +90,7 @@ impl FromStr for Address {
             }
             "sim" if !rest.is_empty() => Ok(Address::Sim(rest.to_owned())),
             _ => Err(bad(
-                "the scheme is unknown; Fervor has shm:///path/to/socket, rdma://host:port and tcp://host:port",
+                "the scheme is unknown; Fervor has fervor://host:port, shm:///path/to/socket, rdma://host:port and tcp://host:port",
             )),
         }
     }
@@ -81,6 +107,10 @@ fn host_and_port(text: &str) -> Result<(String, u16), &'static str> {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Address::Session { host, port, via } => {
+                write!(f, "fervor://{}:{port}", Bracketed(host))?;
+                via.map_or(Ok(()), |via| write!(f, "?via={via}"))
+            }
             Address::Shm(path) => write!(f, "shm://{}", path.display()),
             Address::Tcp { host, port } => write!(f, "tcp://{}:{port}", Bracketed(host)),
             Address::Rdma { host, port, from } => {
@@ -108,6 +138,8 @@ mod tests {
     #[test]
     fn addresses_round_trip() {
         for url in [
+            "fervor://a:7471",
+            "fervor://[::1]:7471?via=tcp",
             "shm:///tmp/a",
             "rdma://10.7.0.1:7471",
             "rdma://[::1]:1?from=::2",
@@ -124,6 +156,8 @@ mod tests {
         for url in [
             "",
             "udp://a:1",
+            "fervor://a",
+            "fervor://a:1?via=udp",
             "shm://a",
             "shm:///",
             "rdma://a",

@@ -10,12 +10,23 @@ use std::io;
 pub enum Error {
     /// A URL that names no server.
     #[error(
-        "`{url}` is not an address: {reason} (shm:///path/to/socket, rdma://host:port or tcp://host:port)"
+        "`{url}` is not an address: {reason} (fervor://host:port, shm:///path/to/socket, rdma://host:port or tcp://host:port)"
     )]
     BadAddress {
         /// What was given.
         url: String,
         /// What is wrong with it.
+        reason: String,
+    },
+    /// What is given as a pre-shared key is none.
+    #[error("bad key: {0}")]
+    BadKey(String),
+    /// The other end of a session does not talk to this one.
+    #[error("`{address}` opens no session: {reason}")]
+    NoSession {
+        /// The address.
+        address: String,
+        /// Why not, and what to do.
         reason: String,
     },
     /// The address is of another provider than the one it was given to.
@@ -39,6 +50,19 @@ pub enum Error {
         address: String,
         /// What the system said.
         reason: String,
+    },
+    /// The listener is a process of another user, or admits only processes of another user.
+    #[error(
+        "`{address}` is of user {peer}, and this process is of user {own}: shared memory connects processes of one user; \
+         run both as the same user, or use tcp://"
+    )]
+    OtherUser {
+        /// The address.
+        address: String,
+        /// The effective user of this process.
+        own: u32,
+        /// The user of the listener.
+        peer: u32,
     },
     /// The listener refused the connection.
     #[error("`{address}` refused the connection")]

@@ -10,6 +10,7 @@
 //! | [`memory`] | memory that a NIC or a peer reads or writes; never a slice while others may write it |
 //! | [`address`] | `shm:///path`, `rdma://host:port`, `tcp://host:port`, `sim://name` |
 //! | [`devices`] | the RDMA devices of this host |
+//! | [`session`] | what two processes say before data flows: pre-shared keys, the cipher, the messages |
 //! | [`error`] | what can go wrong: the call, the values, the cure |
 
 pub mod address;
@@ -17,6 +18,7 @@ mod capabilities;
 pub mod devices;
 pub mod error;
 pub mod memory;
+pub mod session;
 pub mod transport;
 
 pub use address::Address;

@@ -96,6 +96,11 @@ impl Memory {
         }
         // SAFETY: `memfd_create` has just returned this descriptor to us, and nobody else owns it.
         let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        // A memfd has mode 0777: whoever was given a descriptor that only reads could open it once more for writing.
+        // SAFETY: plain system call on a descriptor that `file` keeps open.
+        if unsafe { libc::fchmod(file.as_raw_fd(), 0o600) } != 0 {
+            return Err(Error::last_os("fchmod(memfd, 0600)"));
+        }
         file.set_len(file_len as u64).map_err(Error::io(format!("ftruncate(memfd, {file_len})")))?;
         // `fallocate` reserves huge pages now: a missing one would otherwise be a SIGBUS at first touch.
         // SAFETY: plain system call on a descriptor that `file` keeps open.
@@ -120,8 +125,11 @@ impl Memory {
     pub(crate) fn mapped_again(&self) -> Result<Self, Error> {
         let len = self.0.map.len();
         let file = self.0.file.try_clone().map_err(Error::io("dup(memfd)"))?;
-        let map =
-            MmapOptions::new().len(len).map_raw(&file).map_err(Error::io(format!("mmap({len} bytes)")))?;
+        // To read alone: it may be sealed so that no new mapping can write.
+        let map = MmapOptions::new()
+            .len(len)
+            .map_raw_read_only(&file)
+            .map_err(Error::io(format!("mmap({len} bytes)")))?;
         Ok(Self(Arc::new(Mapping { map, file, len: self.0.len, huge: self.0.huge })))
     }
 

@@ -137,8 +137,17 @@ impl Server {
     pub fn start(shards: u16) -> Self {
         let path = Path::new(env!("CARGO_BIN_EXE_fervor-bench")).with_file_name("fervor-server");
         let shards = shards.to_string();
-        let arguments =
-            ["--listen", "rdma://10.7.0.2:0", "--memory", "64M", "--clients", "4", "--shards", &shards];
+        let arguments = [
+            "--insecure",
+            "--listen",
+            "rdma://10.7.0.2:0",
+            "--memory",
+            "64M",
+            "--clients",
+            "4",
+            "--shards",
+            &shards,
+        ];
         let mut program = Program::start(&path, &arguments);
         let url = program.wait_for(START, |line| {
             line.strip_prefix("fervor-server ready at ").map(|url| url.trim().to_owned())

@@ -54,8 +54,9 @@
 //! by credits. A SEND longer than [`EndpointConfig::receive_size`] breaks the connection.
 //!
 //! **Remote access.** A connection reaches the regions of its peer that were registered when the connection
-//! was made. It reaches later ones only if the provider can do that. An access out of bounds, or without the
-//! right, is an error at the initiator: nothing is read or written, and the connection is broken.
+//! was made. It reaches later ones only if the provider can do that. A memory has one remote right: a provider
+//! may refuse to register for WRITE what it once registered for READ alone, or the other way round. An access
+//! out of bounds, or without the right, is an error at the initiator: nothing is read or written, and the connection is broken.
 //! [`Connection::view`] gives a view of what a connection may READ, if both ends are on one host and the
 //! provider can map memory. The view outlives the connection.
 //!
@@ -148,6 +149,7 @@ use crate::{
     address::Address,
     error::Error,
     memory::{Exclusive, Memory},
+    session::Key,
 };
 
 pub mod any;
@@ -326,7 +328,7 @@ pub trait Transport: Clone + Send + Sync + 'static {
     /// Registers `memory` with `access` for peers.
     ///
     /// # Errors
-    /// [`Error::Memlock`] when the memory cannot be pinned.
+    /// [`Error::Memlock`] when the memory cannot be pinned; another remote right before.
     fn register(&self, memory: &Memory, access: Access) -> Result<Self::Region, Error>;
 
     /// Registers `memory` for remote READ. It must be kept as long as the export.
@@ -426,6 +428,9 @@ pub trait Connection: Send + fmt::Debug + 'static {
     /// Its name in the completions of its endpoint.
     fn id(&self) -> ConnectionId;
 
+    /// Name of the provider that carries it: `rdma`, `shm`, `tcp` or `sim`.
+    fn provider(&self) -> &'static str;
+
     /// Posts a SEND. `signal` is the id of its completion.
     ///
     /// # Errors
@@ -507,6 +512,11 @@ pub trait Request: Send + 'static {
 
     /// The private data that the peer gave, of the length that it gave.
     fn private_data(&self) -> &[u8];
+
+    /// The key by which the peer has proved who it is; `None` where there are no keys.
+    fn key(&self) -> Option<&Key> {
+        None
+    }
 
     /// Accepts, as a connection of `endpoint`; it can be posted to at once. Completions of it may be polled
     /// by the endpoint's thread before this returns.

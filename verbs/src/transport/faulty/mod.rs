@@ -62,6 +62,7 @@ use crate::{
     address::Address,
     error::Error,
     memory::{Exclusive, Memory},
+    session::Key,
     transport::{
         self, Access, Connection as _, ConnectionId, EndpointConfig, Payload, PostError, Region as _,
         RemoteAddress, RemoteRegion, Sge, Transport,
@@ -156,10 +157,10 @@ impl<T: Transport> Faulty<T> {
         attach: &Attach<T>,
         address: Option<&Address>,
     ) -> Connection<T> {
-        let id = inner.id();
+        let (id, provider) = (inner.id(), inner.provider());
         let end = self.node.enter(inner, address.cloned());
         attach.enter(id, &end);
-        Connection { id, end, node: self.node.clone() }
+        Connection { id, provider, end, node: self.node.clone() }
     }
 }
 
@@ -243,6 +244,7 @@ impl<T: Transport> Transport for Faulty<T> {
 /// One end of a connection of a faulty node.
 pub struct Connection<T: Transport> {
     id: ConnectionId,
+    provider: &'static str,
     end: Shared<T::Connection>,
     node: Arc<Node<T::Connection>>,
 }
@@ -271,6 +273,10 @@ impl<T: Transport> transport::Connection for Connection<T> {
 
     fn id(&self) -> ConnectionId {
         self.id
+    }
+
+    fn provider(&self) -> &'static str {
+        self.provider
     }
 
     fn send(
@@ -369,6 +375,10 @@ impl<T: Transport> transport::Request for Request<T> {
 
     fn private_data(&self) -> &[u8] {
         self.inner.private_data()
+    }
+
+    fn key(&self) -> Option<&Key> {
+        self.inner.key()
     }
 
     fn accept_with(

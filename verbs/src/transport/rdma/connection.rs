@@ -88,6 +88,10 @@ impl Connection for RdmaConnection {
         self.link.id
     }
 
+    fn provider(&self) -> &'static str {
+        "rdma"
+    }
+
     fn send(
         &mut self,
         payload: Payload<'_, RdmaRegion>,

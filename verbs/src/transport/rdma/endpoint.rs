@@ -222,6 +222,32 @@ fn received_result(status: ibv_wc_status::Type) -> Result<(), WorkError> {
     }
 }
 
+impl RdmaEndpoint {
+    /// Has the next completion end a [sleep](RdmaAttach::sleep). `false`: there may be something to poll now.
+    pub(in crate::transport) fn arm(&mut self) -> bool {
+        // The end of a connection is a matter of moments, and what it waits for may have come already.
+        if !self.found.is_empty() || !self.ending.is_empty() || self.queues.has_news() {
+            return false;
+        }
+        self.queues.drain_events();
+        self.queues.arm();
+        // What completed before the queue was armed announces itself to nobody.
+        let mut places = [const { MaybeUninit::uninit() }; BATCH];
+        let number = self.queues.take(&mut places);
+        // SAFETY: `take` has filled these, and each is read out once.
+        self.found.extend(places[..number].iter().map(|place| unsafe { place.assume_init_read() }));
+        number == 0
+    }
+}
+
+impl RdmaAttach {
+    /// Sleeps as [`Endpoint::wait`] does, for a polling thread that sleeps elsewhere and has [armed](RdmaEndpoint::arm) the queue. One
+    /// thread at a time does so.
+    pub(in crate::transport) fn sleep(&self, timeout: Duration) {
+        self.0.sleep(timeout);
+    }
+}
+
 impl Endpoint for RdmaEndpoint {
     type Attach = RdmaAttach;
 
@@ -250,21 +276,9 @@ impl Endpoint for RdmaEndpoint {
     }
 
     fn wait(&mut self, timeout: Duration) {
-        // The end of a connection is a matter of moments, and what it waits for may have come already.
-        if !self.found.is_empty() || !self.ending.is_empty() || self.queues.has_news() {
-            return;
+        if self.arm() {
+            self.queues.sleep(timeout);
         }
-        self.queues.drain_events();
-        self.queues.arm();
-        // What completed before the queue was armed announces itself to nobody.
-        let mut places = [const { MaybeUninit::uninit() }; BATCH];
-        let number = self.queues.take(&mut places);
-        if number > 0 {
-            // SAFETY: `take` has filled these, and each is read out once.
-            self.found.extend(places[..number].iter().map(|place| unsafe { place.assume_init_read() }));
-            return;
-        }
-        self.queues.sleep(timeout);
     }
 
     fn message(&self, buffer: &ReceiveBuffer) -> &[u8] {

@@ -24,7 +24,8 @@
 //! which then wakes without asking for `PARKED` ([`poke`]).
 //!
 //! Peers can write the page, so nothing here is trusted: a stray bit is a look in vain, and a peer that
-//! clears the bits of others delays them, which is in its power on a shared host anyway.
+//! clears the bits of others delays them: until the owner's next wait is over, or their next bell. It cannot keep anybody from
+//! mapping the page ([`super::file`]).
 
 use std::{
     os::fd::OwnedFd,
@@ -164,7 +165,7 @@ impl Page {
 
     /// A peer's. The connections of this process to one endpoint share it.
     pub(super) fn open(mappings: &Mappings, fd: &OwnedFd) -> Result<Self, Error> {
-        Mapping::open_shared(mappings, fd, PAGE, true).map(Self)
+        mappings.open(fd, PAGE, true).map(Self)
     }
 }
 

@@ -1,69 +1,53 @@
-//! Listening, connecting, accepting.
-//!
-//! A socket file that nobody listens on (its server was killed) is replaced, a live one never is: the look
-//! and the replacement happen under a lock on the directory, so that two servers that start together do not
-//! both win.
+//! Connecting, and what both sides make of each other's openings.
 
 use std::{
-    collections::VecDeque,
-    fmt,
-    fs::{File, remove_file, symlink_metadata},
+    fs::symlink_metadata,
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::OwnedFd,
         unix::fs::{FileTypeExt, MetadataExt},
     },
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use rustix::{
-    event::{PollFd, PollFlags, poll},
-    fs::{FlockOperation, flock},
+    event::PollFlags,
     io::Errno,
     net::{
-        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
-        socket_with,
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
         sockopt::{Timeout, set_socket_timeout},
     },
 };
 
 use super::{
-    Inner,
+    admit,
     bell::Page,
     connection::ShmConnection,
-    endpoint::{Arrival, Seat, Shared, ShmAttach},
+    endpoint::{Arrival, Seat, Shared},
+    hear::{Heard, Progress, hear},
     link::Link,
-    mapping::{Mapping, Mappings, PAGE},
-    region::{RemoteMapping, RemoteTable},
+    region::{Offer, RemoteTable},
     ring::{self, Inbox, Outbox},
-    wire::{self, Kind, Opening, Received, RegionRecord, ready, send_opening, timespec},
+    wire::{self, Kind, Opening, ready, send_opening},
 };
 use crate::{
     address::Address,
     error::Error,
-    transport::{
-        EndpointConfig, Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request, host::check_private_data,
-    },
+    transport::{EndpointConfig, MAX_REQUEST_DATA, host::check_private_data},
 };
 
-/// Connections that the kernel keeps for a listener that is busy.
-const BACKLOG: i32 = 1024;
-/// Strangers that a listener hears out at a time, and for how long.
-const MAX_STRANGERS: usize = 256;
-const STRANGER_PATIENCE: Duration = Duration::from_secs(2);
+/// How often a listener that has said half of its answer is looked at.
+const HALF_LOOK: Duration = Duration::from_millis(1);
 
-/// Pause of a listener that the system has no descriptor for.
-const SHORTAGE_PAUSE: Duration = Duration::from_millis(10);
-
-fn new_socket(flags: SocketFlags) -> Result<OwnedFd, Error> {
+pub(super) fn new_socket(flags: SocketFlags) -> Result<OwnedFd, Error> {
     socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags | SocketFlags::CLOEXEC, None)
         .map_err(|e| Error::io("socket(AF_UNIX, SOCK_SEQPACKET)")(e.into()))
 }
 
 /// The path of an address of this provider, and what the kernel calls it.
-fn resolve(address: &Address) -> Result<(&Path, SocketAddrUnix), Error> {
+pub(super) fn resolve(address: &Address) -> Result<(&Path, SocketAddrUnix), Error> {
     let Address::Shm(path) = address else {
         return Err(Error::WrongProvider { address: address.to_string(), provider: "shm" });
     };
@@ -77,96 +61,40 @@ fn resolve(address: &Address) -> Result<(&Path, SocketAddrUnix), Error> {
     Ok((path, name))
 }
 
-/// The opening of a peer, as it comes in: an [`Opening`] and the regions that it announced.
-#[derive(Default)]
-struct Incoming {
-    opening: Option<(Opening, Vec<OwnedFd>)>,
-    regions: Vec<RemoteMapping>,
-}
-
-enum Progress {
-    Unfinished,
-    Complete,
-    /// The peer is gone or speaks something else.
-    Bad(String),
-}
-
-impl Incoming {
-    /// Takes what has arrived, without waiting.
-    fn advance(&mut self, socket: &OwnedFd, mappings: &Mappings) -> Progress {
-        loop {
-            let packet = match wire::receive(socket) {
-                Received::Packet(packet) => packet,
-                Received::Nothing => return Progress::Unfinished,
-                Received::End => return Progress::Bad("it closed the connection".to_owned()),
-            };
-            if let Err(reason) = self.take(packet, mappings) {
-                return Progress::Bad(reason);
-            }
-            if self.opening.as_ref().is_some_and(|(o, _)| self.regions.len() >= o.regions as usize) {
-                return Progress::Complete;
-            }
-        }
-    }
-
-    fn take(&mut self, packet: wire::Packet, mappings: &Mappings) -> Result<(), String> {
-        let Some((opening, _)) = &self.opening else {
-            let opening = Opening::decode(&packet.bytes)
-                .ok_or("it does not speak this version of Fervor's protocol for shared memory")?;
-            let expected = match opening.kind {
-                Kind::Hello => 1,
-                Kind::Accept => 3,
-                Kind::Refuse => 0,
-            };
-            if packet.fds.len() != expected || (opening.kind == Kind::Refuse && opening.regions > 0) {
-                return Err(format!("it sent {} descriptors instead of {expected}", packet.fds.len()));
-            }
-            self.opening = Some((opening, packet.fds));
-            return Ok(());
-        };
-        let records = RegionRecord::decode(&packet.bytes).ok_or("it sent a malformed list of regions")?;
-        if records.len() != packet.fds.len() || self.regions.len() + records.len() > opening.regions as usize
-        {
-            return Err("it sent another number of regions than announced".to_owned());
-        }
-        for (RegionRecord { key, writable, base, length }, fd) in records.into_iter().zip(&packet.fds) {
-            let least = usize::try_from(length).map_err(|e| e.to_string())?;
-            let mapping = Mapping::open_shared(mappings, fd, least, writable).map_err(|e| e.to_string())?;
-            self.regions.push(RemoteMapping { key, base, length, writable, mapping });
-        }
-        Ok(())
-    }
-}
-
 /// What an endpoint tells its peers.
-fn opening(
+pub(super) fn opening(
     kind: Kind,
     seat: &Seat,
     config: &EndpointConfig,
-    depth: usize,
-    regions: usize,
+    offers: &[Offer],
     data: &[u8],
 ) -> Opening {
     Opening {
         kind,
         slot: seat.slot,
-        regions: regions as u32,
+        regions: offers.len() as u32,
+        region_bytes: offers.iter().map(|offer| offer.length).sum(),
         receive_size: config.receive_size as u64,
         receive_buffers: config.receive_buffers as u64,
-        send_depth: depth as u64,
+        send_depth: config.send_depth as u64,
         data: data.to_vec(),
     }
 }
 
+/// The capacity of the ring from one side to the other, which both compute.
+pub(super) fn capacity(send_depth: u64, receive_buffers: u64, receive_size: u64) -> u64 {
+    ring::capacity(send_depth.max(receive_buffers), receive_size)
+}
+
 /// Everything about a peer that a connection needs.
-struct Peer {
-    opening: Opening,
-    bell: Page,
-    regions: RemoteTable,
+pub(super) struct Peer {
+    pub(super) opening: Opening,
+    pub(super) bell: Page,
+    pub(super) regions: RemoteTable,
 }
 
 impl Peer {
-    fn connection(
+    pub(super) fn connection(
         self,
         shared: &Shared,
         seat: Seat,
@@ -183,6 +111,28 @@ impl Peer {
     }
 }
 
+/// The time that a call may take.
+struct Patience<'a> {
+    address: &'a Address,
+    timeout: Duration,
+    deadline: Option<Instant>,
+}
+
+impl Patience<'_> {
+    fn left(&self) -> Duration {
+        self.deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()))
+    }
+
+    fn over(&self) -> Error {
+        let what = format!("connecting to `{}`", self.address);
+        Error::Timeout { what, seconds: self.timeout.as_secs_f64() }
+    }
+
+    fn unreachable(&self, reason: impl Into<String>) -> Error {
+        Error::Unreachable { address: self.address.to_string(), reason: reason.into() }
+    }
+}
+
 /// See [`Transport::connect`](crate::transport::Transport::connect).
 pub(super) fn connect_to(
     shared: &Arc<Shared>,
@@ -192,319 +142,134 @@ pub(super) fn connect_to(
 ) -> Result<(ShmConnection, Vec<u8>), Error> {
     let (_, name) = resolve(address)?;
     check_private_data(private_data, MAX_REQUEST_DATA)?;
-    let deadline = Instant::now().checked_add(timeout);
-    let left = || deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
-    let late =
-        || Error::Timeout { what: format!("connecting to `{address}`"), seconds: timeout.as_secs_f64() };
-    let unreachable = |reason: String| Error::Unreachable { address: address.to_string(), reason };
+    let patience = Patience { address, timeout, deadline: Instant::now().checked_add(timeout) };
     let seat = Seat::reserve(shared)?;
+    let inner = &shared.inner;
+    let socket = dial(&name, inner.user, &patience)?;
+    // Before the listener gets anything: whose is it?
+    let user = admit::user_of_peer(&socket)?;
+    let stranger = |user| Error::OtherUser { address: address.to_string(), own: inner.user, peer: user };
+    if !inner.admit.admits(inner.user, user) {
+        return Err(stranger(user));
+    }
+    let offers = inner.registry.offers()?;
+    let hello = opening(Kind::Hello, &seat, &shared.config, &offers, private_data);
+    let users = (inner.user, user);
+    let said = send_opening(&socket, &hello, &[shared.bell_file()], &offers, users, patience.deadline);
+    let heard = match said {
+        Ok(()) => answer(&socket, shared, &patience)?,
+        Err(error) => parting_words(&socket, shared, error, &patience)?,
+    };
+    match heard.opening.kind {
+        Kind::Accept => {}
+        Kind::Refuse => {
+            let private_data = heard.opening.data;
+            return Err(Error::Refused { address: address.to_string(), private_data });
+        }
+        Kind::Forbid => return Err(stranger(heard.opening.admitted_user().unwrap_or(user))),
+        Kind::Hello => return Err(patience.unreachable("it wants to connect, too")),
+    }
+    established(shared, seat, socket, heard, &patience)
+}
 
+/// A socket that is connected to the listener.
+fn dial(name: &SocketAddrUnix, own: u32, patience: &Patience<'_>) -> Result<OwnedFd, Error> {
     let socket = new_socket(SocketFlags::empty())?;
     // The kernel makes a connect wait while the backlog is full, as long as a send may. 0 would mean for
     // ever.
-    let patience = timeout.clamp(Duration::from_millis(1), Duration::from_secs(1 << 30));
-    set_socket_timeout(&socket, Timeout::Send, Some(patience))
+    let limit = patience.timeout.clamp(Duration::from_millis(1), Duration::from_secs(1 << 30));
+    set_socket_timeout(&socket, Timeout::Send, Some(limit))
         .map_err(|e| Error::io("setsockopt(SO_SNDTIMEO)")(e.into()))?;
     loop {
-        match connect(&socket, &name) {
-            Ok(()) => break,
+        match connect(&socket, name) {
+            Ok(()) => return Ok(socket),
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Err(late()),
-            Err(e) => return Err(unreachable(io::Error::from(e).to_string())),
+            Err(Errno::AGAIN) => return Err(patience.over()),
+            Err(e) => return Err(undialled(e, own, patience)),
         }
     }
-    let offers = shared.inner.registry.offers();
-    let depth = shared.config.send_depth;
-    let hello = opening(Kind::Hello, &seat, &shared.config, depth, offers.len(), private_data);
-    send_opening(&socket, &hello, &[shared.bell_file()], &offers).map_err(|e| match e {
-        Error::System { source, .. } if source.kind() == io::ErrorKind::BrokenPipe => {
-            unreachable("it closed the connection".to_owned())
-        }
-        e => e,
-    })?;
+}
 
-    let mut incoming = Incoming::default();
-    loop {
-        match incoming.advance(&socket, &shared.inner.mappings) {
-            Progress::Complete => break,
-            Progress::Bad(reason) => return Err(unreachable(reason)),
-            Progress::Unfinished if left().is_zero() => return Err(late()),
-            Progress::Unfinished => ready(&socket, PollFlags::IN, left())?,
-        };
-    }
-    let Some((opening, fds)) = incoming.opening else {
-        return Err(unreachable("it said nothing".to_owned()));
-    };
-    let private_data = opening.data.clone();
-    let fds: [OwnedFd; 3] = match opening.kind {
-        Kind::Refuse => return Err(Error::Refused { address: address.to_string(), private_data }),
-        Kind::Hello => return Err(unreachable("it wants to connect, too".to_owned())),
-        Kind::Accept => fds.try_into().map_err(|_| unreachable("it sent no rings".to_owned()))?,
-    };
-    let [bell, inbox, outbox] = fds;
-    let bad_ring = |_| unreachable("it sent rings of a wrong size".to_owned());
-    let inbox = Inbox::new(Mapping::open(&inbox, PAGE, true)?).map_err(bad_ring)?;
-    let outbox = Outbox::new(Mapping::open(&outbox, PAGE, true)?).map_err(bad_ring)?;
-    // A message that the receiver takes must fit the ring, or its sender would wait for ever.
-    if outbox.capacity() < ring::record_size(opening.receive_size)
-        || inbox.capacity() < ring::record_size(shared.config.receive_size as u64)
+/// What it means that nobody could be connected to.
+fn undialled(error: Errno, own: u32, patience: &Patience<'_>) -> Error {
+    // A socket file of mode 0600 shuts other users out, and says whose it is.
+    if error == Errno::ACCESS
+        && let Address::Shm(path) = patience.address
+        && let Ok(file) = symlink_metadata(path)
+        && file.file_type().is_socket()
+        && file.uid() != own
     {
-        return Err(bad_ring(ring::Corrupt));
+        return Error::OtherUser { address: patience.address.to_string(), own, peer: file.uid() };
     }
-    let peer = Peer {
-        opening,
-        bell: Page::open(&shared.inner.mappings, &bell)?,
-        regions: RemoteTable::new(incoming.regions),
+    patience.unreachable(io::Error::from(error).to_string())
+}
+
+/// Waits for the listener's answer.
+fn answer(socket: &OwnedFd, shared: &Shared, patience: &Patience<'_>) -> Result<Heard, Error> {
+    let mut left = false;
+    loop {
+        match hear(socket, &shared.inner.mappings) {
+            Progress::Complete(heard) => return Ok(heard),
+            Progress::Bad(reason) => return Err(patience.unreachable(reason)),
+            Progress::Unfinished if left => {
+                return Err(patience.unreachable("it left in the middle of its answer"));
+            }
+            Progress::Silent | Progress::Unfinished if patience.left().is_zero() => {
+                return Err(patience.over());
+            }
+            Progress::Silent => ready(socket, PollFlags::IN, patience.left())?,
+            // The socket is ready already, for what is there.
+            Progress::Unfinished => left = wire::has_left(socket, HALF_LOOK.min(patience.left()))?,
+        }
+    }
+}
+
+/// What a listener said that has left before it heard all.
+fn parting_words(
+    socket: &OwnedFd,
+    shared: &Shared,
+    error: Error,
+    patience: &Patience<'_>,
+) -> Result<Heard, Error> {
+    let Error::System { source, .. } = &error else { return Err(error) };
+    match source.kind() {
+        io::ErrorKind::WouldBlock => return Err(patience.over()),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {}
+        _ => return Err(error),
+    }
+    match hear(socket, &shared.inner.mappings) {
+        Progress::Complete(heard) if heard.opening.kind != Kind::Accept => Ok(heard),
+        Progress::Bad(reason) => Err(patience.unreachable(reason)),
+        _ => Err(patience.unreachable("it closed the connection")),
+    }
+}
+
+/// The connection that the listener has accepted.
+fn established(
+    shared: &Shared,
+    seat: Seat,
+    socket: OwnedFd,
+    heard: Heard,
+    patience: &Patience<'_>,
+) -> Result<(ShmConnection, Vec<u8>), Error> {
+    let Heard { mut opening, fds, regions } = heard;
+    let private_data = std::mem::take(&mut opening.data);
+    let [bell, inbox_file, outbox_file]: [OwnedFd; 3] =
+        fds.try_into().map_err(|_| patience.unreachable("it sent no rings"))?;
+    let config = &shared.config;
+    let (depth, buffers) = (config.send_depth as u64, config.receive_buffers as u64);
+    let inward = capacity(opening.send_depth, buffers, config.receive_size as u64);
+    let outward = capacity(depth, opening.receive_buffers, opening.receive_size);
+    let mappings = &shared.inner.mappings;
+    let open = |what: &str, file: &OwnedFd, capacity| {
+        let wrong = |e: String| patience.unreachable(format!("it sent a bad {what}: {e}"));
+        mappings.open_whole(file, ring::file_size(capacity)).map_err(|e| wrong(e.to_string()))
     };
-    Ok((peer.connection(shared, seat, depth, socket, inbox, outbox)?, private_data))
-}
-
-/// A peer that has connected to the socket and not yet said all.
-struct Stranger {
-    socket: OwnedFd,
-    incoming: Incoming,
-    deadline: Instant,
-}
-
-/// A listening socket of the `shm` provider.
-pub struct ShmListener {
-    inner: Arc<Inner>,
-    socket: OwnedFd,
-    address: Address,
-    path: PathBuf,
-    /// Device and inode of the socket file: only that one is removed.
-    file: (u64, u64),
-    strangers: VecDeque<Stranger>,
-    complete: VecDeque<ShmRequest>,
-}
-
-impl ShmListener {
-    pub(super) fn new(inner: &Arc<Inner>, address: &Address) -> Result<Self, Error> {
-        let (path, name) = resolve(address)?;
-        let folder = path.parent().unwrap_or(Path::new("/"));
-        let lock = File::open(folder).map_err(Error::io(format!("open({})", folder.display())))?;
-        flock(&lock, FlockOperation::LockExclusive)
-            .map_err(|e| Error::io(format!("flock({})", folder.display()))(e.into()))?;
-        let socket = new_socket(SocketFlags::NONBLOCK)?;
-        match bind(&socket, &name) {
-            Err(Errno::ADDRINUSE) => {
-                remove_stale(address, path, &name)?;
-                bind(&socket, &name)
-            }
-            other => other,
-        }
-        .map_err(|e| Error::io(format!("bind({})", path.display()))(e.into()))?;
-        listen(&socket, BACKLOG).map_err(|e| Error::io(format!("listen({})", path.display()))(e.into()))?;
-        let file = symlink_metadata(path).map_err(Error::io(format!("stat({})", path.display())))?;
-        Ok(Self {
-            inner: inner.clone(),
-            socket,
-            address: address.clone(),
-            path: path.to_owned(),
-            file: (file.dev(), file.ino()),
-            strangers: VecDeque::new(),
-            complete: VecDeque::new(),
-        })
-    }
-
-    /// Takes everyone who waits at the socket.
-    fn take_strangers(&mut self) -> Result<(), Error> {
-        while self.strangers.len() < MAX_STRANGERS {
-            match accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                Ok(socket) => self.strangers.push_back(Stranger {
-                    socket,
-                    incoming: Incoming::default(),
-                    deadline: Instant::now() + STRANGER_PATIENCE,
-                }),
-                Err(Errno::AGAIN) => return Ok(()),
-                // No descriptor is left now; the peer waits, and may come in later.
-                Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                    std::thread::sleep(SHORTAGE_PAUSE);
-                    return Ok(());
-                }
-                // It is gone already; the next one may be there.
-                Err(Errno::INTR | Errno::CONNABORTED) => {}
-                Err(e) => {
-                    return Err(Error::io(format!("accept({})", self.path.display()))(e.into()));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Hears all strangers; keeps those who have said all, and drops those who talk nonsense or nothing.
-    fn hear_strangers(&mut self) {
-        let now = Instant::now();
-        for mut stranger in std::mem::take(&mut self.strangers) {
-            match stranger.incoming.advance(&stranger.socket, &self.inner.mappings) {
-                Progress::Complete => self.complete.extend(ShmRequest::new(stranger, &self.inner.mappings)),
-                Progress::Unfinished if now < stranger.deadline => self.strangers.push_back(stranger),
-                Progress::Unfinished | Progress::Bad(_) => {}
-            }
-        }
-    }
-
-    /// Waits until the socket, or a stranger, may have something.
-    fn sleep(&self, timeout: Duration) -> Result<(), Error> {
-        let mut fds = Vec::with_capacity(1 + self.strangers.len());
-        if self.strangers.len() < MAX_STRANGERS {
-            fds.push(PollFd::new(&self.socket, PollFlags::IN));
-        }
-        fds.extend(self.strangers.iter().map(|stranger| PollFd::new(&stranger.socket, PollFlags::IN)));
-        let now = Instant::now();
-        let patience = self.strangers.iter().map(|stranger| stranger.deadline.saturating_duration_since(now));
-        let timeout = patience.fold(timeout, Duration::min);
-        match poll(&mut fds, timespec(timeout).as_ref()) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(e) => Err(Error::io("poll(listener)")(e.into())),
-        }
-    }
-}
-
-/// Removes a socket file on which nobody listens; an error if somebody does, or if it is something else.
-fn remove_stale(address: &Address, path: &Path, name: &SocketAddrUnix) -> Result<(), Error> {
-    let is_socket = symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
-    if !is_socket {
-        return Err(Error::System {
-            call: format!("bind({})", path.display()),
-            source: io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                "a file that is no socket is there; remove it or choose another path",
-            ),
-        });
-    }
-    let probe = new_socket(SocketFlags::NONBLOCK)?;
-    match connect(&probe, name) {
-        Err(Errno::CONNREFUSED) => {
-            remove_file(path).map_err(Error::io(format!("unlink({}), a stale socket", path.display())))
-        }
-        Err(Errno::NOENT) => Ok(()),
-        // Also when its backlog is full (EAGAIN), when it is a socket of another kind (EPROTOTYPE) …
-        _ => Err(Error::AddressInUse { address: address.to_string() }),
-    }
-}
-
-impl Listener for ShmListener {
-    type Request = ShmRequest;
-
-    fn accept(&mut self, timeout: Duration) -> Result<Option<ShmRequest>, Error> {
-        let deadline = Instant::now().checked_add(timeout);
-        loop {
-            self.take_strangers()?;
-            self.hear_strangers();
-            if let Some(request) = self.complete.pop_front() {
-                return Ok(Some(request));
-            }
-            let left = deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return Ok(None);
-            }
-            self.sleep(left)?;
-        }
-    }
-
-    fn address(&self) -> &Address {
-        &self.address
-    }
-}
-
-impl Drop for ShmListener {
-    fn drop(&mut self) {
-        let ours = symlink_metadata(&self.path).is_ok_and(|file| (file.dev(), file.ino()) == self.file);
-        if ours {
-            // If it cannot be removed, the next server replaces it.
-            let _ = remove_file(&self.path);
-        }
-    }
-}
-
-/// A peer that wants to connect.
-pub struct ShmRequest {
-    /// `None` once it has been answered.
-    peer: Option<(Peer, OwnedFd)>,
-    private_data: Vec<u8>,
-}
-
-impl ShmRequest {
-    /// `None`: it is no request.
-    fn new(stranger: Stranger, mappings: &Mappings) -> Option<Self> {
-        let (opening, fds) = stranger.incoming.opening?;
-        let [bell] = <[OwnedFd; 1]>::try_from(fds).ok()?;
-        if opening.kind != Kind::Hello {
-            return None;
-        }
-        let bell = Page::open(mappings, &bell).ok()?;
-        let private_data = opening.data.clone();
-        let peer = Peer { opening, bell, regions: RemoteTable::new(stranger.incoming.regions) };
-        Some(Self { peer: Some((peer, stranger.socket)), private_data })
-    }
-
-    fn refuse(&mut self, private_data: &[u8]) {
-        if let Some((_, socket)) = self.peer.take() {
-            // Fails when the peer is gone, and then nobody waits for the answer.
-            let _ = send_opening(&socket, &Opening::refusal(private_data), &[], &[]);
-        }
-    }
-}
-
-impl Request for ShmRequest {
-    type Attach = ShmAttach;
-    type Connection = ShmConnection;
-
-    fn private_data(&self) -> &[u8] {
-        &self.private_data
-    }
-
-    fn accept_with(
-        mut self,
-        endpoint: &ShmAttach,
-        depth: usize,
-        private_data: &[u8],
-    ) -> Result<ShmConnection, Error> {
-        check_private_data(private_data, MAX_REPLY_DATA)?;
-        let shared = &endpoint.0;
-        let seat = Seat::reserve(shared)?;
-        let config = &shared.config;
-        let depth = depth.clamp(1, config.send_depth);
-        let Some((peer, _)) = &self.peer else { unreachable!("`self` is answered once, and then consumed") };
-        let receive_size = config.receive_size as u64;
-        let inward = ring::capacity(peer.opening.send_depth.max(config.receive_buffers as u64), receive_size);
-        let outward =
-            ring::capacity(peer.opening.receive_buffers.max(depth as u64), peer.opening.receive_size);
-        let (inbox, inbox_file) = ring::create(inward)?;
-        let (outbox, outbox_file) = ring::create(outward)?;
-        let own = "a ring just made is of the right size";
-        let (inbox, outbox) = (Inbox::new(inbox).expect(own), Outbox::new(outbox).expect(own));
-        let offers = shared.inner.registry.offers();
-        let accept = opening(Kind::Accept, &seat, config, depth, offers.len(), private_data);
-        let fds = [shared.bell_file(), outbox_file.as_fd(), inbox_file.as_fd()];
-        // Answered from here on: after a failure half way, the end of the socket is the peer's answer.
-        let Some((peer, socket)) = self.peer.take() else { unreachable!("seen above") };
-        send_opening(&socket, &accept, &fds, &offers)?;
-        peer.connection(shared, seat, depth, socket, inbox, outbox)
-    }
-
-    fn reject(mut self, private_data: &[u8]) {
-        let most = MAX_REPLY_DATA;
-        assert!(private_data.len() <= most, "{} bytes of private data; at most {most}", private_data.len());
-        self.refuse(private_data);
-    }
-}
-
-impl Drop for ShmRequest {
-    fn drop(&mut self) {
-        self.refuse(&[]);
-    }
-}
-
-impl fmt::Debug for ShmListener {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ShmListener({})", self.address)
-    }
-}
-
-impl fmt::Debug for ShmRequest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ShmRequest({} bytes of private data)", self.private_data.len())
-    }
+    let bad_ring = |e: ring::Corrupt| patience.unreachable(e.to_string());
+    let inbox = Inbox::new(open("ring to this side", &inbox_file, inward)?).map_err(bad_ring)?;
+    let outbox = Outbox::new(open("ring from this side", &outbox_file, outward)?).map_err(bad_ring)?;
+    let bell = Page::open(mappings, &bell)
+        .map_err(|e| patience.unreachable(format!("it sent a bad doorbell: {e}")))?;
+    let peer = Peer { opening, bell, regions };
+    Ok((peer.connection(shared, seat, config.send_depth, socket, inbox, outbox)?, private_data))
 }

@@ -3,6 +3,12 @@
 //! What [`Connection::ring`] adds is the news: the peer's bell if messages were published, and the own
 //! endpoint's bell for the completions. A one-sided READ or WRITE touches nothing of the peer but the memory
 //! that it names.
+//!
+//! **A refused post has done nothing.** Each post first looks at all that could refuse it: the queue, the connection, the
+//! room in the ring. Then it begins ([`super::claim`]). Only after that it copies, publishes, and counts itself. So
+//! nothing that a peer could see comes before the last `return Err`. The one refusal later is that of the peer's gate, and
+//! it comes before the first byte. (A post that finds the ring full rings the peer's bell for the messages before it, which
+//! were posted.)
 
 use std::{fmt, sync::Arc};
 
@@ -86,17 +92,36 @@ impl ShmConnection {
         }
     }
 
-    /// Counts a request that has executed.
+    /// Begins a request: from here on it may do something, and is not refused any more (but by
+    /// [`withdraw`](Self::withdraw)).
     #[inline]
-    fn posted(&mut self, signal: Option<u64>, result: Result<(), WorkError>) -> Result<(), PostError> {
-        if !self.link.post(self.posted, signal, result) {
-            return Err(PostError::Disconnected);
-        }
+    fn begin(&mut self) -> Result<(), PostError> {
+        if self.link.begin(self.posted) { Ok(()) } else { Err(PostError::Disconnected) }
+    }
+
+    /// Refuses the request that has begun, and done nothing.
+    #[cold]
+    fn withdraw(&mut self) -> PostError {
+        self.link.withdraw(self.posted);
+        PostError::Disconnected
+    }
+
+    /// Counts the request that has begun and executed.
+    #[inline]
+    fn finish(&mut self, signal: Option<u64>) {
+        self.link.finish(self.posted, signal, Ok(()));
         self.posted += 1;
         self.news = true;
-        if let Err(error) = result
-            && !self.failed
-        {
+    }
+
+    /// Counts a request that fails, and does nothing.
+    #[cold]
+    fn fail(&mut self, signal: Option<u64>, error: WorkError) -> Result<(), PostError> {
+        self.begin()?;
+        self.link.finish(self.posted, signal, Err(error));
+        self.posted += 1;
+        self.news = true;
+        if !self.failed {
             self.failed = true;
             self.link.close(error);
         }
@@ -108,6 +133,12 @@ impl ShmConnection {
     fn broken(&mut self) -> PostError {
         self.link.close(WorkError::RemoteInvalid);
         PostError::Disconnected
+    }
+
+    /// As if the polling thread had just reported the end of the connection.
+    #[cfg(test)]
+    pub(super) fn report_end(&self) -> bool {
+        self.link.seal()
     }
 
     /// Writes a word of the outgoing ring's file, as a peer that is up to no good would.
@@ -140,20 +171,34 @@ impl ShmConnection {
         }
     }
 
-    /// Panics if a piece is outside its region; keeps the regions alive; returns the sum of the lengths.
+    /// Panics if a piece is outside its region; returns the sum of the lengths.
     #[inline]
-    fn gather(&mut self, pieces: &[Sge<'_, ShmRegion>]) -> usize {
+    fn gather(pieces: &[Sge<'_, ShmRegion>]) -> usize {
         assert!(pieces.len() <= MAX_SGE, "{} pieces in a list; at most {MAX_SGE} are possible", pieces.len());
         let mut total: usize = 0;
         for piece in pieces {
             piece.region.memory().check(piece.offset, piece.length);
             // Each length is that of existing memory, so four of them do not overflow.
             total += piece.length;
+        }
+        total
+    }
+
+    /// Keeps the regions of a request that has begun alive.
+    #[inline]
+    fn keep_all(&mut self, pieces: &[Sge<'_, ShmRegion>]) {
+        for piece in pieces {
             if !self.kept.last().is_some_and(|last| last.same(piece.region)) {
                 self.keep(piece.region);
             }
         }
-        total
+    }
+
+    #[inline]
+    fn keep_payload(&mut self, payload: &Payload<'_, ShmRegion>) {
+        if let Payload::Gather(pieces) = payload {
+            self.keep_all(pieces);
+        }
     }
 
     /// Moves the region to the end of the kept ones, where it is found first.
@@ -168,14 +213,14 @@ impl ShmConnection {
     }
 
     #[inline]
-    fn length(&mut self, payload: &Payload<'_, ShmRegion>) -> usize {
+    fn length(payload: &Payload<'_, ShmRegion>) -> usize {
         match payload {
             Payload::Inline(bytes) => {
                 let most = MAX_INLINE;
                 assert!(bytes.len() <= most, "{} bytes inline; at most {most} are possible", bytes.len());
                 bytes.len()
             }
-            Payload::Gather(pieces) => self.gather(pieces),
+            Payload::Gather(pieces) => Self::gather(pieces),
         }
     }
 }
@@ -213,19 +258,25 @@ impl Connection for ShmConnection {
         self.link.id
     }
 
+    fn provider(&self) -> &'static str {
+        "shm"
+    }
+
     fn send(
         &mut self,
         payload: Payload<'_, ShmRegion>,
         immediate: Option<u32>,
         signal: Option<u64>,
     ) -> Result<(), PostError> {
-        let length = self.length(&payload);
+        let length = Self::length(&payload);
         if !self.admit()? {
-            return self.posted(signal, Err(WorkError::Flushed));
+            return self.fail(signal, WorkError::Flushed);
         }
         if !self.reserve(length)? {
-            return self.posted(signal, Err(WorkError::RemoteInvalid));
+            return self.fail(signal, WorkError::RemoteInvalid);
         }
+        self.begin()?;
+        self.keep_payload(&payload);
         pieces(&payload, |at, from, len| {
             // SAFETY: `from` is readable for `len` bytes (`pieces`) of registered or caller-owned memory,
             // which is no ring; `reserve` said yes to the sum of all pieces, and `at + len` is at most that.
@@ -234,7 +285,8 @@ impl Connection for ShmConnection {
         let kind = if immediate.is_some() { Kind::SendImmediate } else { Kind::Send };
         self.outbox.publish(kind, length as u32, immediate.unwrap_or(0));
         self.peer_news = true;
-        self.posted(signal, Ok(()))
+        self.finish(signal);
+        Ok(())
     }
 
     fn write(
@@ -244,21 +296,26 @@ impl Connection for ShmConnection {
         immediate: Option<u32>,
         signal: Option<u64>,
     ) -> Result<(), PostError> {
-        let length = self.length(&payload);
+        let length = Self::length(&payload);
         if !self.admit()? {
-            return self.posted(signal, Err(WorkError::Flushed));
+            return self.fail(signal, WorkError::Flushed);
         }
-        if length > 0 {
-            let target = match self.remote.find(remote, length, true) {
-                Ok(target) => target,
-                Err(error) => return self.posted(signal, Err(error)),
-            };
-            if immediate.is_some() {
-                self.reserve(0)?;
-            }
+        let target = match length {
+            0 => None,
+            _ => match self.remote.find(remote, length, true) {
+                Ok(target) => Some(target),
+                Err(error) => return self.fail(signal, error),
+            },
+        };
+        if immediate.is_some() {
+            self.reserve(0)?;
+        }
+        self.begin()?;
+        if let Some(target) = target {
             if !self.outbox.enter() {
-                return Err(PostError::Disconnected);
+                return Err(self.withdraw());
             }
+            self.keep_payload(&payload);
             pieces(&payload, |at, from, len| {
                 // SAFETY: `from` is readable for `len` bytes (`pieces`); `find` vouches for `length` writable
                 // bytes at `target`, and `at + len <= length`, the sum of all pieces. The target is a
@@ -266,14 +323,13 @@ impl Connection for ShmConnection {
                 unsafe { to_shared(from, target.add(at), len) }
             });
             self.outbox.leave();
-        } else if immediate.is_some() {
-            self.reserve(0)?;
         }
         if let Some(immediate) = immediate {
             self.outbox.publish(Kind::WriteImmediate, 0, immediate);
             self.peer_news = true;
         }
-        self.posted(signal, Ok(()))
+        self.finish(signal);
+        Ok(())
     }
 
     fn read(
@@ -282,15 +338,19 @@ impl Connection for ShmConnection {
         remote: RemoteAddress,
         signal: Option<u64>,
     ) -> Result<(), PostError> {
-        let length = self.gather(into);
+        let length = Self::gather(into);
         if !self.admit()? {
-            return self.posted(signal, Err(WorkError::Flushed));
+            return self.fail(signal, WorkError::Flushed);
         }
-        if length > 0 {
+        if length == 0 {
+            self.begin()?;
+        } else {
             let source = match self.remote.find(remote, length, false) {
                 Ok(source) => source,
-                Err(error) => return self.posted(signal, Err(error)),
+                Err(error) => return self.fail(signal, error),
             };
+            self.begin()?;
+            self.keep_all(into);
             let mut at = 0;
             for piece in into {
                 // SAFETY: `find` vouches for `length` readable bytes at `source`, and `at + piece.length <=
@@ -299,7 +359,8 @@ impl Connection for ShmConnection {
                 at += piece.length;
             }
         }
-        self.posted(signal, Ok(()))
+        self.finish(signal);
+        Ok(())
     }
 
     fn ring(&mut self) -> Result<(), PostError> {

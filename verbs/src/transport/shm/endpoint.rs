@@ -324,7 +324,10 @@ impl Polled {
                 return Visit::Blocked;
             }
         }
-        self.link.seal();
+        if !self.link.seal() {
+            // The posting thread is in the middle of a request.
+            return Visit::More;
+        }
         self.link.complete(self.retired, usize::MAX, into);
         into.push(Completion::Disconnected { connection: self.link.id, cause });
         Visit::Over

@@ -3,13 +3,13 @@
 //! | field | written by | read by |
 //! |---|---|---|
 //! | `requests[n]` | the posting thread, before `posted` says so (release) | the polling thread, after (acquire) |
-//! | `posted`: number of requests, and `SEALED` | the posting thread counts; the polling thread seals | both |
+//! | `posted`: number of requests, and marks | see [`super::claim`] | both |
 //! | `retired`: number of requests whose completion was polled | the polling thread | the posting thread, for room |
 //! | `cause`: why the connection ended, or 0 | whoever ends it first | both |
 //!
 //! A request has executed when it is counted in `posted`: what it copies is copied before. The polling thread
-//! seals `posted` before it takes the last completions and reports the end, so no request is accepted whose
-//! completion nobody would see.
+//! seals `posted` before it takes the last completions and reports the end. So no request is accepted whose
+//! completion nobody would see, and none is refused that has begun.
 
 use std::{
     os::fd::OwnedFd,
@@ -19,10 +19,11 @@ use std::{
 use crossbeam_utils::CachePadded;
 use rustix::net::{Shutdown, shutdown};
 
-use super::bell::{self, Page};
+use super::{
+    bell::{self, Page},
+    claim,
+};
 use crate::transport::{Completion, ConnectionId, WorkError};
-
-const SEALED: u64 = 1 << 63;
 
 /// [`Request::outcome`] of a request that wants no completion, and of one that succeeded.
 const UNSIGNALLED: u32 = 0;
@@ -92,11 +93,22 @@ impl Link {
         &self.requests[number as usize & (self.requests.len() - 1)]
     }
 
-    /// Counts request number `number`, which has executed with `result`. For the posting thread, which has
-    /// seen that there is room. `false`: the connection's end has been reported already; the request was not
-    /// accepted.
+    /// Begins request number `number`. `false`: the connection's end has been reported already; nothing may happen.
+    /// For the posting thread, which has seen that there is room.
     #[inline]
-    pub(super) fn post(&self, number: u64, signal: Option<u64>, result: Result<(), WorkError>) -> bool {
+    pub(super) fn begin(&self, number: u64) -> bool {
+        claim::begin(&*self.posted, number)
+    }
+
+    /// Request number `number`, which had begun, has done nothing and never will.
+    #[inline]
+    pub(super) fn withdraw(&self, number: u64) {
+        claim::withdraw(&*self.posted, number);
+    }
+
+    /// Counts request number `number`, which had begun and has executed with `result`.
+    #[inline]
+    pub(super) fn finish(&self, number: u64, signal: Option<u64>, result: Result<(), WorkError>) {
         let request = self.request(number);
         if let Some(id) = signal {
             request.id.store(id, Ordering::Relaxed);
@@ -105,16 +117,16 @@ impl Link {
         } else {
             request.outcome.store(UNSIGNALLED, Ordering::Relaxed);
         }
-        // SYNC POINT: releases the request, and what it copied, to `complete`. Fails if sealed.
-        self.posted.compare_exchange(number, number + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        // SYNC POINT: releases the request, and what it copied, to `complete`.
+        claim::finish(&*self.posted, number);
     }
 
     /// Appends the completions of requests from number `next` on, at most `most` of them; returns the number
     /// of the next request, and whether that was all. For the polling thread.
     #[inline]
     pub(super) fn complete(&self, next: u64, most: usize, into: &mut Vec<Completion>) -> (u64, bool) {
-        // SYNC POINT: acquires what `post` released.
-        let posted = self.posted.load(Ordering::Acquire) & !SEALED;
+        // SYNC POINT: acquires what `finish` released.
+        let posted = claim::executed(&*self.posted);
         let full = into.len().saturating_add(most);
         let mut next = next;
         while next != posted && into.len() < full {
@@ -132,9 +144,9 @@ impl Link {
         (next, next == posted)
     }
 
-    /// Accepts no request any more. For the polling thread.
-    pub(super) fn seal(&self) {
-        self.posted.fetch_or(SEALED, Ordering::AcqRel);
+    /// Lets no request begin any more. `false`: one executes; ask again. For the polling thread.
+    pub(super) fn seal(&self) -> bool {
+        claim::seal(&*self.posted)
     }
 
     /// Why the connection ended, if it has.

@@ -16,7 +16,7 @@ use loom::{
 
 use super::{
     bell::{self, Bell, PARKED},
-    gate,
+    claim, gate,
     ring::{Consumer, Producer},
 };
 
@@ -205,6 +205,68 @@ fn loom_nothing_is_written_behind_a_closed_gate() {
             writer.join().unwrap();
             assert!(gate::close(&words.0, &words.1), "who was inside has left");
         }
+    });
+}
+
+#[test]
+fn loom_a_request_executes_before_the_end_or_not_at_all() {
+    check(|| {
+        let words = Arc::new((AtomicU64::new(0), Cell::new()));
+        let poster = {
+            let words = words.clone();
+            thread::spawn(move || {
+                let mut number = 0;
+                while number < 2 && claim::begin(&words.0, number) {
+                    // What it copies, and its outcome.
+                    words.1.set(number + 1);
+                    claim::finish(&words.0, number);
+                    number += 1;
+                }
+                number
+            })
+        };
+        if claim::seal(&words.0) {
+            // The owner's from now on: what executes after this, or is not ordered before it, is a race.
+            let executed = claim::executed(&words.0);
+            assert_eq!(words.1.get(), executed);
+            words.1.set(9);
+            assert_eq!(
+                poster.join().unwrap(),
+                executed,
+                "one was refused that had executed, or taken that was not counted"
+            );
+            assert_eq!(words.1.get(), 9);
+        } else {
+            let posted = poster.join().unwrap();
+            assert_eq!(
+                (posted, claim::executed(&words.0)),
+                (2, 2),
+                "nothing was sealed, so nothing is refused"
+            );
+            assert!(claim::seal(&words.0), "nothing executes any more");
+        }
+        assert!(!claim::begin(&words.0, claim::executed(&words.0)));
+    });
+}
+
+#[test]
+fn loom_a_withdrawn_request_is_not_counted() {
+    check(|| {
+        let word = Arc::new(AtomicU64::new(0));
+        let poster = {
+            let word = word.clone();
+            thread::spawn(move || {
+                let begun = claim::begin(&*word, 0);
+                if begun {
+                    claim::withdraw(&*word, 0);
+                }
+            })
+        };
+        let sealed = claim::seal(&*word);
+        poster.join().unwrap();
+        assert!(sealed || claim::seal(&*word));
+        assert_eq!(claim::executed(&*word), 0);
+        assert!(!claim::begin(&*word, 0));
     });
 }
 

@@ -1,12 +1,13 @@
 //! Memory that two processes map: rings, doorbell pages, and the peer's view of registered regions.
 //!
 //! The other process may write any byte at any time, so no reference to the bytes is ever made: they are
-//! copied by [`copy`](crate::memory::copy), or accessed as atomic words. It cannot take the memory away:
-//! every file is sealed against shrinking, and one that is not is refused ([`Mapping::open`]).
+//! copied by [`copy`](crate::memory::copy), or accessed as atomic words. It cannot take the memory away: see [`super::file`].
+//!
+//! **What is bounded.** Of a file no more is mapped than was announced, however large it is. A process may have 65,530
+//! mappings (`vm.max_map_count`), and needs some for itself, so the peers of a transport get [`MAX_MAPPINGS`] together.
 
 use std::{
     collections::HashMap,
-    fs::File,
     os::fd::{AsFd, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError, Weak,
@@ -15,78 +16,111 @@ use std::{
 };
 
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, memfd_create};
 
+use super::file;
 use crate::{error::Error, memory::copy::from_shared};
 
 /// Bytes of a page; of the header of every mapping that this module creates.
-pub(super) const PAGE: usize = 4096;
+pub(super) const PAGE: usize = file::PAGE;
 
-/// The mappings of peers' regions and doorbells, by device, inode and right: the connections of this process to one peer
+/// Most regions and doorbells of peers that a transport has mapped at a time: half of what Linux allows a process.
+pub(super) const MAX_MAPPINGS: usize = 1 << 15;
+
+/// A mapping by the device and inode of its file, and whether it is writable.
+type Key = (u64, u64, bool);
+
+/// The mappings of peers' regions and doorbells: the connections of this process to one peer
 /// share them, so that each page is faulted in once. While a mapping lives, so does its inode: no other file
 /// has its number.
-#[derive(Debug, Default)]
-pub(super) struct Mappings(Mutex<HashMap<(u64, u64, bool), Weak<Mapping>>>);
+#[derive(Debug)]
+pub(super) struct Mappings {
+    /// The user of this process.
+    user: u32,
+    table: Mutex<Table>,
+}
 
-/// A shared mapping of a whole file.
+#[derive(Debug, Default)]
+struct Table {
+    mappings: HashMap<Key, Weak<Mapping>>,
+    /// The dead are looked for when there are so many.
+    sweep: usize,
+}
+
+/// A shared mapping of a file, from its first byte on.
 #[derive(Debug)]
 pub(super) struct Mapping {
     map: MmapRaw,
     writable: bool,
 }
 
-impl Mapping {
-    /// Makes a file of `len` zero bytes, which can neither shrink nor grow, and maps it.
-    pub(super) fn create(name: &str, len: usize) -> Result<(Arc<Self>, OwnedFd), Error> {
-        let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .map_err(|e| Error::io(format!("memfd_create({name})"))(e.into()))?;
-        let file = File::from(fd);
-        file.set_len(len as u64).map_err(Error::io(format!("ftruncate(memfd, {len})")))?;
-        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)
-            .map_err(|e| Error::io("fcntl(memfd, F_ADD_SEALS)")(e.into()))?;
-        let fd = OwnedFd::from(file);
-        Ok((Arc::new(Self::map(&fd, len, true)?), fd))
+impl Mappings {
+    /// None yet, of a process of this user.
+    pub(super) fn new(user: u32) -> Self {
+        Self { user, table: Mutex::default() }
     }
 
-    /// As [`open`](Self::open), but finds the mapping again if the file has been mapped so in `mappings` and
-    /// still is.
-    pub(super) fn open_shared(
-        mappings: &Mappings,
-        fd: &OwnedFd,
-        least: usize,
-        writable: bool,
-    ) -> Result<Arc<Self>, Error> {
-        let file = fstat(fd).map_err(|e| Error::io("fstat(memfd)")(e.into()))?;
-        let key = (file.st_dev, file.st_ino, writable);
+    /// Maps the first `len` bytes of a file that a peer sent, or finds them mapped already. A longer mapping may be the
+    /// answer.
+    ///
+    /// # Errors
+    /// What is wrong with the file ([`file::inspect`]); the system's; [`MAX_MAPPINGS`].
+    pub(super) fn open(&self, fd: &OwnedFd, len: usize, writable: bool) -> Result<Arc<Mapping>, Error> {
+        let file = file::inspect(fd, len, self.user).map_err(refuse)?;
+        let key = (file.id.0, file.id.1, writable);
         // Insertions and removals of whole entries: a panic leaves nothing half done.
-        let mut mappings = mappings.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mapping) = mappings.get(&key).and_then(Weak::upgrade)
-            && mapping.len() >= least
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mapping) = table.mappings.get(&key).and_then(Weak::upgrade)
+            && mapping.len() >= len
         {
             return Ok(mapping);
         }
-        let mapping = Self::open(fd, least, writable)?;
-        mappings.retain(|_, mapping| mapping.strong_count() > 0);
-        mappings.insert(key, Arc::downgrade(&mapping));
+        table.make_room()?;
+        let mapping = Arc::new(Mapping::map(fd, len.next_multiple_of(file.page).min(file.len), writable)?);
+        table.mappings.insert(key, Arc::downgrade(&mapping));
         Ok(mapping)
     }
 
-    /// Maps all of a file that a peer sent, which must have at least `least` bytes and be sealed against
-    /// shrinking.
-    pub(super) fn open(fd: &OwnedFd, least: usize, writable: bool) -> Result<Arc<Self>, Error> {
-        let refuse = |what: String| Error::System {
-            call: "mapping memory of the peer".to_owned(),
-            source: std::io::Error::new(std::io::ErrorKind::InvalidData, what),
-        };
-        let seals = fcntl_get_seals(fd).map_err(|e| refuse(format!("it is no memfd ({e})")))?;
-        if !seals.contains(SealFlags::SHRINK) {
-            return Err(refuse("it is not sealed against shrinking".to_owned()));
+    /// Maps all of a file that a peer sent, which must have exactly `len` bytes.
+    pub(super) fn open_whole(&self, fd: &OwnedFd, len: usize) -> Result<Arc<Mapping>, Error> {
+        let file = file::inspect(fd, len, self.user).map_err(refuse)?;
+        if file.len != len {
+            return Err(refuse(format!("it has {} bytes and should have {len}", file.len)));
         }
-        let len = fstat(fd).map_err(|e| Error::io("fstat(memfd)")(e.into()))?.st_size;
-        match usize::try_from(len) {
-            Ok(len) if len >= least.max(1) => Ok(Arc::new(Self::map(fd, len, writable)?)),
-            _ => Err(refuse(format!("it has {len} bytes and should have {least}"))),
+        Mapping::map(fd, len, true).map(Arc::new)
+    }
+}
+
+impl Table {
+    /// Sees to it that one more mapping is allowed.
+    fn make_room(&mut self) -> Result<(), Error> {
+        if self.mappings.len() >= self.sweep {
+            self.mappings.retain(|_, mapping| mapping.strong_count() > 0);
+            self.sweep = (2 * self.mappings.len()).clamp(64, MAX_MAPPINGS);
         }
+        if self.mappings.len() < MAX_MAPPINGS {
+            return Ok(());
+        }
+        Err(Error::Limit {
+            what: "the number of regions of peers that a transport has mapped".to_owned(),
+            value: MAX_MAPPINGS as u64 + 1,
+            limit: MAX_MAPPINGS as u64,
+            cure: "; let peers register fewer, or end some connections".to_owned(),
+        })
+    }
+}
+
+fn refuse(what: String) -> Error {
+    Error::System {
+        call: "mapping memory of the peer".to_owned(),
+        source: std::io::Error::new(std::io::ErrorKind::InvalidData, what),
+    }
+}
+
+impl Mapping {
+    /// Makes a file of `len` zero bytes, for this process and a peer, and maps it.
+    pub(super) fn create(name: &str, len: usize) -> Result<(Arc<Self>, OwnedFd), Error> {
+        let fd = file::create(name, len)?;
+        Ok((Arc::new(Self::map(&fd, len, true)?), fd))
     }
 
     fn map(fd: &OwnedFd, len: usize, writable: bool) -> Result<Self, Error> {
@@ -144,5 +178,35 @@ impl Mapping {
             offset.saturating_add(len),
             self.len()
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peers_of_a_transport_share_a_limit_and_the_dead_make_room() {
+        let (one, fd) = Mapping::create("test", PAGE).unwrap();
+        let mappings = Mappings::new(0);
+        let entry = |number| ((u64::MAX, number, false), Arc::downgrade(&one));
+        mappings.table.lock().unwrap().mappings.extend((0..MAX_MAPPINGS as u64).map(entry));
+        let error = mappings.open(&fd, PAGE, true).unwrap_err();
+        assert!(matches!(error, Error::Limit { value: 32_769, limit: 32_768, .. }), "{error}");
+        drop(one);
+        assert_eq!(mappings.open(&fd, PAGE, true).unwrap().len(), PAGE);
+        assert_eq!(mappings.table.lock().unwrap().mappings.len(), 1);
+    }
+
+    #[test]
+    fn no_more_is_mapped_than_was_announced() {
+        let mappings = Mappings::new(0);
+        let (_own, fd) = Mapping::create("test", 1 << 30).unwrap();
+        assert_eq!(mappings.open(&fd, 1, true).unwrap().len(), PAGE);
+        assert_eq!(mappings.open(&fd, PAGE + 1, true).unwrap().len(), 2 * PAGE);
+        // A mapping that is long enough serves, and one that is not is replaced.
+        let long = mappings.open(&fd, 5 * PAGE, true).unwrap();
+        assert!(Arc::ptr_eq(&long, &mappings.open(&fd, 3 * PAGE, true).unwrap()));
+        assert!(mappings.open_whole(&fd, PAGE).is_err());
     }
 }

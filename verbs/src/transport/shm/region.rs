@@ -2,8 +2,21 @@
 //!
 //! A key names one registration of one transport. It is never given to two live registrations, and not given
 //! again soon. At connect each side passes all its regions that grant remote access: their keys, bounds and
-//! rights, and for each the memfd, opened read-only unless the right is [`Access::RemoteWrite`]. The memory
-//! of an [`Exclusive`] is moreover sealed, so that nobody can map it writable at all.
+//! rights, and for each the memfd.
+//!
+//! **A right is the file's.** A key is only a number in a message: what a peer can do to memory is what its descriptor lets it
+//! do. Memory is therefore sealed when it is registered, for good ([`super::file`] says what seals do):
+//!
+//! | registered for | its file is sealed | handed out |
+//! |---|---|---|
+//! | [`Access::RemoteRead`], or as the export of an [`Exclusive`] | `F_SEAL_FUTURE_WRITE`, `F_SEAL_SEAL` | opened read-only |
+//! | [`Access::RemoteWrite`] | `F_SEAL_SEAL` | opened for both |
+//!
+//! Whoever may only READ can therefore not write the memory by any descriptor, whoever it is. It follows that one memory
+//! cannot be registered for READ now and for WRITE later, or the other way round: that is an error.
+//!
+//! Memory on huge pages that peers may WRITE is handed to processes of the same user alone: another could punch its pages
+//! out, and take them from the pool.
 
 use std::{
     collections::HashMap,
@@ -13,9 +26,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use rustix::fs::{SealFlags, fcntl_add_seals};
+use rustix::fs::{SealFlags, fcntl_get_seals};
 
-use super::{mapping::Mapping, view::ShmView};
+use super::{
+    file::{self, SEALS},
+    mapping::Mapping,
+    view::ShmView,
+    wire::{MAX_REGION_BYTES, MAX_REGIONS},
+};
 use crate::{
     error::Error,
     memory::{Exclusive, Memory},
@@ -61,8 +79,12 @@ impl Registry {
     }
 
     /// What to tell a peer that connects: every region with a remote right.
-    pub(super) fn offers(&self) -> Vec<Offer> {
-        self.lock()
+    ///
+    /// # Errors
+    /// There are more than a peer takes.
+    pub(super) fn offers(&self) -> Result<Vec<Offer>, Error> {
+        let offers: Vec<_> = self
+            .lock()
             .regions
             .iter()
             .filter(|(_, (_, access))| *access != Access::Local)
@@ -73,7 +95,26 @@ impl Registry {
                 writable: *access == Access::RemoteWrite,
                 memory: memory.clone(),
             })
-            .collect()
+            .collect();
+        let within = |what: &str, value: u64, limit: u64, cure: &str| {
+            if value <= limit {
+                return Ok(());
+            }
+            Err(Error::Limit { what: what.to_owned(), value, limit, cure: cure.to_owned() })
+        };
+        within(
+            "the number of regions that a transport offers to each peer",
+            offers.len() as u64,
+            u64::from(MAX_REGIONS),
+            "; give each client of this process a transport of its own",
+        )?;
+        within(
+            "the size of the regions that a transport offers to each peer",
+            offers.iter().map(|offer| offer.length).fold(0, u64::saturating_add),
+            MAX_REGION_BYTES,
+            "; register less memory",
+        )?;
+        Ok(offers)
     }
 }
 
@@ -87,8 +128,21 @@ pub(super) struct Offer {
 }
 
 impl Offer {
-    /// A descriptor of the memory with no more than the right that is granted.
-    pub(super) fn descriptor(&self) -> Result<OwnedFd, Error> {
+    /// A descriptor of the memory with no more than the right that is granted, for a process of user `peer`. `own` is the
+    /// user of this process.
+    pub(super) fn descriptor(&self, own: u32, peer: u32) -> Result<OwnedFd, Error> {
+        if self.writable && self.memory.huge_pages() && own != peer {
+            return Err(Error::System {
+                call: format!("handing memory of user {own} to a process of user {peer}"),
+                source: std::io::Error::new(
+                    std::io::ErrorKind::PermissionDenied,
+                    format!(
+                        "that process may write {} bytes on huge pages, and could take the pages away; use small pages",
+                        self.length
+                    ),
+                ),
+            });
+        }
         let path = format!("/proc/self/fd/{}", self.memory.as_fd().as_raw_fd());
         OpenOptions::new()
             .read(true)
@@ -97,6 +151,31 @@ impl Offer {
             .map(File::into)
             .map_err(Error::io(format!("open({path})")))
     }
+}
+
+/// Seals memory for the right that peers get: see the module.
+fn seal(memory: &Memory, access: Access) -> Result<(), Error> {
+    let seals = match access {
+        Access::Local => return Ok(()),
+        Access::RemoteRead => SEALS | SealFlags::FUTURE_WRITE,
+        Access::RemoteWrite => SEALS,
+    };
+    let now =
+        fcntl_get_seals(memory.as_fd()).map_err(|e| Error::io("fcntl(memfd, F_GET_SEALS)")(e.into()))?;
+    let read_only = access == Access::RemoteRead;
+    if now.contains(SealFlags::SEAL) && now.contains(SealFlags::FUTURE_WRITE) != read_only {
+        let (before, now) = if read_only { ("WRITE", "READ alone") } else { ("READ alone", "WRITE") };
+        return Err(Error::System {
+            call: format!("registering {} bytes for remote {now}", memory.len()),
+            source: std::io::Error::new(
+                std::io::ErrorKind::PermissionDenied,
+                format!(
+                    "this memory has been registered for remote {before}, and is sealed for that; use another memory"
+                ),
+            ),
+        });
+    }
+    file::seal(memory.as_fd(), seals)
 }
 
 struct Registration {
@@ -127,6 +206,7 @@ pub struct ShmRegion(Arc<Registration>);
 
 impl ShmRegion {
     pub(super) fn new(registry: &Arc<Registry>, memory: &Memory, access: Access) -> Result<Self, Error> {
+        seal(memory, access)?;
         let key = registry.insert(memory, access)?;
         Ok(Self(Arc::new(Registration { memory: memory.clone(), key, registry: registry.clone() })))
     }
@@ -161,8 +241,7 @@ impl ShmExport {
     pub(super) fn new(registry: &Arc<Registry>, exclusive: &Exclusive) -> Result<Self, Error> {
         let memory = exclusive.memory();
         // The owner's mapping stays writable; no other writable one can be made, by whatever path.
-        fcntl_add_seals(memory.as_fd(), SealFlags::FUTURE_WRITE)
-            .map_err(|e| Error::io("fcntl(memfd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE)")(e.into()))?;
+        seal(memory, Access::RemoteRead)?;
         let key = registry.insert(memory, Access::RemoteRead)?;
         Ok(Self(Registration { memory: memory.clone(), key, registry: registry.clone() }))
     }

@@ -29,6 +29,7 @@ use std::{
 use super::{
     gate,
     mapping::{Mapping, PAGE},
+    wire::MAX_RECEIVE_SIZE,
 };
 use crate::{
     error::Error,
@@ -51,6 +52,10 @@ const ALIGN: u64 = 16;
 const LEAST: u64 = 64 << 10;
 const MOST: u64 = 1 << 20;
 
+/// Capacity of the greatest ring: for two of the longest messages that any receiver takes.
+const GREATEST: u64 = (2 * (MAX_RECEIVE_SIZE + ALIGN)).next_power_of_two();
+const _: () = assert!(GREATEST == 16 << 20 && MAX_RECEIVE_SIZE.is_multiple_of(ALIGN) && MOST <= GREATEST);
+
 /// The peer wrote something that the protocol does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the ring has a wrong size, or impossible indices or records")]
@@ -62,15 +67,21 @@ pub(super) fn record_size(length: u64) -> u64 {
 }
 
 /// Capacity of a ring in which `messages` messages of `length` bytes should fit: between the bounds above,
-/// but room for two of the longest in any case.
+/// but room for two of the longest in any case. Both sides of a connection compute it from what they told each other, so
+/// that a ring of another size is refused before it is mapped. At most [`GREATEST`].
 pub(super) fn capacity(messages: u64, length: u64) -> u64 {
     let record = record_size(length);
     messages.saturating_mul(record).clamp(LEAST, MOST).max(2 * record).next_power_of_two()
 }
 
+/// Bytes of the file of a ring of this capacity.
+pub(super) fn file_size(capacity: u64) -> usize {
+    PAGE + capacity as usize
+}
+
 /// Makes a ring of this capacity, a power of two, and the file to pass to the peer.
 pub(super) fn create(capacity: u64) -> Result<(Arc<Mapping>, OwnedFd), Error> {
-    Mapping::create("fervor-ring", PAGE + capacity as usize)
+    Mapping::create("fervor-ring", file_size(capacity))
 }
 
 /// The producer's side of the index protocol.
@@ -235,10 +246,6 @@ impl Outbox {
         Ok(Self { file, indices: Producer::new(capacity) })
     }
 
-    pub(super) fn capacity(&self) -> u64 {
-        self.indices.capacity
-    }
-
     /// Asks the receiver for leave to WRITE its memory: until [`leave`](Self::leave), if it is granted.
     #[inline]
     pub(super) fn enter(&self) -> bool {
@@ -320,10 +327,6 @@ impl Inbox {
     pub(super) fn new(file: Arc<Mapping>) -> Result<Self, Corrupt> {
         let capacity = ring_capacity(&file)?;
         Ok(Self { file, indices: Consumer::new(capacity), end: None })
-    }
-
-    pub(super) fn capacity(&self) -> u64 {
-        self.indices.capacity
     }
 
     /// Lets the peer WRITE no more; whether it is not in the middle of it.

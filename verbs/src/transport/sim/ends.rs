@@ -196,6 +196,10 @@ impl transport::Connection for Connection {
         self.id
     }
 
+    fn provider(&self) -> &'static str {
+        "sim"
+    }
+
     fn send(
         &mut self,
         payload: Payload<'_, Region>,

@@ -83,6 +83,10 @@ impl Connection for TcpConnection {
         self.link.id
     }
 
+    fn provider(&self) -> &'static str {
+        "tcp"
+    }
+
     fn send(
         &mut self,
         payload: Payload<'_, TcpRegion>,

@@ -50,6 +50,16 @@ impl TcpEndpoint {
         Ok(Self { shared, engine: Some(engine), messages, places, spent: Vec::new() })
     }
 
+    /// Has `wake` called whenever there is something to poll, for a polling thread that sleeps elsewhere. Called once.
+    pub(in crate::transport) fn wake_besides(&self, wake: impl Fn() + Send + Sync + 'static) {
+        self.shared.wake_besides(wake);
+    }
+
+    /// Whether there may be something to poll.
+    pub(in crate::transport) fn has_events(&self) -> bool {
+        self.shared.has_events()
+    }
+
     fn complete(&mut self, event: Event) -> Completion {
         match event {
             Event::Work { link, id, result } => {

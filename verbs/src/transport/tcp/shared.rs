@@ -9,10 +9,11 @@
 
 use std::{
     collections::VecDeque,
+    fmt,
     net::{Shutdown, TcpStream},
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -64,7 +65,18 @@ pub(super) struct Shared {
     /// [`Shared::wake`] was called.
     woken: AtomicBool,
     signal: HostSignal,
+    /// What is called after events were published.
+    besides: OnceLock<Waker>,
     orders: Mutex<Orders>,
+}
+
+/// Wakes a polling thread that sleeps elsewhere.
+struct Waker(Box<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for Waker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Waker")
+    }
 }
 
 impl Shared {
@@ -81,6 +93,7 @@ impl Shared {
             pending: AtomicBool::new(false),
             woken: AtomicBool::new(false),
             signal: HostSignal::new(),
+            besides: OnceLock::new(),
             orders: Mutex::default(),
         })
     }
@@ -108,6 +121,14 @@ impl Shared {
         self.inbox().events.extend(events.drain(..));
         self.pending.store(true, Ordering::SeqCst);
         self.signal.notify();
+        if let Some(Waker(wake)) = self.besides.get() {
+            wake();
+        }
+    }
+
+    /// From now on `wake` is called after events were published. Called once.
+    pub(super) fn wake_besides(&self, wake: impl Fn() + Send + Sync + 'static) {
+        self.besides.set(Waker(Box::new(wake))).expect("it is called once");
     }
 
     /// Whether there may be events: without a lock.

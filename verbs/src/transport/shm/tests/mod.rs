@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     path::PathBuf,
+    process::Command,
     sync::atomic::{AtomicU32, Ordering},
     time::Instant,
 };
@@ -13,10 +14,37 @@ use crate::transport::{
     RemoteRegion, Request, Sge, WorkError,
 };
 
+mod files;
+mod hostile;
 mod peers;
+mod processes;
+mod refused;
 mod sockets;
+mod users;
 
 const PATIENCE: Duration = Duration::from_secs(10);
+
+const ARGUMENT: &str = "FERVOR_TEST_ARGUMENT";
+
+/// This program, to run one test of this module in a process of its own, where it finds its [`argument`].
+fn program(test: &str, argument: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", &format!("transport::shm::tests::{test}"), "--nocapture"])
+        .env(ARGUMENT, argument);
+    command
+}
+
+/// What a test that runs in a process of its own was told.
+fn argument() -> Option<String> {
+    std::env::var(ARGUMENT).ok()
+}
+
+/// Runs one test of this module in a process of its own, to its end.
+fn run_alone(test: &str, argument: &str) {
+    let status = program(test, argument).status().unwrap();
+    assert!(status.success(), "the process of {test} ended with {status}");
+}
 
 /// A path of its own for each test.
 fn socket() -> (Address, PathBuf) {
@@ -413,10 +441,10 @@ fn exported_memory_is_read_and_cannot_be_mapped_writable() {
     assert!(matches!(next(&mut endpoint), Completion::Work { result: Ok(()), .. }));
     assert_eq!(target.memory().load(0), 77);
     // Even this process can map it only to read.
-    use std::os::fd::AsFd;
     let fd = exclusive.memory().as_fd().try_clone_to_owned().unwrap();
-    assert!(mapping::Mapping::open(&fd, 1, true).is_err());
-    assert!(mapping::Mapping::open(&fd.as_fd().try_clone_to_owned().unwrap(), 1, false).is_ok());
+    let mappings = mapping::Mappings::new(0);
+    assert!(mappings.open(&fd, 1, true).is_err());
+    assert!(mappings.open(&fd, 1, false).is_ok());
 }
 
 #[test]
@@ -459,15 +487,15 @@ fn connections_of_every_layer_of_the_bell_work() {
 
 #[test]
 fn connections_to_one_peer_share_their_mappings() {
-    let mappings = mapping::Mappings::default();
+    let mappings = mapping::Mappings::new(0);
     let (_own, fd) = mapping::Mapping::create("test", 4096).unwrap();
-    let open = |writable| mapping::Mapping::open_shared(&mappings, &fd, 4096, writable).unwrap();
+    let open = |writable| mappings.open(&fd, 4096, writable).unwrap();
     let (a, b, read_only) = (open(true), open(true), open(false));
     assert!(Arc::ptr_eq(&a, &b) && !Arc::ptr_eq(&a, &read_only));
     drop((a, b));
     assert!(Arc::ptr_eq(&open(false), &read_only));
     assert_eq!(open(true).len(), 4096, "mapped anew");
-    assert!(mapping::Mapping::open_shared(&mappings, &fd, 4097, false).is_err());
+    assert!(mappings.open(&fd, 4097, false).is_err());
 }
 
 #[test]
@@ -477,5 +505,5 @@ fn keys_are_given_back() {
     let keys: std::collections::HashSet<_> =
         (0..10_000).map(|_| transport.register(&memory, Access::RemoteWrite).unwrap().remote().key).collect();
     assert_eq!(keys.len(), 10_000, "a key is not used again soon");
-    assert_eq!(transport.0.registry.offers().len(), 0);
+    assert_eq!(transport.0.registry.offers().unwrap().len(), 0);
 }

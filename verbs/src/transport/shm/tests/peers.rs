@@ -1,7 +1,5 @@
 //! Peers that leave, die, or write what they should not.
 
-use std::process::{Child, Command};
-
 use super::*;
 
 #[test]
@@ -111,20 +109,9 @@ fn a_peer_that_corrupts_the_ring_loses_the_connection_and_no_more() {
     }
 }
 
-/// This test as another process, which connects, says hello, and then does nothing for ever.
-fn child(test: &str, address: &Address) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", &format!("transport::shm::tests::peers::{test}"), "--nocapture"])
-        .env(CHILD, address.to_string())
-        .spawn()
-        .unwrap()
-}
-
-const CHILD: &str = "FERVOR_TEST_CHILD_CONNECTS_TO";
-
 #[test]
 fn a_killed_peer_is_noticed_at_once() {
-    if let Ok(address) = std::env::var(CHILD) {
+    if let Some(address) = argument() {
         let transport = Shm::new().unwrap();
         let endpoint = transport.endpoint(&EndpointConfig::default()).unwrap();
         let memory = Memory::new("child", 4096).unwrap();
@@ -146,7 +133,8 @@ fn a_killed_peer_is_noticed_at_once() {
     let mut endpoint = transport.endpoint(&EndpointConfig::default()).unwrap();
     let mut listener = transport.listen(&address).unwrap();
     let target = transport.register(&Memory::new("target", 4096).unwrap(), Access::Local).unwrap();
-    let mut process = child("a_killed_peer_is_noticed_at_once", &address);
+    let mut process =
+        program("peers::a_killed_peer_is_noticed_at_once", &address.to_string()).spawn().unwrap();
     let request = listener.accept(PATIENCE).unwrap().unwrap();
     assert_eq!(request.private_data(), b"child");
     let mut connection = request.accept(&endpoint.attach(), b"").unwrap();

@@ -108,7 +108,7 @@ fn of_two_servers_that_find_a_stale_socket_one_wins() {
 }
 
 /// A socket connected to the listener, to say anything over.
-fn stranger(path: &PathBuf) -> std::os::fd::OwnedFd {
+pub(super) fn stranger(path: &PathBuf) -> std::os::fd::OwnedFd {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
     let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
     connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
@@ -127,6 +127,7 @@ fn strangers_do_not_disturb_a_listener() {
         kind: wire::Kind::Hello,
         slot: 0,
         regions: 1,
+        region_bytes: 64,
         receive_size: 64,
         receive_buffers: 1,
         send_depth: 1,
@@ -160,7 +161,7 @@ fn strangers_do_not_disturb_a_listener() {
         for stays in [false, true] {
             let socket = stranger(&path);
             for (bytes, fds) in dialogue {
-                wire::send(&socket, bytes, fds).unwrap();
+                wire::send(&socket, bytes, fds, None).unwrap();
                 assert!(listener.accept(Duration::ZERO).unwrap().is_none());
             }
             if stays {

@@ -1,0 +1,160 @@
+//! What the holder of a key may do: the words after the secret in a server's key file.
+//!
+//! | word | says |
+//! |---|---|
+//! | `role=read` | join tables that are there, and read them |
+//! | `role=train` | make tables, read them, and update them; without a role as well |
+//! | `tables=GLOB` | tables whose name fits alone; `*` stands for any characters, as in `tables=team-a/*`. It may be given several times |
+//!
+//! **What this keeps.** A client opens and updates what it may, and nothing else; what it asks for besides is refused with the reason.
+//! **What it does not keep.** Rows of all tables of a shard lie in one region, which every client of the shard may READ, since it READs
+//! without an instruction of the server. A client that goes round the library can read tables that it may not open. Where that matters,
+//! give each tenant a server of its own.
+
+use std::fmt;
+
+use fervor_verbs::session::Key;
+
+/// What a client may do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    key: String,
+    updates: bool,
+    /// Names of tables; none: all.
+    tables: Vec<String>,
+}
+
+/// A rule of a key that cannot be understood.
+#[derive(Debug, PartialEq, Eq)]
+pub struct BadRule {
+    key: String,
+    rule: String,
+}
+
+impl fmt::Display for BadRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { key, rule } = self;
+        write!(f, "key `{key}`: `{rule}` is no rule; there are role=read, role=train and tables=NAME, as in tables=team-a/*")
+    }
+}
+
+impl Default for Grant {
+    /// Everything: where there are no keys.
+    fn default() -> Self {
+        Self { key: String::new(), updates: true, tables: Vec::new() }
+    }
+}
+
+impl Grant {
+    /// What the holder of `key` may do.
+    ///
+    /// # Errors
+    /// A rule that is none.
+    pub fn of(key: &Key) -> Result<Self, BadRule> {
+        let mut grant = Self { key: key.name().to_owned(), ..Self::default() };
+        for rule in key.rules() {
+            match rule.split_once('=') {
+                Some(("role", "read")) => grant.updates = false,
+                Some(("role", "train")) => grant.updates = true,
+                Some(("tables", glob)) if !glob.is_empty() => grant.tables.push(glob.to_owned()),
+                _ => return Err(BadRule { key: key.name().to_owned(), rule: rule.clone() }),
+            }
+        }
+        Ok(grant)
+    }
+
+    /// Whether it may update tables, and make them.
+    pub fn updates(&self) -> bool {
+        self.updates
+    }
+
+    /// Whether it may open the table of that name, which is there or not.
+    ///
+    /// # Errors
+    /// Why not, for the client's user.
+    pub fn opens(&self, table: &str, there: bool) -> Result<(), String> {
+        let Self { key, updates, tables } = self;
+        if !tables.is_empty() && !tables.iter().any(|glob| fits(glob, table)) {
+            return Err(format!("the key `{key}` may use tables={}, and `{table}` is none of them", tables.join(" tables=")));
+        }
+        if !updates && !there {
+            return Err(format!("the table `{table}` is not there, and the key `{key}` may read (role=read), but make none"));
+        }
+        Ok(())
+    }
+
+    /// Why an update is refused.
+    pub fn no_updates(&self) -> String {
+        format!("the key `{}` may read (role=read), and this is an update", self.key)
+    }
+}
+
+/// Whether `text` fits `glob`, in which `*` stands for any characters.
+fn fits(glob: &str, text: &str) -> bool {
+    let mut parts = glob.split('*');
+    let first = parts.next().expect("a split has a part");
+    let Some(mut rest) = text.strip_prefix(first) else { return false };
+    let mut last = None;
+    for part in parts {
+        // A part between two stars may as well be where it first occurs.
+        if let Some(part) = last.replace(part) {
+            match rest.find(part) {
+                Some(at) => rest = &rest[at + part.len()..],
+                None => return false,
+            }
+        }
+    }
+    last.map_or(rest.is_empty(), |last| rest.ends_with(last))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grant(rules: &str) -> Result<Grant, BadRule> {
+        Grant::of(&format!("k {} {rules}", "ab".repeat(32)).parse().unwrap())
+    }
+
+    #[test]
+    fn globs_fit_what_they_say() {
+        for (glob, text, expected) in [
+            ("a", "a", true),
+            ("a", "ab", false),
+            ("", "", true),
+            ("*", "", true),
+            ("*", "anything", true),
+            ("a*", "a", true),
+            ("a*", "ba", false),
+            ("*a", "cba", true),
+            ("*a", "ab", false),
+            ("a*a", "a", false),
+            ("a*a", "aa", true),
+            ("a*b*c", "a1b2b3c", true),
+            ("a*b*c", "a1c2b", false),
+            ("a*bc*c", "abc", false),
+            ("**", "x", true),
+            ("team-a/*", "team-a/L", true),
+            ("team-a/*", "team-b/L", false),
+        ] {
+            assert_eq!(fits(glob, text), expected, "{glob} and {text}");
+        }
+    }
+
+    #[test]
+    fn rules_say_what_a_key_may_do() {
+        assert_eq!(Grant::default().opens("x", false), Ok(()));
+        assert!(grant("").unwrap().updates() && grant("role=train").unwrap().updates());
+        let reader = grant("role=read tables=a/* tables=b").unwrap();
+        assert!(!reader.updates());
+        assert_eq!(reader.opens("a/L", true), Ok(()));
+        assert_eq!(reader.opens("b", true), Ok(()));
+        let error = reader.opens("b", false).unwrap_err();
+        assert!(error.contains("`b` is not there") && error.contains("`k`"), "{error}");
+        let error = reader.opens("c", true).unwrap_err();
+        assert!(error.contains("`c`") && error.contains("tables=a/* tables=b"), "{error}");
+        for rule in ["role=admin", "tables=", "x", "role"] {
+            let error = grant(rule).unwrap_err().to_string();
+            assert!(error.contains(&format!("`{rule}`")) && error.contains("role=read"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,377 @@
+//! The client's end of a session, and the lanes that it makes.
+//!
+//! A process has one session with each server, which is begun when the first lane is made, and begun anew after it has ended (a server
+//! that was started again, say). Lanes do not end with it: each has its own news of its peer.
+//!
+//! A lane takes three steps. The client says what it wants, and gets a token; it connects by the lane's provider, with the token in
+//! place of private data; the server's program accepts or refuses, and the session carries what it says. If the way does not lead
+//! there (a socket that another container has, a device in another fabric), the next best is tried, and the bad one not again.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{Shutdown, TcpStream},
+    sync::PoisonError,
+    time::{Duration, Instant},
+};
+
+use super::{Host, HostAttach, HostConnection, connection::Lane, region::PeerRegions};
+use crate::{
+    address::Address,
+    error::Error,
+    session::{
+        Reason, Way,
+        noise::{Cipher, Initiator, Piece, piece},
+        wire::{Boot, Message, Offer, Token},
+    },
+    transport::{MAX_REQUEST_DATA, Transport, host::check_private_data, tcp},
+};
+
+/// How long a server may take for its last word on a lane that has been refused.
+const LAST_WORD: Duration = Duration::from_secs(2);
+
+/// The session with one server: none, or one that has ended, is begun anew by the next lane.
+#[derive(Default)]
+pub(super) struct Dialled {
+    session: Option<Session>,
+    /// Ways that were tried and led nowhere.
+    bad: Vec<(Way, String)>,
+}
+
+/// An established session.
+struct Session {
+    socket: TcpStream,
+    cipher: Cipher,
+    /// Bytes that have come and are no whole frame yet.
+    heard: Vec<u8>,
+    last: u32,
+    same_host: bool,
+    offers: Vec<Offer>,
+}
+
+/// What a connect has been asked for.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    host: &'a Host,
+    address: &'a Address,
+    name: &'a str,
+    port: u16,
+    deadline: Option<Instant>,
+    timeout: Duration,
+}
+
+impl Asked<'_> {
+    fn left(&self) -> Duration {
+        self.deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()))
+    }
+
+    fn late(&self) -> Error {
+        Error::Timeout {
+            what: format!("connecting to `{}`", self.address),
+            seconds: self.timeout.as_secs_f64(),
+        }
+    }
+
+    fn unreachable(&self, reason: impl Into<String>) -> Error {
+        Error::Unreachable { address: self.address.to_string(), reason: reason.into() }
+    }
+
+    fn no_session(&self, reason: Reason) -> Error {
+        Error::NoSession { address: self.address.to_string(), reason: reason.to_string() }
+    }
+}
+
+/// See [`Transport::connect`].
+pub(super) fn connect(
+    host: &Host,
+    endpoint: &HostAttach,
+    address: &Address,
+    private_data: &[u8],
+    timeout: Duration,
+) -> Result<(HostConnection, Vec<u8>), Error> {
+    assert!(endpoint.is_of(host), "the endpoint is of another transport");
+    let Address::Session { host: name, port, via } = address else {
+        return direct(host, endpoint, address, private_data, timeout);
+    };
+    if !host.0.sessions {
+        return Err(Error::WrongProvider { address: address.to_string(), provider: "shm, rdma or tcp" });
+    }
+    check_private_data(private_data, MAX_REQUEST_DATA)?;
+    let deadline = Instant::now().checked_add(timeout);
+    let asked = Asked { host, address, name, port: *port, deadline, timeout };
+    let dialled = host.0.dialled(address);
+    // A panic leaves a session that may have said half of something: the next error ends it.
+    let mut dialled = dialled.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(session) = &mut dialled.session
+        && !session.lives()
+    {
+        *dialled = Dialled::default();
+    }
+    if dialled.session.is_none() {
+        dialled.session = Some(Session::begin(&asked)?);
+    }
+    let made = make(&asked, &mut dialled, *via, endpoint, private_data);
+    if !matches!(made, Ok(_) | Err(Error::Refused { .. } | Error::Limit { .. })) {
+        // What the server says of this lane later is nobody's business any more.
+        *dialled = Dialled::default();
+    }
+    made
+}
+
+/// Makes a lane by the best way that leads there.
+fn make(
+    asked: &Asked,
+    dialled: &mut Dialled,
+    via: Option<Way>,
+    endpoint: &HostAttach,
+    private_data: &[u8],
+) -> Result<(HostConnection, Vec<u8>), Error> {
+    let session = dialled.session.as_mut().expect("the caller has begun it");
+    let mut reasons = Vec::new();
+    for way in Way::ALL.into_iter().filter(|way| via.is_none_or(|via| via == *way)) {
+        if let Some((_, reason)) = dialled.bad.iter().find(|(bad, _)| *bad == way) {
+            reasons.push(format!("{way}: {reason}"));
+            continue;
+        }
+        let place = match session.place(asked, way) {
+            Ok(place) => place,
+            Err(reason) => {
+                reasons.push(format!("{way}: {reason}"));
+                continue;
+            }
+        };
+        match session.lane(asked, way, &place, endpoint, private_data) {
+            Err(Error::Unreachable { reason, .. }) => {
+                reasons.push(format!("{way}: {reason}"));
+                dialled.bad.push((way, reason));
+            }
+            made => return made,
+        }
+    }
+    Err(asked.unreachable(format!("no way leads there ({})", reasons.join("; "))))
+}
+
+/// Connects by one provider's own handshake.
+fn direct(
+    host: &Host,
+    endpoint: &HostAttach,
+    address: &Address,
+    private_data: &[u8],
+    timeout: Duration,
+) -> Result<(HostConnection, Vec<u8>), Error> {
+    let way = match address {
+        Address::Shm(_) => Way::Shm,
+        Address::Rdma { .. } => Way::Rdma,
+        _ => Way::Tcp,
+    };
+    if host.0.sessions || !host.has(way) {
+        let provider = Way::ALL.into_iter().find(|way| host.has(*way)).map_or("fervor", Way::name);
+        return Err(Error::WrongProvider { address: address.to_string(), provider });
+    }
+    let (lane, reply) = by(host, way, endpoint, address, private_data, timeout)?;
+    Ok((HostConnection::new(lane, PeerRegions::default())?, reply))
+}
+
+/// Connects by the provider of a way that the host has.
+fn by(
+    host: &Host,
+    way: Way,
+    endpoint: &HostAttach,
+    address: &Address,
+    private_data: &[u8],
+    timeout: Duration,
+) -> Result<(Lane, Vec<u8>), Error> {
+    let none = || host.lane_error(way);
+    match way {
+        Way::Shm => {
+            let shm = host.0.shm.as_ref().ok_or_else(none)?;
+            let made = shm.connect(&endpoint.shm()?, address, private_data, timeout)?;
+            Ok((Lane::Shm(made.0), made.1))
+        }
+        Way::Tcp => {
+            let tcp = host.0.tcp.as_ref().ok_or_else(none)?;
+            let made = tcp.connect(&endpoint.tcp()?, address, private_data, timeout)?;
+            Ok((Lane::Tcp(made.0), made.1))
+        }
+        #[cfg(feature = "rdma")]
+        Way::Rdma => {
+            let rdma = host.0.rdma.as_ref().ok_or_else(none)?;
+            let made = rdma.connect(&endpoint.rdma()?, address, private_data, timeout)?;
+            Ok((Lane::Rdma(made.0), made.1))
+        }
+        #[cfg(not(feature = "rdma"))]
+        Way::Rdma => Err(none()),
+    }
+}
+
+impl Session {
+    /// Connects, shakes hands, and hears what the server offers.
+    fn begin(asked: &Asked) -> Result<Self, Error> {
+        let addresses = tcp::look_up(asked.address, asked.name, asked.port)?;
+        let socket = tcp::dial(&addresses, || asked.left()).map_err(|error| match error.kind() {
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => asked.late(),
+            _ => asked.unreachable(error.to_string()),
+        })?;
+        socket.set_nodelay(true).map_err(Error::io("setsockopt(TCP_NODELAY)"))?;
+        let (initiator, opening) = Initiator::start(asked.host.0.keys.first());
+        (&socket).write_all(&opening).map_err(|error| asked.unreachable(error.to_string()))?;
+        let mut heard = Vec::new();
+        let answer = hear(&socket, &mut heard, asked)?;
+        let cipher = initiator.finish(&answer).map_err(|reason| asked.no_session(reason))?;
+        let mut session = Self { socket, cipher, heard, last: 0, same_host: false, offers: Vec::new() };
+        let boot: Boot = asked.host.0.boot;
+        session.say(asked, &Message::Hello { boot })?;
+        match session.hear(asked)? {
+            Message::Welcome { boot: theirs, offers } => {
+                session.same_host = theirs == boot;
+                session.offers = offers;
+                Ok(session)
+            }
+            other => Err(asked.unreachable(format!("its first message is no welcome, but {other:?}"))),
+        }
+    }
+
+    /// Whether the server has not ended it, as far as this side has heard.
+    fn lives(&mut self) -> bool {
+        if self.socket.set_nonblocking(true).is_err() {
+            return false;
+        }
+        let mut byte = [0];
+        // Nothing is due: bytes are answers to lanes that were given up, and are read with the next answer.
+        let lives = match self.socket.peek(&mut byte) {
+            Ok(count) => count > 0,
+            Err(error) => error.kind() == ErrorKind::WouldBlock,
+        };
+        lives && self.socket.set_nonblocking(false).is_ok()
+    }
+
+    fn say(&mut self, asked: &Asked, message: &Message) -> Result<(), Error> {
+        let frame = self.cipher.seal(&message.encode());
+        // A server that does not read is no reason to wait for ever. 0 would mean that.
+        let patience = asked.left().clamp(Duration::from_millis(1), Duration::from_secs(1 << 30));
+        self.socket.set_write_timeout(Some(patience)).map_err(Error::io("setsockopt(SO_SNDTIMEO)"))?;
+        self.socket.write_all(&frame).map_err(|error| asked.unreachable(error.to_string()))
+    }
+
+    fn hear(&mut self, asked: &Asked) -> Result<Message, Error> {
+        let frame = hear(&self.socket, &mut self.heard, asked)?;
+        let message = self.cipher.open(&frame).map_err(|reason| asked.no_session(reason))?;
+        Message::decode(&message)
+            .map_err(|error| asked.unreachable(format!("it sent a malformed message: {error}")))
+    }
+
+    /// Where a way begins; or why it is none.
+    fn place(&self, asked: &Asked, way: Way) -> Result<Address, String> {
+        if !asked.host.has(way) {
+            return Err(match way {
+                Way::Rdma if !asked.host.0.no_rdma.is_empty() => asked.host.0.no_rdma.clone(),
+                _ => "this process does not use it".to_owned(),
+            });
+        }
+        let offer = self.offers.iter().find(|offer| offer.way == way).ok_or("the server does not use it")?;
+        match way {
+            Way::Shm if !self.same_host => Err("the server is on another host".to_owned()),
+            Way::Shm => Ok(Address::Shm(offer.place.clone().into())),
+            Way::Tcp => Ok(Address::Tcp { host: asked.name.to_owned(), port: asked.port }),
+            Way::Rdma => offer.place.parse().map_err(|error: Error| error.to_string()),
+        }
+    }
+
+    /// The lane's answer.
+    fn answer(&mut self, asked: &Asked, number: u32) -> Result<(bool, PeerRegions, Vec<u8>), Error> {
+        loop {
+            match self.hear(asked)? {
+                Message::Answer { number: of, accepted, regions, data } if of == number => {
+                    return Ok((accepted, PeerRegions::told(regions), data));
+                }
+                // Of a lane by a way that led nowhere.
+                Message::Answer { .. } => {}
+                other => return Err(asked.unreachable(format!("instead of an answer it sent {other:?}"))),
+            }
+        }
+    }
+
+    fn token(&mut self, asked: &Asked, way: Way, private_data: &[u8]) -> Result<Token, Error> {
+        self.last = self.last.wrapping_add(1);
+        let regions = asked.host.0.regions.offers(way);
+        self.say(asked, &Message::Lane { number: self.last, way, regions, data: private_data.to_vec() })?;
+        loop {
+            match self.hear(asked)? {
+                Message::Go { number, token } if number == self.last => return Ok(token),
+                Message::Answer { number, .. } if number != self.last => {}
+                other => return Err(asked.unreachable(format!("instead of a token it sent {other:?}"))),
+            }
+        }
+    }
+
+    /// Makes a lane. [`Error::Unreachable`] alone means that another way may lead there.
+    fn lane(
+        &mut self,
+        asked: &Asked,
+        way: Way,
+        place: &Address,
+        endpoint: &HostAttach,
+        private_data: &[u8],
+    ) -> Result<(HostConnection, Vec<u8>), Error> {
+        let ended = |error| match error {
+            Error::Unreachable { reason, .. } => Error::NoSession {
+                address: asked.address.to_string(),
+                reason: format!("the session has ended: {reason}"),
+            },
+            error => error,
+        };
+        let token = self.token(asked, way, private_data).map_err(ended)?;
+        let number = self.last;
+        match by(asked.host, way, endpoint, place, &token, asked.left()) {
+            Ok((lane, _)) => {
+                let (accepted, regions, data) = self.answer(asked, number).map_err(ended)?;
+                if !accepted {
+                    return Err(Error::Refused { address: asked.address.to_string(), private_data: data });
+                }
+                Ok((HostConnection::new(lane, regions)?, data))
+            }
+            Err(Error::Refused { .. }) => {
+                let deadline = Instant::now() + asked.left().min(LAST_WORD);
+                let asked = Asked { deadline: Some(deadline), timeout: LAST_WORD, ..*asked };
+                let (_, _, private_data) = self.answer(&asked, number).map_err(ended)?;
+                Err(Error::Refused { address: asked.address.to_string(), private_data })
+            }
+            Err(Error::Timeout { .. }) => Err(asked.late()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The next frame, of which `heard` may hold a part.
+fn hear(mut socket: &TcpStream, heard: &mut Vec<u8>, asked: &Asked) -> Result<Vec<u8>, Error> {
+    loop {
+        match piece(heard) {
+            Piece::Frame(length) => {
+                let frame = heard[2..2 + length].to_vec();
+                heard.drain(..2 + length);
+                return Ok(frame);
+            }
+            Piece::Refused(reason) => return Err(asked.no_session(reason)),
+            Piece::Unfinished => {}
+        }
+        let left = asked.left();
+        if left.is_zero() {
+            return Err(asked.late());
+        }
+        let patience = left.min(Duration::from_secs(1 << 30));
+        socket.set_read_timeout(Some(patience)).map_err(Error::io("setsockopt(SO_RCVTIMEO)"))?;
+        let mut bytes = [0; 4096];
+        match socket.read(&mut bytes) {
+            Ok(0) => return Err(asked.unreachable("it closed the connection")),
+            Ok(count) => heard.extend_from_slice(&bytes[..count]),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => return Err(asked.unreachable(error.to_string())),
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Now, and not only when a child process that is being started has closed its copy of the socket, too.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}

@@ -1,0 +1,488 @@
+//! One endpoint for connections of several providers.
+//!
+//! It has an endpoint of a provider (an *inner* one) from the first connection of that provider on. Whoever makes that connection, a
+//! thread that connects or accepts, makes the inner endpoint, and puts it where the polling thread finds it ([`Shared::inner`]).
+//! With one provider, and no sessions, it is there from the start.
+//!
+//! # Sleeping
+//! The polling thread can sleep in one inner endpoint alone: the *first* one, of `shm`, `rdma`, `tcp` in this order. Each other one
+//! wakes it there when it has something:
+//!
+//! | | who wakes | when |
+//! |---|---|---|
+//! | `tcp` | the thread that serves its sockets ([`TcpEndpoint::wake_besides`]) | after it has published events |
+//! | `rdma` | a thread that sleeps on the completion channel ([`Watcher`]) | after it woke, if the polling thread had armed it |
+//!
+//! **No wake is lost.** [`Attach::wake`] of the first inner endpoint ends its present or its next wait. The polling thread looks at
+//! the others, and only then waits; what comes to another after that look is followed by a wake of the first. When a new inner
+//! endpoint becomes the first one, all are woken after it was put there: so who had meant to wake the old first one, and did so
+//! before, had done what it woke for before the polling thread looks again.
+//!
+//! | what | written by | read by | order |
+//! |---|---|---|---|
+//! | `attaches` | who makes an inner endpoint, once each | whoever connects, accepts or wakes | set, then all are woken |
+//! | `arrived` | the same | the polling thread | under its lock; `fresh` says that there is something |
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use super::{Host, connection::host_id};
+#[cfg(feature = "rdma")]
+use crate::transport::rdma::{RdmaAttach, RdmaEndpoint};
+use crate::{
+    error::Error,
+    session::{Way, wire::NamedRegion},
+    transport::{
+        Attach, Completion, Endpoint, EndpointConfig, ReceiveBuffer, Signal, Transport,
+        host::HostSignal,
+        shm::{ShmAttach, ShmEndpoint},
+        tcp::{TcpAttach, TcpEndpoint},
+    },
+};
+
+/// The inner endpoints.
+#[derive(Default)]
+struct Inner {
+    shm: Option<ShmEndpoint>,
+    tcp: Option<TcpEndpoint>,
+    #[cfg(feature = "rdma")]
+    rdma: Option<RdmaEndpoint>,
+}
+
+/// Their handles.
+#[derive(Default)]
+struct Attaches {
+    shm: OnceLock<ShmAttach>,
+    tcp: OnceLock<TcpAttach>,
+    #[cfg(feature = "rdma")]
+    rdma: OnceLock<RdmaAttach>,
+}
+
+/// What the polling thread has not taken yet.
+#[derive(Default)]
+struct Arrived {
+    inner: Inner,
+    /// The endpoint is gone.
+    closed: bool,
+}
+
+/// What the handles of an endpoint share.
+struct Shared {
+    host: Host,
+    config: EndpointConfig,
+    attaches: Attaches,
+    arrived: Mutex<Arrived>,
+    fresh: AtomicBool,
+    /// Where the polling thread sleeps as long as there is no inner endpoint.
+    signal: HostSignal,
+    woken: AtomicBool,
+}
+
+impl Shared {
+    fn arrived(&self) -> MutexGuard<'_, Arrived> {
+        // An inner endpoint is put there or taken in one step.
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The handle of an inner endpoint, which is made by `make` if there is none, and put by `put`.
+    fn inner<E: Endpoint>(
+        &self,
+        attach: &OnceLock<E::Attach>,
+        make: impl FnOnce() -> Result<E, Error>,
+        put: impl FnOnce(&mut Inner, E),
+    ) -> Result<E::Attach, Error> {
+        if let Some(attach) = attach.get() {
+            return Ok(attach.clone());
+        }
+        let mut arrived = self.arrived();
+        if arrived.closed {
+            return Err(Error::Limit {
+                what: "the number of connections of the endpoint".to_owned(),
+                value: self.config.connections as u64 + 1,
+                limit: self.config.connections as u64,
+                cure: "; the endpoint has been dropped".to_owned(),
+            });
+        }
+        // Another thread may have been faster.
+        if let Some(attach) = attach.get() {
+            return Ok(attach.clone());
+        }
+        let inner = make()?;
+        let handle = attach.get_or_init(|| inner.attach()).clone();
+        put(&mut arrived.inner, inner);
+        // SYNC POINT: releases `arrived` to the polling thread's look.
+        self.fresh.store(true, Ordering::SeqCst);
+        drop(arrived);
+        self.wake_all();
+        Ok(handle)
+    }
+
+    fn shm(&self) -> Result<ShmAttach, Error> {
+        let make =
+            || self.host.0.shm.as_ref().ok_or_else(|| self.host.lane_error(Way::Shm))?.endpoint(&self.config);
+        self.inner(&self.attaches.shm, make, |inner, endpoint| inner.shm = Some(endpoint))
+    }
+
+    fn tcp(self: &Arc<Self>) -> Result<TcpAttach, Error> {
+        let weak = Arc::downgrade(self);
+        let make = || {
+            let tcp = self.host.0.tcp.as_ref().ok_or_else(|| self.host.lane_error(Way::Tcp))?;
+            let endpoint = tcp.endpoint(&self.config)?;
+            if self.host.0.sessions {
+                endpoint.wake_besides(move || {
+                    if let Some(shared) = weak.upgrade() {
+                        shared.wake_first();
+                    }
+                });
+            }
+            Ok(endpoint)
+        };
+        self.inner(&self.attaches.tcp, make, |inner, endpoint| inner.tcp = Some(endpoint))
+    }
+
+    #[cfg(feature = "rdma")]
+    fn rdma(&self) -> Result<RdmaAttach, Error> {
+        let make = || {
+            self.host.0.rdma.as_ref().ok_or_else(|| self.host.lane_error(Way::Rdma))?.endpoint(&self.config)
+        };
+        self.inner(&self.attaches.rdma, make, |inner, endpoint| inner.rdma = Some(endpoint))
+    }
+
+    /// Wakes the polling thread where it sleeps.
+    fn wake_first(&self) {
+        if let Some(shm) = self.attaches.shm.get() {
+            return shm.wake();
+        }
+        #[cfg(feature = "rdma")]
+        if let Some(rdma) = self.attaches.rdma.get() {
+            return rdma.wake();
+        }
+        if let Some(tcp) = self.attaches.tcp.get() {
+            return tcp.wake();
+        }
+        self.woken.store(true, Ordering::SeqCst);
+        self.signal.notify();
+    }
+
+    /// Wakes it wherever it may sleep.
+    fn wake_all(&self) {
+        if let Some(shm) = self.attaches.shm.get() {
+            shm.wake();
+        }
+        #[cfg(feature = "rdma")]
+        if let Some(rdma) = self.attaches.rdma.get() {
+            rdma.wake();
+        }
+        if let Some(tcp) = self.attaches.tcp.get() {
+            tcp.wake();
+        }
+        self.woken.store(true, Ordering::SeqCst);
+        self.signal.notify();
+    }
+}
+
+/// A completion queue with receive buffers.
+pub struct HostEndpoint {
+    shared: Arc<Shared>,
+    inner: Inner,
+    #[cfg(feature = "rdma")]
+    watcher: Option<Watcher>,
+}
+
+/// The handle of a [`HostEndpoint`] for other threads.
+#[derive(Clone)]
+pub struct HostAttach(Arc<Shared>);
+
+impl HostEndpoint {
+    pub(super) fn new(host: &Host, config: &EndpointConfig) -> Result<Self, Error> {
+        let shared = Arc::new(Shared {
+            host: host.clone(),
+            config: config.clone(),
+            attaches: Attaches::default(),
+            arrived: Mutex::default(),
+            fresh: AtomicBool::new(false),
+            signal: HostSignal::new(),
+            woken: AtomicBool::new(false),
+        });
+        if !host.0.sessions {
+            // What it asks for is refused now, and not at the first connection.
+            let way = Way::ALL.into_iter().find(|way| host.has(*way)).expect("a host has a provider");
+            HostAttach(shared.clone()).make(way)?;
+        }
+        let inner = Inner::default();
+        let mut endpoint = Self {
+            shared,
+            inner,
+            #[cfg(feature = "rdma")]
+            watcher: None,
+        };
+        endpoint.take_arrived();
+        Ok(endpoint)
+    }
+
+    /// Takes the inner endpoints that others have made.
+    fn take_arrived(&mut self) {
+        // SYNC POINT: acquires what `Shared::inner` has put.
+        if !self.shared.fresh.load(Ordering::Relaxed) || !self.shared.fresh.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        let mut arrived = self.shared.arrived();
+        self.inner.shm = self.inner.shm.take().or(arrived.inner.shm.take());
+        self.inner.tcp = self.inner.tcp.take().or(arrived.inner.tcp.take());
+        #[cfg(feature = "rdma")]
+        {
+            self.inner.rdma = self.inner.rdma.take().or(arrived.inner.rdma.take());
+        }
+    }
+
+    /// Sleeps in `shm`, while the watcher sleeps on the completion channel.
+    #[cfg(feature = "rdma")]
+    fn watch_rdma(&mut self) -> bool {
+        let Some(rdma) = &mut self.inner.rdma else { return true };
+        if !rdma.arm() {
+            return false;
+        }
+        let shared = &self.shared;
+        self.watcher.get_or_insert_with(|| Watcher::start(rdma.attach(), Arc::clone(shared))).watch();
+        true
+    }
+}
+
+/// Marks the completions of an inner endpoint that were appended from `first` on as those of a way.
+#[inline]
+fn mark(way: Way, first: usize, into: &mut [Completion]) {
+    for completion in &mut into[first..] {
+        match completion {
+            Completion::Work { connection, .. }
+            | Completion::WriteImmediate { connection, .. }
+            | Completion::Disconnected { connection, .. } => *connection = host_id(way, *connection),
+            Completion::Received { connection, buffer, .. } => {
+                *connection = host_id(way, *connection);
+                buffer.index = buffer.index << 2 | way as u32;
+            }
+        }
+    }
+}
+
+/// The receive buffer as its inner endpoint knows it, and the way of that.
+#[inline]
+fn unmark(buffer: &ReceiveBuffer) -> (u32, ReceiveBuffer) {
+    (buffer.index & 3, ReceiveBuffer { index: buffer.index >> 2, length: buffer.length })
+}
+
+const SHM: u32 = Way::Shm as u32;
+const TCP: u32 = Way::Tcp as u32;
+#[cfg(feature = "rdma")]
+const RDMA: u32 = Way::Rdma as u32;
+const FOREIGN: &str = "a receive buffer of another endpoint";
+
+impl Endpoint for HostEndpoint {
+    type Attach = HostAttach;
+
+    fn attach(&self) -> HostAttach {
+        HostAttach(self.shared.clone())
+    }
+
+    #[inline]
+    fn poll(&mut self, into: &mut Vec<Completion>) -> usize {
+        self.take_arrived();
+        let before = into.len();
+        if let Some(shm) = &mut self.inner.shm {
+            let first = into.len();
+            shm.poll(into);
+            mark(Way::Shm, first, into);
+        }
+        #[cfg(feature = "rdma")]
+        if let Some(rdma) = &mut self.inner.rdma {
+            let first = into.len();
+            rdma.poll(into);
+            mark(Way::Rdma, first, into);
+        }
+        if let Some(tcp) = &mut self.inner.tcp {
+            let first = into.len();
+            tcp.poll(into);
+            mark(Way::Tcp, first, into);
+        }
+        into.len() - before
+    }
+
+    fn wait(&mut self, timeout: Duration) {
+        self.take_arrived();
+        if let Some(tcp) = &self.inner.tcp
+            && tcp.has_events()
+        {
+            return;
+        }
+        if self.inner.shm.is_some() {
+            #[cfg(feature = "rdma")]
+            if !self.watch_rdma() {
+                return;
+            }
+            return self.inner.shm.as_mut().expect("seen above").wait(timeout);
+        }
+        #[cfg(feature = "rdma")]
+        if let Some(rdma) = &mut self.inner.rdma {
+            return rdma.wait(timeout);
+        }
+        if let Some(tcp) = &mut self.inner.tcp {
+            return tcp.wait(timeout);
+        }
+        let seen = self.shared.signal.epoch();
+        if !self.shared.woken.load(Ordering::SeqCst) {
+            self.shared.signal.wait(seen, timeout);
+        }
+        self.shared.woken.store(false, Ordering::SeqCst);
+    }
+
+    #[inline]
+    fn message(&self, buffer: &ReceiveBuffer) -> &[u8] {
+        match unmark(buffer) {
+            (SHM, buffer) => self.inner.shm.as_ref().expect(FOREIGN).message(&buffer),
+            (TCP, buffer) => self.inner.tcp.as_ref().expect(FOREIGN).message(&buffer),
+            #[cfg(feature = "rdma")]
+            (RDMA, buffer) => self.inner.rdma.as_ref().expect(FOREIGN).message(&buffer),
+            _ => panic!("{FOREIGN}"),
+        }
+    }
+
+    #[inline]
+    fn release(&mut self, buffer: ReceiveBuffer) {
+        match unmark(&buffer) {
+            (SHM, buffer) => self.inner.shm.as_mut().expect(FOREIGN).release(buffer),
+            (TCP, buffer) => self.inner.tcp.as_mut().expect(FOREIGN).release(buffer),
+            #[cfg(feature = "rdma")]
+            (RDMA, buffer) => self.inner.rdma.as_mut().expect(FOREIGN).release(buffer),
+            _ => panic!("{FOREIGN}"),
+        }
+    }
+}
+
+impl Drop for HostEndpoint {
+    fn drop(&mut self) {
+        let mut arrived = self.shared.arrived();
+        arrived.closed = true;
+        let inner = std::mem::take(&mut arrived.inner);
+        // Not under the lock: an engine that ends may be about to wake somebody.
+        drop(arrived);
+        drop(inner);
+    }
+}
+
+impl HostAttach {
+    /// Whether it is of that host.
+    pub(super) fn is_of(&self, host: &Host) -> bool {
+        Arc::ptr_eq(&self.0.host.0, &host.0)
+    }
+
+    /// What a peer is told of the host's regions, for a lane of this way.
+    pub(super) fn offers(&self, way: Way) -> Vec<NamedRegion> {
+        self.0.host.0.regions.offers(way)
+    }
+
+    /// Makes the inner endpoint of a way, if there is none.
+    fn make(&self, way: Way) -> Result<(), Error> {
+        match way {
+            Way::Shm => self.shm().map(drop),
+            Way::Tcp => self.tcp().map(drop),
+            #[cfg(feature = "rdma")]
+            Way::Rdma => self.rdma().map(drop),
+            #[cfg(not(feature = "rdma"))]
+            Way::Rdma => Err(self.0.host.lane_error(way)),
+        }
+    }
+
+    /// The inner endpoint of shared memory.
+    pub(super) fn shm(&self) -> Result<ShmAttach, Error> {
+        self.0.shm()
+    }
+
+    /// The inner endpoint of TCP.
+    pub(super) fn tcp(&self) -> Result<TcpAttach, Error> {
+        self.0.tcp()
+    }
+
+    /// The inner endpoint of RDMA.
+    #[cfg(feature = "rdma")]
+    pub(super) fn rdma(&self) -> Result<RdmaAttach, Error> {
+        self.0.rdma()
+    }
+}
+
+impl Attach for HostAttach {
+    fn wake(&self) {
+        self.0.wake_first();
+    }
+}
+
+/// The thread that sleeps on a completion channel for a polling thread that sleeps elsewhere.
+#[cfg(feature = "rdma")]
+struct Watcher {
+    attach: RdmaAttach,
+    orders: HostSignal,
+    ended: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+#[cfg(feature = "rdma")]
+impl Watcher {
+    fn start(attach: RdmaAttach, shared: Arc<Shared>) -> Self {
+        let (orders, ended) = (HostSignal::new(), Arc::new(AtomicBool::new(false)));
+        let (sleeper, heard, stop) = (attach.clone(), orders.clone(), ended.clone());
+        let body = move || {
+            let mut seen = 0;
+            while !stop.load(Ordering::SeqCst) {
+                // Each order is one arming of the channel.
+                heard.wait(seen, Duration::from_secs(3600));
+                let now = heard.epoch();
+                if now == seen || stop.load(Ordering::SeqCst) {
+                    continue;
+                }
+                seen = now;
+                sleeper.sleep(Duration::from_secs(3600));
+                shared.wake_first();
+            }
+        };
+        let thread = std::thread::Builder::new().name("fervor-watch-rdma".to_owned()).spawn(body);
+        Self {
+            attach,
+            orders,
+            ended,
+            thread: Some(thread.expect("the system has a thread for each endpoint")),
+        }
+    }
+
+    fn watch(&self) {
+        self.orders.notify();
+    }
+}
+
+#[cfg(feature = "rdma")]
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::SeqCst);
+        self.orders.notify();
+        self.attach.wake();
+        if let Some(thread) = self.thread.take() {
+            // It says why it panicked.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for HostEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostEndpoint({:?})", self.shared.config)
+    }
+}
+
+impl fmt::Debug for HostAttach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("HostAttach")
+    }
+}

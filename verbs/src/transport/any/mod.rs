@@ -1,0 +1,316 @@
+//! Any provider of a real host: those that an address asks for, chosen when the program runs.
+//!
+//! ```text
+//!  shm://…  rdma://…  tcp://…    this way only: the provider's own handshake
+//!  fervor://host:port            a session first (`dial`, `door`), then lanes by the best way that leads there
+//! ```
+//!
+//! A [`Host`] has the providers that its addresses need: one, or for `fervor://` all that work on this machine. What is registered is
+//! registered with each of them. An endpoint polls one endpoint of each provider that it has connections of. A connection is of one
+//! provider (a *lane*), and every call on it a `match`: statically dispatched, with a branch that the processor predicts.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `region` | regions with a name of this process, which each lane translates to its provider's |
+//! | `endpoint` | one endpoint for connections of several providers: polling, and sleeping until any has something |
+//! | `connection` | a lane |
+//! | `dial` | the client's end of a session |
+//! | `door`, `guests` | the server's end: who comes in, and what they are told |
+//!
+//! To give an object of one host to an object of another is a bug, and panics.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+#[cfg(feature = "rdma")]
+use crate::transport::rdma;
+use crate::{
+    address::Address,
+    error::Error,
+    memory::{Exclusive, Memory},
+    session::{Key, KeyRing, Way, wire::Boot},
+    transport::{
+        Access, EndpointConfig, Transport,
+        host::{self, HostSignal, HostThread},
+        shm, tcp,
+    },
+};
+
+/// `on!(value: Enum, object => expression)`: the expression for the object of whichever provider.
+macro_rules! on {
+    ($value:expr, $enum:ident, $object:ident => $body:expr) => {
+        match $value {
+            $enum::Shm($object) => $body,
+            $enum::Tcp($object) => $body,
+            #[cfg(feature = "rdma")]
+            $enum::Rdma($object) => $body,
+        }
+    };
+}
+
+mod connection;
+mod dial;
+mod door;
+mod endpoint;
+mod guests;
+mod listener;
+mod region;
+#[cfg(test)]
+mod suite;
+#[cfg(test)]
+mod tests;
+
+pub use connection::HostConnection;
+pub use endpoint::{HostAttach, HostEndpoint};
+pub use listener::{HostListener, HostRequest};
+pub use region::{HostExport, HostRegion};
+
+/// A connection id of a provider within a host is below this; the bits above it say which provider.
+const ID_BITS: u32 = 30;
+
+/// The transport of a real host.
+#[derive(Clone)]
+pub struct Host(Arc<Inner>);
+
+/// What all objects of a host share.
+struct Inner {
+    shm: Option<shm::Shm>,
+    tcp: Option<tcp::Tcp>,
+    #[cfg(feature = "rdma")]
+    rdma: Option<rdma::Rdma>,
+    /// Why there is no RDMA here.
+    no_rdma: String,
+    /// Regions have names of this process, and peers are told them in sessions. Otherwise there is one provider.
+    sessions: bool,
+    regions: region::Names,
+    keys: KeyRing,
+    boot: Boot,
+    /// The sessions with servers, by their addresses.
+    dialled: Mutex<HashMap<Address, Arc<Mutex<dial::Dialled>>>>,
+}
+
+impl Host {
+    /// The host that serves all of `addresses`: those of one provider, or of sessions. Sessions use the key in the environment
+    /// ([`Key::from_environment`]), if there is one.
+    ///
+    /// # Errors
+    /// [`Error::BadAddress`] for the first address of another kind than the one before it, or of one that only simulations have;
+    /// what the provider says when it cannot start; a key that is none.
+    pub fn for_addresses(addresses: &[Address]) -> Result<Self, Error> {
+        let sessions = addresses.iter().any(|address| matches!(address, Address::Session { .. }));
+        let key = if sessions { Key::from_environment()? } else { None };
+        Self::with_keys(addresses, key.into_iter().collect())
+    }
+
+    /// As [`for_addresses`](Self::for_addresses), with these keys: a client uses the first, a server takes all.
+    ///
+    /// # Errors
+    /// As there; keys for addresses that have no sessions.
+    pub fn with_keys(addresses: &[Address], keys: KeyRing) -> Result<Self, Error> {
+        let refuse =
+            |address: &Address, reason: String| Err(Error::BadAddress { url: address.to_string(), reason });
+        let Some(first) = addresses.first() else {
+            return refuse(&Address::Shm("".into()), "no address was given".to_owned());
+        };
+        let odd = addresses.iter().find(|a| std::mem::discriminant(*a) != std::mem::discriminant(first));
+        if let Some(odd) = odd {
+            return refuse(
+                odd,
+                format!(
+                    "it is of another transport than `{first}`, and one program uses one; for several ways in one program write \
+                     fervor://host:port for all of them"
+                ),
+            );
+        }
+        if !keys.is_empty() && !matches!(first, Address::Session { .. }) {
+            return refuse(
+                first,
+                "a key was given, and only fervor://host:port has sessions that use one".to_owned(),
+            );
+        }
+        let mut inner = Inner::new(keys);
+        match first {
+            Address::Shm(_) => inner.shm = Some(shm::Shm::new()?),
+            Address::Tcp { .. } => inner.tcp = Some(tcp::Tcp::new()),
+            Address::Rdma { .. } => inner.with_rdma(first)?,
+            Address::Session { .. } => inner.with_ways(addresses)?,
+            Address::Sim(_) => return refuse(first, "only simulations have sim:// addresses".to_owned()),
+        }
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// The RDMA provider, if the host has it.
+    #[cfg(feature = "rdma")]
+    pub fn rdma(&self) -> Option<&rdma::Rdma> {
+        self.0.rdma.as_ref()
+    }
+
+    /// Whether the host can go that way.
+    fn has(&self, way: Way) -> bool {
+        match way {
+            Way::Shm => self.0.shm.is_some(),
+            Way::Tcp => self.0.tcp.is_some(),
+            #[cfg(feature = "rdma")]
+            Way::Rdma => self.0.rdma.is_some(),
+            #[cfg(not(feature = "rdma"))]
+            Way::Rdma => false,
+        }
+    }
+}
+
+impl Inner {
+    fn new(keys: KeyRing) -> Self {
+        Self {
+            shm: None,
+            tcp: None,
+            #[cfg(feature = "rdma")]
+            rdma: None,
+            no_rdma: String::new(),
+            sessions: false,
+            regions: region::Names::default(),
+            keys,
+            boot: Boot::default(),
+            dialled: Mutex::default(),
+        }
+    }
+
+    #[cfg(feature = "rdma")]
+    fn with_rdma(&mut self, address: &Address) -> Result<(), Error> {
+        self.rdma = Some(rdma::Rdma::for_address(address)?);
+        Ok(())
+    }
+
+    #[cfg(not(feature = "rdma"))]
+    fn with_rdma(&mut self, address: &Address) -> Result<(), Error> {
+        Err(Error::WrongProvider {
+            address: address.to_string(),
+            provider: "shm or tcp (built without `rdma`)",
+        })
+    }
+
+    /// All ways that `addresses` of sessions may go.
+    fn with_ways(&mut self, addresses: &[Address]) -> Result<(), Error> {
+        let asked = |way| {
+            addresses.iter().find(
+                |address| matches!(address, Address::Session { via, .. } if via.is_none_or(|via| via == way)),
+            )
+        };
+        self.sessions = true;
+        self.boot = boot_id()?;
+        if asked(Way::Shm).is_some() {
+            self.shm = Some(shm::Shm::new()?);
+        }
+        if asked(Way::Tcp).is_some() {
+            self.tcp = Some(tcp::Tcp::new());
+        }
+        let Some(address) = asked(Way::Rdma) else { return Ok(()) };
+        let Address::Session { host, port, via } = address else { unreachable!("`asked` finds no other") };
+        let device = Address::Rdma { host: host.clone(), port: *port, from: None };
+        match self.with_rdma(&device) {
+            Err(error) if *via == Some(Way::Rdma) => Err(error),
+            // It is one way of several; whoever finds that none leads anywhere says why.
+            Err(error) => {
+                self.no_rdma = error.to_string();
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// The session with the server at `address`, begun or not.
+    fn dialled(&self, address: &Address) -> Arc<Mutex<dial::Dialled>> {
+        // One insertion at a time: a panic leaves nothing half done.
+        let mut dialled = self.dialled.lock().unwrap_or_else(PoisonError::into_inner);
+        dialled.entry(address.clone()).or_default().clone()
+    }
+}
+
+/// What tells this host, since it was started, from others.
+fn boot_id() -> Result<Boot, Error> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(path).map_err(Error::io(format!("read({path})")))?;
+    let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
+    let mut boot = Boot::default();
+    for (byte, pair) in boot.iter_mut().zip(digits.chunks(2)) {
+        let pair = str::from_utf8(pair).expect("hexadecimal digits");
+        *byte = u8::from_str_radix(pair, 16).expect("hexadecimal digits");
+    }
+    Ok(boot)
+}
+
+impl fmt::Debug for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ways = Way::ALL.into_iter().filter(|way| self.has(*way)).map(Way::name);
+        write!(f, "Host({})", ways.collect::<Vec<_>>().join(", "))
+    }
+}
+
+impl Transport for Host {
+    type Region = HostRegion;
+    type Export = HostExport;
+    type Endpoint = HostEndpoint;
+    type Attach = HostAttach;
+    type Connection = HostConnection;
+    type View = shm::ShmView;
+    type Listener = HostListener;
+    type Request = HostRequest;
+    type Signal = HostSignal;
+    type Thread = HostThread;
+
+    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
+
+    fn has_views(&self) -> bool {
+        self.has(Way::Shm)
+    }
+
+    fn register(&self, memory: &Memory, access: Access) -> Result<HostRegion, Error> {
+        HostRegion::new(self, memory, access)
+    }
+
+    fn export(&self, memory: &Exclusive) -> Result<HostExport, Error> {
+        HostExport::new(self, memory)
+    }
+
+    fn endpoint(&self, config: &EndpointConfig) -> Result<HostEndpoint, Error> {
+        HostEndpoint::new(self, config)
+    }
+
+    fn listen(&self, address: &Address) -> Result<HostListener, Error> {
+        HostListener::new(self, address)
+    }
+
+    fn connect(
+        &self,
+        endpoint: &HostAttach,
+        address: &Address,
+        private_data: &[u8],
+        timeout: Duration,
+    ) -> Result<(HostConnection, Vec<u8>), Error> {
+        dial::connect(self, endpoint, address, private_data, timeout)
+    }
+
+    fn now(&self) -> Duration {
+        host::now()
+    }
+
+    fn relax(&self, turn: u32) {
+        host::relax(turn);
+    }
+
+    fn signal(&self) -> HostSignal {
+        HostSignal::new()
+    }
+
+    fn spawn(
+        &self,
+        name: &str,
+        core: Option<usize>,
+        body: impl FnOnce() + Send + 'static,
+    ) -> Result<HostThread, Error> {
+        host::spawn(name, core, body)
+    }
+}
