@@ -23,7 +23,7 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
-    /// A server is gone.
+    /// A server is gone: it could not be reached again within [`ClientOptions::lease`](crate::ClientOptions::lease).
     #[error("the server at {address} is lost: {cause}")]
     ServerLost {
         /// The server.

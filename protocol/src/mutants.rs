@@ -55,7 +55,6 @@ pub enum Mutant {
     ResentTwice,
     CopiesNotOwedAgain,
     AnswersBeforeRefill,
-    AskedAgainInPlace,
     CompletionForAll,
 }
 
@@ -161,14 +160,12 @@ catalogue! {
         "rows are READ after a server was lost, and earlier completions are taken for theirs (client Worker::may_read)"
     AskIgnored "ask-ignored" "11 no reader starves"
         "a row that is asked for is not pushed (server ShardCore::slot)"
-    ResentTwice "resent-twice" "7 exactly once; resuming"
+    ResentTwice "resent-twice" "7 exactly once; 23 resuming"
         "a client that comes back is told that its last message was not processed (server Poller::attach)"
-    CopiesNotOwedAgain "copies-not-owed-again" "22 resuming"
+    CopiesNotOwedAgain "copies-not-owed-again" "23 resuming"
         "what was pushed before a connection broke is taken to have arrived (server ShardCore::resume)"
-    AnswersBeforeRefill "answers-before-refill" "18 a mirror is filled before it is read; resuming"
+    AnswersBeforeRefill "answers-before-refill" "18 a mirror is filled before it is read; 23 resuming"
         "after a resumption answers go before what is owed (server Outbound::resume)"
-    AskedAgainInPlace "asked-again-in-place" "6 slots; resuming"
-        "a worker asks again for a row with the slot that may still be written (client Worker::ask)"
     CompletionForAll "completion-for-all" "22 a READ's completion goes to the worker that posted it"
         "it is also taken for that of other workers' READs into places of the same number (client Lane::poll)"
 }

@@ -294,7 +294,7 @@ mod tests {
                         for _ in 0..by % 3 {
                             if let Some(answer) = answers.pop_front() && !heard.contains(&answer) { heard.push(answer); }
                         }
-                        (there, words, answers, polled) = Default::default();
+                        (words, answers, polled) = Default::default();
                         // It resumes.
                         shard.receives = Receives::new(4);
                         shard.unheard.take().rev().for_each(|answer| waiting.push_front(answer));

@@ -457,6 +457,58 @@ mod tests {
     }
 
     #[test]
+    fn a_client_that_comes_back_is_told_again_what_it_may_not_have_heard() {
+        let mut outbound = Outbound::new(16, 2);
+        for sequence in 1..=3 {
+            outbound.acknowledge(sequence, 60 + sequence);
+            outbound.answer(vec![sequence as u8]);
+        }
+        outbound.close(2);
+        outbound.tell_visible(7);
+        outbound.close_round(9, 70);
+        outbound.push_slot(slot(1));
+        let posted = all(&mut outbound, 0, false);
+        assert_eq!(posted.len(), 3 + 3 + 1 + 3);
+        // It has given back the buffer of the first answer.
+        outbound.admit(&MessageHeader::new(Kind::Credit, 0, 0, 4, 1)).unwrap();
+        outbound.answer(vec![4]);
+        // What was asked for once waits for nobody.
+        outbound.push_slot(slot(5));
+        outbound.resume(16, 3, [slot(2)]);
+        outbound.close_round(11, 80);
+        let mut texts = Vec::new();
+        let mut items = Vec::new();
+        let mut owed = true;
+        while let Some(item) = outbound.next(Room { owed, payable: owed, ..ROOM }) {
+            if item == Item::Answer {
+                texts.push(outbound.first_answer().to_vec());
+            }
+            owed &= item != Item::Owed;
+            outbound.posted(item);
+            items.push(item);
+        }
+        let expected = [
+            // Of the last two messages: more cannot be out.
+            Item::Acknowledgement { sequence: 2, lsn: 62 },
+            Item::Acknowledgement { sequence: 3, lsn: 63 },
+            Item::Answer,
+            Item::Owed,
+            Item::Slot(slot(2)),
+            Item::Answer,
+            Item::Answer,
+            Item::Answer,
+            Item::Immediate(Immediate::Closed(2)),
+            Item::Immediate(Immediate::Visible(7)),
+            Item::Round { clock: 11, lsn: 80 },
+        ];
+        assert_eq!(items, expected);
+        assert_eq!(texts, [wire::reply(Kind::Resumed, 3, &[]), vec![2], vec![3], vec![4]]);
+        // Receive buffers count anew.
+        outbound.admit(&MessageHeader::new(Kind::Credit, 0, 0, 4, 7)).unwrap();
+        assert!(outbound.admit(&MessageHeader::new(Kind::Credit, 0, 0, 5, 8)).is_err());
+    }
+
+    #[test]
     fn slots_take_turns() {
         let mut outbound = Outbound::new(16, 8);
         (0..3).for_each(|image| outbound.push_slot(slot(image)));

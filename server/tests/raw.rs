@@ -80,7 +80,7 @@ fn a_client_tells_what_is_wrong_with_a_server() {
     (good.shards, good.credits, good.message_bytes) = (1, 8, MESSAGE_BYTES as u32);
     let good = good.as_bytes().to_vec();
     let answers: Vec<(Option<Vec<u8>>, &str)> = vec![
-        (Some(with(good.clone(), 4, 77)), "client 3, server 77"),
+        (Some(with(good.clone(), 4, 77)), "client 4, server 77"),
         (Some(vec![3; 56]), "not a handshake of Fervor"),
         (Some(good[..30].to_vec()), "not a handshake of Fervor"),
         (Some(with(good.clone(), 44, 200)), "grants 200 messages"),

@@ -126,6 +126,10 @@ impl<T: Transport> Engine<T> {
             if link.end.get().is_none() {
                 work += self.take_acknowledgements(shard, around);
                 work += self.send_due(shard, around);
+            } else if self.channels[shard].state == State::Resuming {
+                // It came too late: the shard is not to wait for this client.
+                self.disconnect(shard);
+                self.channels[shard].state = State::Down;
             }
         }
         work

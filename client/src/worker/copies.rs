@@ -382,10 +382,6 @@ impl<T: Transport> Worker<T> {
 
     /// Gives up a slot whose answer may be lost.
     fn give_up<E: Element>(&self, table: &TableCore<E>, shard: usize, image: u64, slot: Slot) {
-        if mutant(Mutant::AskedAgainInPlace) {
-            self.wish(table, shard, image, slot, PUSH_ONCE);
-            return table.cache(shard).expect("a slot of a cache").answered(slot, image);
-        }
         let cache = table.cache(shard).expect("a slot of a cache");
         cache.give_up(slot, image, |slot, image, wish| _ = self.wish(table, shard, image, slot, wish));
     }

@@ -79,8 +79,9 @@ impl Trouble {
         let links = servers * shards;
         let plan = |party| {
             let breaks = (0..random.among(0..=3)).map(|_| {
+                // Often while tables are being opened.
                 let nth = 1 << random.among(0..=7);
-                let nth = random.among(nth / 2..=nth);
+                let nth = if random.one_in(2) { random.among(0..=8) } else { random.among(nth / 2..=nth) };
                 let fate = [Fate::Done, Fate::Undone][random.among(0..=1) as usize];
                 let at = if random.one_in(2) {
                     Point::Completion { nth }

@@ -50,7 +50,7 @@ impl<T: Transport> Engine<T> {
         }
     }
 
-    fn disconnect(&mut self, shard: usize) {
+    pub(super) fn disconnect(&mut self, shard: usize) {
         self.channels[shard].connection.as_mut().map(T::Connection::disconnect);
     }
 

@@ -167,3 +167,39 @@ fn slots_are_checked() {
     let fault = world.say(0, Kind::Slots, 1, record.as_bytes()).unwrap_err().to_string();
     assert!(fault.contains("wish = 0 of table `b`, which is not pushed"), "{fault}");
 }
+
+#[test]
+fn a_client_that_comes_back_is_owed_all_that_it_holds() {
+    let mut world = World::new(1 << 16);
+    world.join(3);
+    let schema = essp("t", 40);
+    world.open(0, &schema, Hold::InPlace).unwrap();
+    world.open(1, &schema, Hold::Mirror(0)).unwrap();
+    world.open(2, &schema, Hold::Slots).unwrap();
+    world.slot(2, 3, 160, SUBSCRIBE).unwrap();
+    world.slot(2, 30, 240, SUBSCRIBE).unwrap();
+    world.add(0, None, &[3, 4, 20], 1).unwrap();
+    let mut table = 0;
+    while world.core.take_run(Due::Round, &mut table, 1 << 16).is_some() {}
+    let mirrored = ClientId(1);
+    assert!(!world.core.owes(mirrored), "all was pushed");
+    assert_eq!(world.core.resume(mirrored), []);
+    let mut owed = Vec::new();
+    while let Some((run, at)) = world.core.next_owed(mirrored, 1 << 16) {
+        world.core.paid(mirrored, &run);
+        owed.push((run.images, at));
+    }
+    assert_eq!(owed, [(3..5, 3 * 80), (20..21, 20 * 80)], "what was ever written, and no more");
+    let slots = [(3, 160), (30, 240)].map(|(image, at)| Slot { table: 0, image, at });
+    assert_eq!(world.core.resume(ClientId(2)), slots);
+    assert_eq!((world.core.processed(ClientId(2)), world.core.processed(mirrored)), (3, 1));
+    // A table that is being opened is answered when the mirror is filled again.
+    while world.core.take_answer().is_some() {}
+    world.core.resume(mirrored);
+    world.open(1, &schema, Hold::Mirror(0)).unwrap();
+    assert!(world.core.take_answer().is_none());
+    while let Some((run, _)) = world.core.next_owed(mirrored, 1 << 16) {
+        world.core.paid(mirrored, &run);
+    }
+    assert_eq!(world.core.take_answer().map(|(id, _)| id), Some(mirrored));
+}
