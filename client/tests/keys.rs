@@ -58,9 +58,10 @@ fn a_key_says_what_its_holder_may_do() {
         let mut data = [0.0; 4];
         worker.get(&table, 3, &mut data).unwrap();
         assert_eq!(data, [1.0; 4]);
+        drop(worker);
         let error = add(&reader, "a/L", 3).unwrap_err().to_string();
         assert!(error.contains("role=read"), "{error}");
-        drop((worker, table, reader));
+        drop((table, reader));
 
         // It uses its own tables, and no others.
         let tenant = connect(&keys[2], &[&server], copies).unwrap();
