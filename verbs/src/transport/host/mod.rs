@@ -6,6 +6,7 @@
 //! | [`relax`] | one turn of waiting: spin, later yield |
 //! | [`HostSignal`] | an event count whose announcer makes no system call while nobody waits |
 //! | [`HostThread`], [`spawn`] | threads, pinned on request |
+//! | `strangers` | a listening TCP socket whose door nobody holds |
 
 use std::{
     hint, io,
@@ -20,6 +21,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::{error::Error, transport::Thread};
 
 mod signal;
+pub(super) mod strangers;
 
 pub use signal::HostSignal;
 

@@ -1,23 +1,16 @@
 //! Listening and connecting: an opening in each direction, over a socket that is then a connection.
 //!
-//! Nobody holds the door: a listener hears at most [`MAX_STRANGERS`] at a time, side by side. One that has not said its opening within
-//! [`STRANGER_PATIENCE`], or says something else, is dropped.
+//! Nobody holds the [door](Door): strangers are heard side by side, and for a short time.
 
 use std::{
-    collections::VecDeque,
     fmt,
     io::{self, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener as Socket, TcpStream, ToSocketAddrs},
-    os::fd::AsFd,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    io::Errno,
-    net::sockopt,
-};
+use rustix::net::sockopt;
 
 use super::{
     connection::TcpConnection,
@@ -28,15 +21,12 @@ use super::{
 use crate::{
     address::Address,
     error::Error,
-    transport::{Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request, host::check_private_data},
+    transport::{
+        Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request,
+        host::{check_private_data, strangers::Door},
+    },
 };
 
-/// Peers that are heard at a time.
-const MAX_STRANGERS: usize = 256;
-/// How long a peer may take to say what it wants.
-const STRANGER_PATIENCE: Duration = Duration::from_secs(5);
-/// Pause after the system has no descriptor left.
-const SHORTAGE_PAUSE: Duration = Duration::from_millis(10);
 /// A peer whose kernel does not answer for so long is dead. With the time between two beats of the engine it is what the contract
 /// allows.
 const SILENCE: Duration = Duration::from_millis(1500);
@@ -133,39 +123,10 @@ fn dial(addresses: &[SocketAddr], left: impl Fn() -> Duration) -> io::Result<Tcp
     Err(last.expect("there is an address"))
 }
 
-/// A peer that has connected to the socket and not yet said all.
-struct Stranger {
-    socket: TcpStream,
-    heard: Vec<u8>,
-    deadline: Instant,
-}
-
-impl Stranger {
-    /// Whether it has said all; `Err` when it never will.
-    fn hear(&mut self) -> Result<bool, ()> {
-        let mut buffer = [0; OPENING];
-        while self.heard.len() < OPENING {
-            // No byte more: what follows belongs to the connection.
-            match self.socket.read(&mut buffer[..OPENING - self.heard.len()]) {
-                Ok(0) => return Err(()),
-                Ok(count) => self.heard.extend_from_slice(&buffer[..count]),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    return if Instant::now() < self.deadline { Ok(false) } else { Err(()) };
-                }
-                Err(_) => return Err(()),
-            }
-        }
-        Ok(true)
-    }
-}
-
 /// A listening socket of the `tcp` provider.
 pub struct TcpListener {
-    socket: Socket,
+    door: Door<OPENING>,
     address: Address,
-    strangers: VecDeque<Stranger>,
-    complete: VecDeque<TcpRequest>,
 }
 
 impl TcpListener {
@@ -175,85 +136,10 @@ impl TcpListener {
             ErrorKind::AddrInUse => Error::AddressInUse { address: address.to_string() },
             _ => Error::io(format!("bind({address})"))(error),
         })?;
-        socket.set_nonblocking(true).map_err(Error::io("fcntl(O_NONBLOCK)"))?;
         let port = socket.local_addr().map_err(Error::io("getsockname"))?.port();
         let Address::Tcp { host, .. } = address else { unreachable!("`resolve` takes no other kind") };
         let address = Address::Tcp { host: host.clone(), port };
-        Ok(Self { socket, address, strangers: VecDeque::new(), complete: VecDeque::new() })
-    }
-
-    /// Takes everyone who waits at the socket.
-    fn take_strangers(&mut self) -> Result<(), Error> {
-        for _ in 0..MAX_STRANGERS {
-            match self.socket.accept() {
-                Ok((socket, _)) => {
-                    if socket.set_nonblocking(true).is_ok() {
-                        let deadline = Instant::now() + STRANGER_PATIENCE;
-                        self.strangers.push_back(Stranger { socket, heard: Vec::new(), deadline });
-                    }
-                    // Whoever has been silent for the longest time makes room.
-                    if self.strangers.len() > MAX_STRANGERS {
-                        self.strangers.pop_front();
-                    }
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => match Errno::from_io_error(&error) {
-                    // No descriptor is left now; the peer waits, and may come in later.
-                    Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                        std::thread::sleep(SHORTAGE_PAUSE);
-                        return Ok(());
-                    }
-                    // The peer is gone already, or its network is; the next one may be there.
-                    Some(
-                        Errno::INTR
-                        | Errno::CONNABORTED
-                        | Errno::PROTO
-                        | Errno::PERM
-                        | Errno::HOSTUNREACH
-                        | Errno::NETUNREACH
-                        | Errno::NETDOWN
-                        | Errno::HOSTDOWN
-                        | Errno::NOPROTOOPT
-                        | Errno::NONET
-                        | Errno::OPNOTSUPP
-                        | Errno::TIMEDOUT,
-                    ) => {}
-                    _ => return Err(Error::io(format!("accept({})", self.address))(error)),
-                },
-            }
-        }
-        Ok(())
-    }
-
-    /// Hears all strangers; keeps those who have said all, and drops those who talk nonsense or nothing.
-    fn hear_strangers(&mut self) {
-        for mut stranger in std::mem::take(&mut self.strangers) {
-            match stranger.hear() {
-                Ok(true) => self.complete.extend(TcpRequest::new(stranger)),
-                Ok(false) => self.strangers.push_back(stranger),
-                Err(()) => {}
-            }
-        }
-    }
-
-    /// Waits until the socket, or a stranger, may have something.
-    fn sleep(&self, timeout: Duration) -> Result<(), Error> {
-        let mut fds = Vec::with_capacity(1 + self.strangers.len());
-        fds.push(PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN));
-        fds.extend(
-            self.strangers
-                .iter()
-                .map(|stranger| PollFd::from_borrowed_fd(stranger.socket.as_fd(), PollFlags::IN)),
-        );
-        let now = Instant::now();
-        let patience = self.strangers.iter().map(|stranger| stranger.deadline.saturating_duration_since(now));
-        let timeout = patience.fold(timeout, Duration::min).min(Duration::from_secs(3600));
-        let timeout =
-            rustix::fs::Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
-        match poll(&mut fds, Some(&timeout)) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(e) => Err(Error::io("poll(listener)")(e.into())),
-        }
+        Ok(Self { door: Door::new(socket, address.to_string())?, address })
     }
 }
 
@@ -262,33 +148,17 @@ impl Listener for TcpListener {
 
     fn accept(&mut self, timeout: Duration) -> Result<Option<TcpRequest>, Error> {
         let deadline = Instant::now().checked_add(timeout);
-        loop {
-            // Those who have said all come first: while there are some, nobody else is let in.
-            if let Some(request) = self.complete.pop_front() {
+        while let Some((socket, opening)) = self.door.next(deadline)? {
+            // Whoever talks nonsense is dropped.
+            if let Some(request) = TcpRequest::new(socket, &opening) {
                 return Ok(Some(request));
             }
-            self.take_strangers()?;
-            self.hear_strangers();
-            if !self.complete.is_empty() {
-                continue;
-            }
-            let left = deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return Ok(None);
-            }
-            self.sleep(left)?;
         }
+        Ok(None)
     }
 
     fn address(&self) -> &Address {
         &self.address
-    }
-}
-
-impl Drop for TcpListener {
-    fn drop(&mut self) {
-        // Now, and not only when a child process that is being started has closed its copy of the socket, too.
-        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Read);
     }
 }
 
@@ -301,11 +171,10 @@ pub struct TcpRequest {
 
 impl TcpRequest {
     /// `None`: it is no request.
-    fn new(stranger: Stranger) -> Option<Self> {
-        let bytes: [u8; OPENING] = stranger.heard.try_into().ok()?;
-        let opening = Opening::decode(&bytes).ok()?;
+    fn new(socket: TcpStream, opening: &[u8; OPENING]) -> Option<Self> {
+        let opening = Opening::decode(opening).ok()?;
         let good = opening.kind == OpeningKind::Hello && opening.private_data.len() <= MAX_REQUEST_DATA;
-        good.then_some(Self { socket: Some(stranger.socket), opening })
+        good.then_some(Self { socket: Some(socket), opening })
     }
 
     /// Says the answer. The socket has sent nothing yet, so it has room for that.
