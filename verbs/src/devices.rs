@@ -88,7 +88,7 @@ impl fmt::Display for GidKind {
 pub fn list() -> Result<Vec<DeviceInfo>, Error> {
     #[cfg(feature = "rdma")]
     crate::transport::rdma::load_libraries()?;
-    let devices = from_sysfs(Path::new(SYSFS)).map_err(Error::io(format!("reading {SYSFS}")))?;
+    let devices = from_sysfs().map_err(Error::io(format!("reading {SYSFS}")))?;
     #[cfg(feature = "rdma")]
     let devices = with_capabilities(devices)?;
     #[cfg(feature = "ibverbs")]
@@ -109,7 +109,12 @@ fn with_capabilities(mut devices: Vec<DeviceInfo>) -> Result<Vec<DeviceInfo>, Er
     Ok(devices)
 }
 
-fn from_sysfs(root: &Path) -> io::Result<Vec<DeviceInfo>> {
+/// What sysfs says, by name.
+pub(crate) fn from_sysfs() -> io::Result<Vec<DeviceInfo>> {
+    from_folder(Path::new(SYSFS))
+}
+
+fn from_folder(root: &Path) -> io::Result<Vec<DeviceInfo>> {
     let mut names = entries(root)?;
     names.sort();
     names.into_iter().map(|name| device(&root.join(&name), name)).collect()
@@ -287,7 +292,7 @@ mod tests {
     #[test]
     fn sysfs_is_read_as_the_kernel_writes_it() {
         let root = machine();
-        let devices = from_sysfs(&root).unwrap();
+        let devices = from_folder(&root).unwrap();
         fs::remove_dir_all(&root).unwrap();
         let names: Vec<_> = devices.iter().map(|device| device.name.as_str()).collect();
         assert_eq!(names, ["mlx5_0", "rxe0"]);
@@ -307,7 +312,7 @@ mod tests {
 
     #[test]
     fn a_machine_without_devices_has_none() {
-        assert_eq!(from_sysfs(Path::new("/nowhere/infiniband")).unwrap(), []);
+        assert_eq!(from_folder(Path::new("/nowhere/infiniband")).unwrap(), []);
     }
 
     #[test]

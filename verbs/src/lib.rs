@@ -10,12 +10,14 @@
 //! | [`memory`] | memory that a NIC or a peer reads or writes; never a slice while others may write it |
 //! | [`address`] | `shm:///path`, `rdma://host:port`, `tcp://host:port`, `sim://name` |
 //! | [`devices`] | the RDMA devices of this host |
+//! | [`fabric`] | how RDMA packets travel: options, and which port and address a connection uses |
 //! | [`error`] | what can go wrong: the call, the values, the cure |
 
 pub mod address;
 mod capabilities;
 pub mod devices;
 pub mod error;
+pub mod fabric;
 pub mod memory;
 pub mod transport;
 
