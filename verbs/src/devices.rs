@@ -11,7 +11,7 @@ use std::{fmt, fs, io, net::Ipv6Addr, path::Path};
 pub use crate::capabilities::Capabilities;
 use crate::error::Error;
 
-const SYSFS: &str = "/sys/class/infiniband";
+pub(crate) const SYSFS: &str = "/sys/class/infiniband";
 
 /// An RDMA device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub struct DeviceInfo {
     pub guid: String,
     /// Firmware version; empty for most software devices.
     pub firmware: String,
+    /// Whether it is software (rxe): its timers are exact, and it shares the processors with everything else.
+    pub software: bool,
     /// NUMA node that it is attached to. `None`: not on a bus, or there is only one.
     pub numa_node: Option<usize>,
     /// Processors of that node: where its polling threads are best pinned. Empty if unknown.
@@ -145,6 +147,7 @@ fn device(folder: &Path, name: String) -> io::Result<DeviceInfo> {
     Ok(DeviceInfo {
         guid: text(&folder.join("node_guid")),
         firmware: text(&folder.join("fw_ver")),
+        software: !folder.join("device").exists(),
         // -1 says that there is no node.
         numa_node: text(&folder.join("device/numa_node")).parse().ok(),
         local_cores: cores(&text(&folder.join("device/local_cpulist"))),
@@ -299,6 +302,7 @@ mod tests {
         let device = &devices[0];
         assert_eq!((device.numa_node, device.local_cores.as_slice()), (Some(1), &[8, 9, 10, 24][..]));
         assert_eq!((device.firmware.as_str(), device.ports.len()), ("16.35.2000", 2));
+        assert_eq!((device.software, devices[1].software), (false, true));
         let [first, second] = &device.ports[..] else { panic!("two ports") };
         assert_eq!((first.state.as_str(), second.state.as_str()), ("ACTIVE", "DOWN"));
         let gids: Vec<_> = first.gids.iter().map(|gid| (gid.index, gid.kind, gid.gid.to_string())).collect();

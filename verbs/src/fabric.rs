@@ -79,23 +79,25 @@ impl Fabric {
                 _ => Err(wrong(name, &text, &format!("a number from {least} to {most}"))),
             }
         };
-        let mut fabric = Self::default();
-        fabric.gid_index = number("FERVOR_IB_GID_INDEX", 0, 255)?.map(|value| value as u8);
-        fabric.timeout = number("FERVOR_IB_TIMEOUT", 1, 31)?.map(|value| value as u8);
-        fabric.retry_cnt = number("FERVOR_IB_RETRY_CNT", 0, 7)?.map(|value| value as u8);
-        if let Some(mtu) = number("FERVOR_IB_MTU", 0, u32::MAX)? {
-            if ![256, 512, 1024, 2048, 4096].contains(&mtu) {
-                return Err(wrong("FERVOR_IB_MTU", &mtu.to_string(), "256, 512, 1024, 2048 or 4096"));
-            }
-            fabric.mtu = Some(mtu as u16);
-        }
-        let or = |default: u32, given: Option<u32>| given.unwrap_or(default);
-        fabric.traffic_class = or(0, number("FERVOR_IB_TC", 0, 255)?) as u8;
-        fabric.service_level = or(0, number("FERVOR_IB_SL", 0, 15)?) as u8;
-        fabric.pkey_index = or(0, number("FERVOR_IB_PKEY", 0, 65_535)?) as u16;
-        fabric.hop_limit = or(fabric.hop_limit.into(), number("FERVOR_IB_HOP_LIMIT", 1, 255)?) as u8;
-        fabric.flow_label = or(0, number("FERVOR_IB_FLOW_LABEL", 0, (1 << 20) - 1)?);
-        Ok(fabric)
+        let byte = |name: &str, least: u32, most: u32| {
+            Ok::<_, Error>(number(name, least, most)?.map(|value| u8::try_from(value).expect("at most 255")))
+        };
+        let mtu = number("FERVOR_IB_MTU", 0, u32::MAX)?.map(|mtu| match mtu {
+            256 | 512 | 1024 | 2048 | 4096 => Ok(mtu as u16),
+            _ => Err(wrong("FERVOR_IB_MTU", &mtu.to_string(), "256, 512, 1024, 2048 or 4096")),
+        });
+        let default = Self::default();
+        Ok(Self {
+            gid_index: byte("FERVOR_IB_GID_INDEX", 0, 255)?,
+            mtu: mtu.transpose()?,
+            traffic_class: byte("FERVOR_IB_TC", 0, 255)?.unwrap_or(default.traffic_class),
+            service_level: byte("FERVOR_IB_SL", 0, 15)?.unwrap_or(default.service_level),
+            pkey_index: number("FERVOR_IB_PKEY", 0, 65_535)?.map_or(default.pkey_index, |value| value as u16),
+            hop_limit: byte("FERVOR_IB_HOP_LIMIT", 1, 255)?.unwrap_or(default.hop_limit),
+            flow_label: number("FERVOR_IB_FLOW_LABEL", 0, (1 << 20) - 1)?.unwrap_or(default.flow_label),
+            timeout: byte("FERVOR_IB_TIMEOUT", 1, 31)?,
+            retry_cnt: byte("FERVOR_IB_RETRY_CNT", 0, 7)?,
+        })
     }
 
     /// When an unanswered request is sent again: the time, as the exponent of `4.096 us * 2^exponent`, and how often. Then the connection
@@ -190,7 +192,7 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Address(ip) => write!(f, "the socket has its address {ip}"),
-            Self::Best => f.write_str("its best address"),
+            Self::Best => f.write_str("the best one; a socket that has another of its addresses takes that"),
             Self::Index => f.write_str("FERVOR_IB_GID_INDEX says so"),
         }
     }
@@ -248,25 +250,22 @@ pub fn choose(
                 "`{ip}` is the address of no RDMA device of this host, and no port of InfiniBand is active"
             ),
         })?;
-    match fabric.gid_index {
-        Some(index) => {
-            let gid = port.gids.iter().find(|gid| gid.index == u32::from(index)).ok_or_else(|| {
-                format!(
-                    "port {} of {} has no GID of index {index} (FERVOR_IB_GID_INDEX)",
-                    port.number, device.name
-                )
-            })?;
-            Ok(local(device, port, gid, Reason::Index))
-        }
-        None => best(device, port),
-    }
+    port_address(device, port, fabric)
 }
 
-/// The address of `port` for a socket that has none of its addresses.
+/// The address of a port that is chosen without regard to that of a socket: the one that [`Fabric::gid_index`] names, or the best one.
 ///
 /// # Errors
 /// A sentence that says why there is none.
-pub fn best(device: &DeviceInfo, port: &PortInfo) -> Result<Local, String> {
+pub fn port_address(device: &DeviceInfo, port: &PortInfo, fabric: &Fabric) -> Result<Local, String> {
+    let Some(index) = fabric.gid_index else { return best(device, port) };
+    let gid = port.gids.iter().find(|gid| gid.index == u32::from(index)).ok_or_else(|| {
+        format!("port {} of {} has no GID of index {index} (FERVOR_IB_GID_INDEX)", port.number, device.name)
+    })?;
+    Ok(local(device, port, gid, Reason::Index))
+}
+
+fn best(device: &DeviceInfo, port: &PortInfo) -> Result<Local, String> {
     let rank = |gid: &&GidInfo| match Way::of(gid) {
         Way::InfiniBand | Way::RoceV2Ipv4 => 0,
         // Addresses of the link alone lead nowhere without the name of an interface.
@@ -318,6 +317,7 @@ mod tests {
             name: name.into(),
             guid: String::new(),
             firmware: String::new(),
+            software: false,
             numa_node: None,
             local_cores: Vec::new(),
             capabilities: None,

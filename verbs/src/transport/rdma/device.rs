@@ -8,7 +8,7 @@
 
 use std::{
     ffi::{CStr, c_int},
-    fmt, fs, io,
+    fmt, io,
     net::IpAddr,
     os::fd::BorrowedFd,
     sync::{
@@ -21,7 +21,7 @@ use rdma_sys::*;
 
 use crate::{
     capabilities::Capabilities,
-    devices::{self, DeviceInfo},
+    devices::{self, DeviceInfo, SYSFS},
     error::Error,
     fabric::{self, Fabric, Local},
     memory::{Exclusive, Memory},
@@ -33,9 +33,6 @@ use crate::{
         },
     },
 };
-
-/// What the kernel says of its RDMA devices.
-const SYSFS: &str = "/sys/class/infiniband";
 
 /// The devices that libibverbs knows. A device that has been opened outlives the list.
 struct DeviceList {
@@ -79,9 +76,8 @@ impl Drop for DeviceList {
 
 /// The error for a machine on which libibverbs finds no device.
 fn no_device(said: &io::Error) -> Error {
-    let kernel: Vec<String> = fs::read_dir(SYSFS)
-        .map(|dir| dir.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
-        .unwrap_or_default();
+    let kernel: Vec<String> =
+        read_tables().unwrap_or_default().into_iter().map(|device| device.name).collect();
     if kernel.is_empty() {
         return Error::NoDevice { reason: format!("{SYSFS} is empty or missing") };
     }
@@ -192,7 +188,8 @@ impl Device {
         };
         let context = Context::open(&list, list.devices()[index])?;
         let name = names.into_iter().nth(index).expect("the index is of this list");
-        let limits = limits(&context, &name)?;
+        let software = tables.iter().any(|device| device.name == name && device.software);
+        let limits = limits(&context, &name, software)?;
         if port.is_some_and(|port| port == 0 || port > limits.ports) {
             return Err(Error::NoDevice {
                 reason: format!("{name} has ports 1 to {}, and no {}", limits.ports, port.unwrap_or(0)),
@@ -407,7 +404,7 @@ fn vectors(context: &Context) -> usize {
     unsafe { (*context.raw).num_comp_vectors }.max(1) as usize
 }
 
-fn limits(context: &Context, name: &str) -> Result<Limits, Error> {
+fn limits(context: &Context, name: &str, software: bool) -> Result<Limits, Error> {
     let device = query(context, name)?;
     let port = query_port(context, name, 1)?;
     // SAFETY: the context is open, so its device can be read.
@@ -435,7 +432,7 @@ fn limits(context: &Context, name: &str) -> Result<Limits, Error> {
         ports: device.phys_port_cnt,
         message: u64::from(port.max_msg_sz),
         vectors: vectors(context),
-        software: fs::metadata(format!("{SYSFS}/{name}/device")).is_err(),
+        software,
     })
 }
 

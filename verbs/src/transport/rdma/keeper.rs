@@ -33,7 +33,7 @@
 //! a [`Keeper`], with the last of which the thread is told to stop. The last one may fall on the thread itself: then nobody joins it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     io::{ErrorKind, Read},
     mem::MaybeUninit,
     net::TcpStream,
@@ -128,8 +128,12 @@ impl Keeper {
             orders: Mutex::default(),
             next_key: AtomicU64::new(FIRST_KEY),
         });
-        let keeping =
-            Keeping { core: Arc::clone(&core), links: HashMap::new(), by_queue_pair: HashMap::new() };
+        let keeping = Keeping {
+            core: Arc::clone(&core),
+            links: HashMap::new(),
+            doomed: VecDeque::new(),
+            by_queue_pair: HashMap::new(),
+        };
         let thread = thread::Builder::new()
             .name("fervor-rdma".to_owned())
             .spawn(move || keeping.run())
@@ -221,6 +225,8 @@ struct Watched {
 struct Keeping {
     core: Arc<Core>,
     links: HashMap<u64, Watched>,
+    /// Connections whose queue pairs are to be destroyed.
+    doomed: VecDeque<u64>,
     /// Keys by the addresses of queue pairs.
     by_queue_pair: HashMap<usize, u64>,
 }
@@ -233,6 +239,9 @@ impl Keeping {
             let mut left = tick.saturating_duration_since(Instant::now());
             if self.links.values().any(|watched| matches!(watched.stage, Stage::Settling(_))) {
                 left = left.min(LOOK);
+            }
+            if !self.doomed.is_empty() {
+                left = Duration::ZERO;
             }
             let left = Timespec { tv_sec: 0, tv_nsec: left.as_nanos() as i64 };
             // A signal that interrupts the wait is a wake like any other.
@@ -248,6 +257,10 @@ impl Keeping {
             }
             self.obey();
             self.settle();
+            // One at a time: it may take milliseconds, and others wait for their queue pairs to be moved to the error state.
+            if let Some(key) = self.doomed.pop_front() {
+                self.destroy(key);
+            }
             let now = Instant::now();
             if now >= tick {
                 tick = now + TICK;
@@ -270,10 +283,10 @@ impl Keeping {
                         watched.stage = Stage::Settling(Instant::now() + LAST_BUFFER);
                     }
                 }
-                Order::Destroy(key) => self.destroy(key),
+                Order::Destroy(key) => self.doomed.push_back(key),
                 Order::Abandon(key) => {
                     self.end(key);
-                    self.destroy(key);
+                    self.doomed.push_back(key);
                 }
             }
         }
@@ -332,7 +345,7 @@ impl Keeping {
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
         if !watched.link.queues.tell(News::Failed(watched.link.id)) {
-            self.destroy(key);
+            self.doomed.push_back(key);
         }
     }
 
@@ -340,14 +353,12 @@ impl Keeping {
     fn settle(&mut self) {
         let now = Instant::now();
         let settled = |watched: &&mut Watched| matches!(watched.stage, Stage::Settling(until) if now >= until || watched.link.took_last_buffer());
-        let mut abandoned = Vec::new();
         for watched in self.links.values_mut().filter(settled) {
             watched.stage = Stage::Ending;
             if !watched.link.queues.tell(News::Settled(watched.link.id)) {
-                abandoned.push(watched.link.key);
+                self.doomed.push_back(watched.link.key);
             }
         }
-        abandoned.into_iter().for_each(|key| self.destroy(key));
     }
 
     fn destroy(&mut self, key: u64) {
