@@ -18,8 +18,8 @@ use crate::{
     error::Error,
 };
 
-/// What the packets of all connections of a transport have in common. The defaults are NCCL's, except for what breaks the contract's promise
-/// that a dead peer is found out within two seconds.
+/// What the packets of all connections of a transport have in common. The defaults are NCCL's, except for the hop limit (NCCL has
+/// 255), and for what would break the contract's promise that a dead peer is found out within two seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fabric {
     /// Index in the port's table of GIDs (`FERVOR_IB_GID_INDEX`). `None`: looked up for each connection, so that it follows the address when
@@ -247,7 +247,8 @@ pub fn choose(
         .ok_or_else(|| match told {
             Some(name) => format!("no port of {name} is active"),
             None => format!(
-                "`{ip}` is the address of no RDMA device of this host, and no port of InfiniBand is active"
+                "`{ip}` is the address of no RDMA device of this host, and no port of InfiniBand is active; choose an address of a device \
+                 with ?from=, or its GID with FERVOR_IB_GID_INDEX"
             ),
         })?;
     port_address(device, port, fabric)

@@ -15,6 +15,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use rdma_sys::*;
@@ -33,6 +34,9 @@ use crate::{
         },
     },
 };
+
+/// How long tables are believed when they do not have an address.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// The devices that libibverbs knows. A device that has been opened outlives the list.
 struct DeviceList {
@@ -148,8 +152,8 @@ pub(super) struct Device {
     pub limits: Limits,
     /// What the device has said.
     pub said: Counters,
-    /// What sysfs says of all devices.
-    tables: Mutex<Arc<Vec<DeviceInfo>>>,
+    /// What sysfs said of all devices, and when.
+    tables: Mutex<(Arc<Vec<DeviceInfo>>, Instant)>,
     /// The tables have changed since they were read.
     stale: AtomicBool,
     open: Context,
@@ -209,7 +213,7 @@ impl Device {
             fabric,
             limits,
             said: Counters::default(),
-            tables: Mutex::new(Arc::new(tables)),
+            tables: Mutex::new((Arc::new(tables), Instant::now())),
             stale: AtomicBool::new(false),
             open: context,
         }))
@@ -223,17 +227,17 @@ impl Device {
         let choose =
             |tables: &[DeviceInfo]| fabric::choose(tables, Some(&self.name), self.port, ip, &self.fabric);
         if !self.stale.swap(false, Ordering::AcqRel) {
-            let tables = Arc::clone(&self.tables.lock().unwrap_or_else(PoisonError::into_inner));
-            // An address that is not in them may have come meanwhile.
+            let (tables, read) = self.tables.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            // An address that is not in them may have come meanwhile, before the device said so.
             if let Ok(local) = choose(&tables)
-                && local.why != fabric::Reason::Best
+                && (local.why != fabric::Reason::Best || read.elapsed() < FRESH)
             {
                 return Ok(local);
             }
         }
         let tables = read_tables().map_err(|error| error.to_string())?;
         let chosen = choose(&tables);
-        *self.tables.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(tables);
+        *self.tables.lock().unwrap_or_else(PoisonError::into_inner) = (Arc::new(tables), Instant::now());
         chosen
     }
 

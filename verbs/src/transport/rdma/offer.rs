@@ -277,6 +277,37 @@ mod tests {
         }
     }
 
+    /// Whatever the bytes are, nothing panics, and what is taken is what was said.
+    #[test]
+    fn any_bytes_are_an_error_or_what_they_say() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        let mut taken = 0;
+        for _ in 0..100_000 {
+            let mut bytes = [0; MESSAGE];
+            bytes.fill_with(|| random() as u8);
+            bytes[..4].copy_from_slice(&MAGIC);
+            bytes[4] = 1 + (random() % 4) as u8;
+            bytes[6..8].copy_from_slice(&((random() % 200) as u16).to_le_bytes());
+            // Fields that are seldom right by chance.
+            bytes[HEADER] = (random() % 6) as u8;
+            bytes[HEADER + 1] = (random() % 7) as u8;
+            bytes[HEADER + 6..HEADER + 8].fill(0);
+            (bytes[HEADER + 11], bytes[HEADER + 15]) = (0, 0);
+            let Ok(message) = Message::decode(&bytes) else { continue };
+            let Ok(offer) = Offer::decode(&message.offer) else { continue };
+            taken += 1;
+            assert_eq!(offer.encode(), message.offer);
+            assert_eq!(Message::decode(&message.encode()), Ok(message));
+        }
+        assert!(taken > 1000, "{taken} of 100000 were taken");
+    }
+
     /// Every byte, each bit of it: nothing panics, and what is taken is what was said.
     #[test]
     fn any_change_of_a_bit_is_an_error_or_another_message() {
