@@ -324,12 +324,18 @@ fn killed_senders_cost_no_receive_buffer() {
         // Each at another moment of its messages.
         let until = Instant::now() + Duration::from_micros(20_000 + (dead as u64 * 7_919) % 60_000);
         let mut seen = Vec::new();
+        let mut ended = 0;
         while Instant::now() < until {
             endpoint.poll(&mut seen);
             for completion in seen.drain(..) {
-                if let Completion::Received { buffer, .. } = completion {
-                    messages += 1;
-                    endpoint.release(buffer);
+                match completion {
+                    Completion::Received { buffer, .. } => {
+                        messages += 1;
+                        endpoint.release(buffer);
+                    }
+                    // There are fewer buffers than senders: one may have given up.
+                    Completion::Disconnected { .. } => ended += 1,
+                    other => panic!("found {other:?}"),
                 }
             }
         }
@@ -338,16 +344,15 @@ fn killed_senders_cost_no_receive_buffer() {
             child.kill().unwrap();
             child.wait().unwrap();
         }
-        let mut ended = 0;
-        poll_for(&mut endpoint, PATIENCE, |endpoint, completion| {
+        let all = poll_for(&mut endpoint, PATIENCE, |endpoint, completion| {
             match completion {
                 Completion::Received { buffer, .. } => endpoint.release(buffer),
                 Completion::Disconnected { .. } => ended += 1,
                 other => panic!("found {other:?}"),
             }
             (ended == TOGETHER).then_some(())
-        })
-        .expect("the ends of the senders");
+        });
+        assert!(all.is_some() || ended == TOGETHER, "{ended} ends of {TOGETHER} senders");
         slowest = slowest.max(killed.elapsed());
         dead += TOGETHER;
         drop(connections);
