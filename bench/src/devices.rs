@@ -3,36 +3,43 @@
 use std::fmt::Write as _;
 
 use anyhow::Result;
-use fervor_verbs::devices::{self, Capabilities, DeviceInfo};
+use fervor_verbs::{
+    devices::{self, Capabilities, DeviceInfo, PortInfo},
+    fabric::{self, Fabric},
+};
 
 use crate::report;
 
 /// Lists the devices.
 ///
 /// # Errors
-/// When there is a device that cannot be used for lack of a library; the message names the package.
+/// When there is a device that cannot be used for lack of a library; the message names the package. When an environment variable of the
+/// [`Fabric`] is wrong.
 pub fn run() -> Result<String> {
-    Ok(describe(&devices::list()?))
+    Ok(describe(&devices::list()?, &Fabric::from_env()?))
 }
 
-fn describe(devices: &[DeviceInfo]) -> String {
+fn describe(devices: &[DeviceInfo], fabric: &Fabric) -> String {
     if devices.is_empty() {
         return "This machine has no RDMA device. Use shm:// URLs, or see ci/soft-roce for devices in software.\n".into();
     }
     let mut text = String::new();
     for device in devices {
-        device_lines(&mut text, device).expect("a String takes everything");
+        device_lines(&mut text, device, fabric).expect("a String takes everything");
     }
     text
 }
 
-fn device_lines(text: &mut String, device: &DeviceInfo) -> std::fmt::Result {
-    let DeviceInfo { name, guid, firmware, numa_node, local_cores, capabilities, ports } = device;
+fn device_lines(text: &mut String, device: &DeviceInfo, fabric: &Fabric) -> std::fmt::Result {
+    let DeviceInfo { name, guid, firmware, software, numa_node, local_cores, capabilities, ports } = device;
     write!(text, "{name}  GUID {guid}")?;
     if !firmware.is_empty() {
         write!(text, "  firmware {firmware}")?;
     }
     writeln!(text)?;
+    if *software {
+        writeln!(text, "  a device in software")?;
+    }
     if let Some(node) = numa_node {
         writeln!(text, "  NUMA node {node}")?;
     }
@@ -64,8 +71,8 @@ fn device_lines(text: &mut String, device: &DeviceInfo) -> std::fmt::Result {
     }
     for port in ports {
         let mtu = capabilities.as_ref().and_then(|c| c.mtu.get(port.number as usize - 1));
-        let mtu = mtu.map_or(String::new(), |mtu| format!(", MTU {mtu}"));
-        writeln!(text, "  port {}: {}, {}, {}{mtu}", port.number, port.state, port.link_layer, port.rate)?;
+        let said = mtu.map_or(String::new(), |mtu| format!(", MTU {mtu}"));
+        writeln!(text, "  port {}: {}, {}, {}{said}", port.number, port.state, port.link_layer, port.rate)?;
         for gid in &port.gids {
             let address =
                 gid.gid.to_ipv4_mapped().map_or_else(|| gid.gid.to_string(), |ipv4| ipv4.to_string());
@@ -77,8 +84,37 @@ fn device_lines(text: &mut String, device: &DeviceInfo) -> std::fmt::Result {
                 gid.interface
             )?;
         }
+        connection_lines(text, device, port, mtu.copied(), fabric)?;
     }
     Ok(())
+}
+
+/// What a connection through `port` would use, and why.
+fn connection_lines(
+    text: &mut String,
+    device: &DeviceInfo,
+    port: &PortInfo,
+    mtu: Option<u32>,
+    fabric: &Fabric,
+) -> std::fmt::Result {
+    match fabric::port_address(device, port, fabric) {
+        Ok(local) => {
+            writeln!(text, "    connections use GID {} ({}): {}", local.gid_index, local.way, local.why)?;
+        }
+        Err(reason) => return writeln!(text, "    no connections: {reason}"),
+    }
+    let (timeout, retries) = fabric.patience(device.software);
+    let seconds = 4.096e-6 * f64::from(1_u32 << timeout) * f64::from(u32::from(retries) + 1);
+    let mtu = mtu.map_or("unknown".into(), |mtu| fabric.mtu_of(mtu as u16).to_string());
+    writeln!(
+        text,
+        "      MTU {mtu}, traffic class {}, service level {}, partition key index {}, hop limit {}, flow label {}",
+        fabric.traffic_class, fabric.service_level, fabric.pkey_index, fabric.hop_limit, fabric.flow_label
+    )?;
+    writeln!(
+        text,
+        "      timeout 2^{timeout} x 4.096 us, {retries} retries: a silent peer is given up after {seconds:.2} s or more"
+    )
 }
 
 #[cfg(test)]
@@ -106,20 +142,28 @@ mod tests {
             name: "rxe0".into(),
             guid: "0011:2233:4455:6677".into(),
             firmware: String::new(),
+            software: true,
             numa_node: None,
             local_cores: vec![0, 1],
             capabilities: None,
             ports: vec![port],
         };
-        let text = describe(&[device]);
+        let text = describe(std::slice::from_ref(&device), &Fabric::default());
         for part in [
             "rxe0  GUID 0011:2233:4455:6677\n",
             "near cores 0,1",
             "port 1: ACTIVE, Ethernet",
             "RoCE v2     10.7.0.1  v0",
+            "connections use GID 1 (RoCE v2 over IPv4): the best one",
+            "hop limit 64",
+            "timeout 2^16 x 4.096 us, 3 retries: a silent peer is given up after 1.07 s",
         ] {
             assert!(text.contains(part), "{text}");
         }
-        assert!(describe(&[]).contains("no RDMA device"));
+        let fabric = Fabric { gid_index: Some(3), ..Fabric::default() };
+        assert!(
+            describe(&[device], &fabric).contains("no connections: port 1 of rxe0 has no GID of index 3")
+        );
+        assert!(describe(&[], &fabric).contains("no RDMA device"));
     }
 }

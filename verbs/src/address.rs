@@ -19,12 +19,12 @@ pub enum Address {
     },
     /// `shm:///path/to/socket`: a Unix socket on this host; data moves through shared memory.
     Shm(PathBuf),
-    /// `rdma://host:port`: InfiniBand, RoCE or iWARP through librdmacm. A client may add `?from=ADDRESS`
-    /// to choose the local address (and with it the device) that it connects from.
+    /// `rdma://host:port`: InfiniBand or RoCE. Connections are made over TCP, at that address. A client may add
+    /// `?from=ADDRESS` to choose the local address (and with it the device) that it connects from.
     Rdma {
         /// Name or address of the host.
         host: String,
-        /// Port of the RDMA connection manager.
+        /// The TCP port.
         port: u16,
         /// Local address to connect from.
         from: Option<String>,

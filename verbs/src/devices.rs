@@ -11,7 +11,7 @@ use std::{fmt, fs, io, net::Ipv6Addr, path::Path};
 pub use crate::capabilities::Capabilities;
 use crate::error::Error;
 
-const SYSFS: &str = "/sys/class/infiniband";
+pub(crate) const SYSFS: &str = "/sys/class/infiniband";
 
 /// An RDMA device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub struct DeviceInfo {
     pub guid: String,
     /// Firmware version; empty for most software devices.
     pub firmware: String,
+    /// Whether it is software (rxe): its timers are exact, and it shares the processors with everything else.
+    pub software: bool,
     /// NUMA node that it is attached to. `None`: not on a bus, or there is only one.
     pub numa_node: Option<usize>,
     /// Processors of that node: where its polling threads are best pinned. Empty if unknown.
@@ -88,7 +90,7 @@ impl fmt::Display for GidKind {
 pub fn list() -> Result<Vec<DeviceInfo>, Error> {
     #[cfg(feature = "rdma")]
     crate::transport::rdma::load_libraries()?;
-    let devices = from_sysfs(Path::new(SYSFS)).map_err(Error::io(format!("reading {SYSFS}")))?;
+    let devices = from_sysfs().map_err(Error::io(format!("reading {SYSFS}")))?;
     #[cfg(feature = "rdma")]
     let devices = with_capabilities(devices)?;
     #[cfg(feature = "ibverbs")]
@@ -109,7 +111,12 @@ fn with_capabilities(mut devices: Vec<DeviceInfo>) -> Result<Vec<DeviceInfo>, Er
     Ok(devices)
 }
 
-fn from_sysfs(root: &Path) -> io::Result<Vec<DeviceInfo>> {
+/// What sysfs says, by name.
+pub(crate) fn from_sysfs() -> io::Result<Vec<DeviceInfo>> {
+    from_folder(Path::new(SYSFS))
+}
+
+fn from_folder(root: &Path) -> io::Result<Vec<DeviceInfo>> {
     let mut names = entries(root)?;
     names.sort();
     names.into_iter().map(|name| device(&root.join(&name), name)).collect()
@@ -140,6 +147,7 @@ fn device(folder: &Path, name: String) -> io::Result<DeviceInfo> {
     Ok(DeviceInfo {
         guid: text(&folder.join("node_guid")),
         firmware: text(&folder.join("fw_ver")),
+        software: !folder.join("device").exists(),
         // -1 says that there is no node.
         numa_node: text(&folder.join("device/numa_node")).parse().ok(),
         local_cores: cores(&text(&folder.join("device/local_cpulist"))),
@@ -287,13 +295,14 @@ mod tests {
     #[test]
     fn sysfs_is_read_as_the_kernel_writes_it() {
         let root = machine();
-        let devices = from_sysfs(&root).unwrap();
+        let devices = from_folder(&root).unwrap();
         fs::remove_dir_all(&root).unwrap();
         let names: Vec<_> = devices.iter().map(|device| device.name.as_str()).collect();
         assert_eq!(names, ["mlx5_0", "rxe0"]);
         let device = &devices[0];
         assert_eq!((device.numa_node, device.local_cores.as_slice()), (Some(1), &[8, 9, 10, 24][..]));
         assert_eq!((device.firmware.as_str(), device.ports.len()), ("16.35.2000", 2));
+        assert_eq!((device.software, devices[1].software), (false, true));
         let [first, second] = &device.ports[..] else { panic!("two ports") };
         assert_eq!((first.state.as_str(), second.state.as_str()), ("ACTIVE", "DOWN"));
         let gids: Vec<_> = first.gids.iter().map(|gid| (gid.index, gid.kind, gid.gid.to_string())).collect();
@@ -307,7 +316,7 @@ mod tests {
 
     #[test]
     fn a_machine_without_devices_has_none() {
-        assert_eq!(from_sysfs(Path::new("/nowhere/infiniband")).unwrap(), []);
+        assert_eq!(from_folder(Path::new("/nowhere/infiniband")).unwrap(), []);
     }
 
     #[test]

@@ -11,12 +11,14 @@
 //! | [`address`] | `shm:///path`, `rdma://host:port`, `tcp://host:port`, `sim://name` |
 //! | [`devices`] | the RDMA devices of this host |
 //! | [`session`] | what two processes say before data flows: pre-shared keys, the cipher, the messages |
+//! | [`fabric`] | how RDMA packets travel: options, and which port and address a connection uses |
 //! | [`error`] | what can go wrong: the call, the values, the cure |
 
 pub mod address;
 mod capabilities;
 pub mod devices;
 pub mod error;
+pub mod fabric;
 pub mod memory;
 pub mod session;
 pub mod transport;

@@ -36,6 +36,13 @@ impl RdmaConnection {
         self.reads_in
     }
 
+    /// Whoever has bootstrapped this connection over a channel of its own has heard from the peer that it is ready: what was posted so far goes
+    /// out. Connections of [`Listener`](crate::transport::Listener) and [`Transport::connect`](crate::transport::Transport::connect) need
+    /// no such call.
+    pub fn peer_is_ready(&self) {
+        self.link.queues.keeper.ready(self.link.key);
+    }
+
     fn post(
         &self,
         operation: Operation,

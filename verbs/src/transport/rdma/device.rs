@@ -1,87 +1,120 @@
 //! An open device, and what is registered with it.
 //!
-//! The `ibv_context` belongs to librdmacm, which hands out one per device and process; the device list that is held
-//! here keeps it open, and it is never closed by us. All of an `Rdma`'s objects hold an `Arc` of the [`Device`], so
-//! the protection domain outlives the queues, queue pairs and regions made in it.
+//! Each [`Device`] opens its device for itself, and closes it when it ends. All of an `Rdma`'s objects hold an `Arc` of it, so that
+//! the protection domain and the context outlive the queues, queue pairs and regions made in them.
+//!
+//! The tables of GIDs are read from sysfs when the device is opened, and again after the device has said that they changed: a table has up to
+//! 255 entries of three files each, too many to read for each connection.
 
 use std::{
     ffi::{CStr, c_int},
-    fmt, fs, io,
-    sync::Arc,
+    fmt, io,
+    net::IpAddr,
+    os::fd::BorrowedFd,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use rdma_sys::*;
 
 use crate::{
     capabilities::Capabilities,
+    devices::{self, DeviceInfo, SYSFS},
     error::Error,
+    fabric::{self, Fabric, Local},
     memory::{Exclusive, Memory},
-    transport::{Access, Export, MAX_SGE, Region, RemoteRegion, rdma::library},
+    transport::{
+        Access, Export, MAX_SGE, Region, RemoteRegion,
+        rdma::{
+            events::Counters,
+            library::{Verbs, verbs},
+        },
+    },
 };
 
-/// What the kernel says of its RDMA devices.
-const SYSFS: &str = "/sys/class/infiniband";
+/// How long tables are believed when they do not have an address.
+const FRESH: Duration = Duration::from_secs(1);
 
-/// The devices that librdmacm has opened. Their contexts stay open as long as this lives.
+/// The devices that libibverbs knows. A device that has been opened outlives the list.
 struct DeviceList {
-    contexts: *mut *mut ibv_context,
+    verbs: &'static Verbs,
+    devices: *mut *mut ibv_device,
     number: usize,
 }
 
 impl DeviceList {
     fn new() -> Result<Self, Error> {
-        library::load()?;
+        let verbs = verbs()?;
         let mut number: c_int = 0;
-        // SAFETY: the library is loaded, and `number` is a place for the result.
-        let contexts = unsafe { rdma_get_devices(&mut number) };
-        let list = Self { contexts, number: number.max(0) as usize };
-        if contexts.is_null() || number <= 0 {
+        // SAFETY: `number` is a place for the result.
+        let devices = unsafe { (verbs.ibv_get_device_list)(&mut number) };
+        let list = Self { verbs, devices, number: number.max(0) as usize };
+        if devices.is_null() || number <= 0 {
             return Err(no_device(&io::Error::last_os_error()));
         }
         Ok(list)
     }
 
-    fn contexts(&self) -> &[*mut ibv_context] {
-        // SAFETY: `rdma_get_devices` returned an array of this many pointers, which lives until it is freed in `drop`.
-        unsafe { std::slice::from_raw_parts(self.contexts, self.number) }
+    fn devices(&self) -> &[*mut ibv_device] {
+        // SAFETY: `ibv_get_device_list` returned an array of this many pointers, which lives until it is freed in `drop`.
+        unsafe { std::slice::from_raw_parts(self.devices, self.number) }
+    }
+
+    fn name(&self, device: *mut ibv_device) -> String {
+        // SAFETY: the device is of this list, and has a NUL-terminated name.
+        unsafe { CStr::from_ptr((self.verbs.ibv_get_device_name)(device)) }.to_string_lossy().into_owned()
     }
 }
 
 impl Drop for DeviceList {
     fn drop(&mut self) {
-        if !self.contexts.is_null() {
-            // SAFETY: it came from `rdma_get_devices` and is freed once.
-            unsafe { rdma_free_devices(self.contexts) }
+        if !self.devices.is_null() {
+            // SAFETY: it came from `ibv_get_device_list` and is freed once.
+            unsafe { (self.verbs.ibv_free_device_list)(self.devices) }
         }
     }
 }
 
-/// The error for a machine on which librdmacm finds no device.
+/// The error for a machine on which libibverbs finds no device.
 fn no_device(said: &io::Error) -> Error {
-    let kernel: Vec<String> = fs::read_dir(SYSFS)
-        .map(|dir| dir.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect())
-        .unwrap_or_default();
+    let kernel: Vec<String> =
+        read_tables().unwrap_or_default().into_iter().map(|device| device.name).collect();
     if kernel.is_empty() {
         return Error::NoDevice { reason: format!("{SYSFS} is empty or missing") };
     }
-    if fs::metadata("/dev/infiniband/rdma_cm").is_err() {
-        return Error::NoDevice {
-            reason: format!(
-                "the kernel has {}, but not /dev/infiniband/rdma_cm (load it with `modprobe rdma_ucm`)",
-                kernel.join(", ")
-            ),
-        };
-    }
     Error::MissingLibrary {
         library: "the driver in libibverbs",
-        reason: format!("the kernel has {}, but librdmacm opens none of them ({said})", kernel.join(", ")),
+        reason: format!("the kernel has {}, but libibverbs finds none of them ({said})", kernel.join(", ")),
         package: "ibverbs-providers",
     }
 }
 
-fn device_name(context: *mut ibv_context) -> String {
-    // SAFETY: the caller's context is open, so its device has a NUL-terminated name.
-    unsafe { CStr::from_ptr(ibv_get_device_name((*context).device)) }.to_string_lossy().into_owned()
+/// An open device.
+struct Context {
+    verbs: &'static Verbs,
+    raw: *mut ibv_context,
+}
+
+impl Context {
+    fn open(list: &DeviceList, device: *mut ibv_device) -> Result<Self, Error> {
+        // SAFETY: the device is of the list, which lives.
+        let raw = unsafe { (list.verbs.ibv_open_device)(device) };
+        if raw.is_null() {
+            return Err(Error::last_os(format!("ibv_open_device({})", list.name(device))));
+        }
+        Ok(Self { verbs: list.verbs, raw })
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: everything made in the context is gone: in a `Device` it is the last field but plain data, and the device's `drop` has ended
+        // the domain; elsewhere nothing is made in it. It is closed once.
+        unsafe { (self.verbs.ibv_close_device)(self.raw) };
+    }
 }
 
 /// What a device can do, as far as Fervor asks.
@@ -97,6 +130,8 @@ pub(super) struct Limits {
     pub reads_out: u8,
     /// READs of the peer that one queue pair serves at a time.
     pub reads_in: u8,
+    /// Ports, which are numbered from 1.
+    pub ports: u8,
     /// Bytes of one message.
     pub message: u64,
     /// Completion vectors.
@@ -107,41 +142,125 @@ pub(super) struct Limits {
 
 /// An open device with a protection domain.
 pub(super) struct Device {
+    pub verbs: &'static Verbs,
     pub context: *mut ibv_context,
     pub domain: *mut ibv_pd,
     pub name: String,
+    /// The port that the program was told to use.
+    port: Option<u8>,
+    pub fabric: Fabric,
     pub limits: Limits,
-    _list: DeviceList,
+    /// What the device has said.
+    pub said: Counters,
+    /// What sysfs said of all devices, and when.
+    tables: Mutex<(Arc<Vec<DeviceInfo>>, Instant)>,
+    /// The tables have changed since they were read.
+    stale: AtomicBool,
+    open: Context,
 }
 
 // SAFETY: verbs objects may be used from any thread, and by several at a time (`ibv_*` calls are thread-safe);
-// the fields are not written after `open`.
+// the pointers are not written after `open`.
 unsafe impl Send for Device {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Device {}
 
 impl Device {
-    /// Opens the device called `name`, or the first one with an active port.
-    pub(super) fn open(name: Option<&str>) -> Result<Arc<Self>, Error> {
+    /// Opens the device called `name` (`mlx5_0`, or `mlx5_0:2` for its second port), or the first one with an active port.
+    pub(super) fn open(name: Option<&str>, fabric: Fabric) -> Result<Arc<Self>, Error> {
+        let (name, port) = match name.and_then(|name| name.split_once(':')) {
+            Some((device, port)) => match port.parse() {
+                Ok(port) => (Some(device), Some(port)),
+                Err(_) => {
+                    let reason =
+                        format!("`{port}` of `{device}:{port}` is no number of a port; write DEVICE:PORT");
+                    return Err(Error::NoDevice { reason });
+                }
+            },
+            None => (name, None),
+        };
         let list = DeviceList::new()?;
-        let names: Vec<String> = list.contexts().iter().map(|&context| device_name(context)).collect();
+        let names: Vec<String> = list.devices().iter().map(|&device| list.name(device)).collect();
+        let tables = read_tables()?;
         let index = match name {
             Some(name) => names.iter().position(|have| have == name).ok_or_else(|| Error::NoDevice {
                 reason: format!("there is no device `{name}` (there are: {})", names.join(", ")),
             })?,
-            None => names.iter().position(|name| is_active(name)).ok_or_else(|| Error::NoDevice {
-                reason: format!("no port of {} is active", names.join(", ")),
+            None => names.iter().position(|name| is_active(&tables, name)).ok_or_else(|| {
+                Error::NoDevice { reason: format!("no port of {} is active", names.join(", ")) }
             })?,
         };
-        let context = list.contexts()[index];
+        let context = Context::open(&list, list.devices()[index])?;
         let name = names.into_iter().nth(index).expect("the index is of this list");
-        let limits = limits(context, &name)?;
+        let software = tables.iter().any(|device| device.name == name && device.software);
+        let limits = limits(&context, &name, software)?;
+        if port.is_some_and(|port| port == 0 || port > limits.ports) {
+            return Err(Error::NoDevice {
+                reason: format!("{name} has ports 1 to {}, and no {}", limits.ports, port.unwrap_or(0)),
+            });
+        }
         // SAFETY: the context is open.
-        let domain = unsafe { ibv_alloc_pd(context) };
+        let domain = unsafe { (context.verbs.ibv_alloc_pd)(context.raw) };
         if domain.is_null() {
             return Err(Error::last_os(format!("ibv_alloc_pd({name})")));
         }
-        Ok(Arc::new(Self { context, domain, name, limits, _list: list }))
+        Ok(Arc::new(Self {
+            verbs: context.verbs,
+            context: context.raw,
+            domain,
+            name,
+            port,
+            fabric,
+            limits,
+            said: Counters::default(),
+            tables: Mutex::new((Arc::new(tables), Instant::now())),
+            stale: AtomicBool::new(false),
+            open: context,
+        }))
+    }
+
+    /// The port and the address for a connection whose bootstrap socket has the local address `ip`.
+    ///
+    /// # Errors
+    /// A sentence that says why there is none.
+    pub(super) fn local(&self, ip: IpAddr) -> Result<Local, String> {
+        let choose =
+            |tables: &[DeviceInfo]| fabric::choose(tables, Some(&self.name), self.port, ip, &self.fabric);
+        if !self.stale.swap(false, Ordering::AcqRel) {
+            let (tables, read) = self.tables.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            // An address that is not in them may have come meanwhile, before the device said so.
+            if let Ok(local) = choose(&tables)
+                && (local.why != fabric::Reason::Best || read.elapsed() < FRESH)
+            {
+                return Ok(local);
+            }
+        }
+        let tables = read_tables().map_err(|error| error.to_string())?;
+        let chosen = choose(&tables);
+        *self.tables.lock().unwrap_or_else(PoisonError::into_inner) = (Arc::new(tables), Instant::now());
+        chosen
+    }
+
+    /// The tables of GIDs have changed.
+    pub(super) fn forget_tables(&self) {
+        self.stale.store(true, Ordering::Release);
+    }
+
+    /// Whether the device says when a queue pair has taken its last buffer. InfiniBand demands it; rxe does so from some kernel on.
+    pub(super) fn says_last_buffer(&self) -> bool {
+        !self.limits.software || self.said.has_last_buffers()
+    }
+
+    /// LID and MTU (bytes) of a port.
+    pub(super) fn port(&self, number: u8) -> Result<(u16, u16), Error> {
+        let port = query_port(&self.open, &self.name, number)?;
+        Ok((port.lid, mtu_bytes(port.active_mtu)))
+    }
+
+    /// Readable when the device has said something. It does not block.
+    pub(super) fn events_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the context is open as long as `self` lives.
+        unsafe { BorrowedFd::borrow_raw((*self.context).async_fd) }
     }
 
     /// Registers `memory`. The registration keeps the mapping and the device alive.
@@ -171,7 +290,7 @@ impl Device {
         // SAFETY: the mapping covers these bytes, and the clone of `memory` in the result keeps it until
         // after `ibv_dereg_mr`. That a device writes them is what `Memory` is made for; of an `Exclusive`'s
         // memory the device only reads (no flag that lets it write).
-        let raw = unsafe { ibv_reg_mr(self.domain, address.cast(), length, flags.0 as c_int) };
+        let raw = unsafe { (self.verbs.ibv_reg_mr)(self.domain, address.cast(), length, flags.0 as c_int) };
         if raw.is_null() {
             return Err(registration_error(&self.name, length as u64, io::Error::last_os_error()));
         }
@@ -184,7 +303,7 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         // SAFETY: everything made in the domain held an `Arc` of this device, and is gone.
-        unsafe { ibv_dealloc_pd(self.domain) };
+        unsafe { (self.verbs.ibv_dealloc_pd)(self.domain) };
     }
 }
 
@@ -206,31 +325,32 @@ fn registration_error(device: &str, bytes: u64, said: io::Error) -> Error {
     }
 }
 
-/// Whether a port of device `name` is active.
-fn is_active(name: &str) -> bool {
-    let Ok(ports) = fs::read_dir(format!("{SYSFS}/{name}/ports")) else { return false };
-    ports
-        .flatten()
-        .any(|port| fs::read_to_string(port.path().join("state")).is_ok_and(|state| state.contains("ACTIVE")))
+fn read_tables() -> Result<Vec<DeviceInfo>, Error> {
+    devices::from_sysfs().map_err(Error::io(format!("reading {SYSFS}")))
 }
 
-/// What each device that librdmacm opens can do, by name. None is no error.
+/// Whether a port of device `name` is active.
+fn is_active(tables: &[DeviceInfo], name: &str) -> bool {
+    tables.iter().any(|device| device.name == name && device.ports.iter().any(|port| port.state == "ACTIVE"))
+}
+
+/// What each device that libibverbs opens can do, by name. None is no error.
 pub(crate) fn capabilities() -> Result<Vec<(String, Capabilities)>, Error> {
     let list = match DeviceList::new() {
         Ok(list) => list,
         Err(Error::NoDevice { .. }) => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
-    list.contexts()
+    list.devices()
         .iter()
-        .map(|&context| {
-            let name = device_name(context);
-            let device = query(context, &name)?;
+        .filter_map(|&device| Some((list.name(device), Context::open(&list, device).ok()?)))
+        .map(|(name, context)| {
+            let device = query(&context, &name)?;
             let ports = (1..=device.phys_port_cnt)
-                .map(|port| query_port(context, &name, port))
+                .map(|port| query_port(&context, &name, port))
                 .collect::<Result<Vec<_>, _>>()?;
             let capabilities = Capabilities {
-                completion_vectors: vectors(context),
+                completion_vectors: vectors(&context),
                 queue_pairs: positive(device.max_qp),
                 send_queue: positive(device.max_qp_wr),
                 completion_queue: positive(device.max_cqe),
@@ -241,23 +361,27 @@ pub(crate) fn capabilities() -> Result<Vec<(String, Capabilities)>, Error> {
                 regions: positive(device.max_mr),
                 region_bytes: device.max_mr_size,
                 message_bytes: ports.iter().map(|port| u64::from(port.max_msg_sz)).collect(),
-                // `enum ibv_mtu`: 1 is 256 bytes, 5 is 4096.
-                mtu: ports.iter().map(|port| 128 << port.active_mtu.min(5)).collect(),
+                mtu: ports.iter().map(|port| u32::from(mtu_bytes(port.active_mtu))).collect(),
             };
             Ok((name, capabilities))
         })
         .collect()
 }
 
+/// `enum ibv_mtu`: 1 is 256 bytes, 5 is 4096.
+fn mtu_bytes(number: ibv_mtu::Type) -> u16 {
+    128 << number.clamp(1, 5)
+}
+
 fn positive(value: c_int) -> u64 {
     u64::try_from(value).unwrap_or(0)
 }
 
-fn query(context: *mut ibv_context, name: &str) -> Result<ibv_device_attr, Error> {
+fn query(context: &Context, name: &str) -> Result<ibv_device_attr, Error> {
     // SAFETY: all-zero bytes are a value of this plain C struct.
     let mut device: ibv_device_attr = unsafe { std::mem::zeroed() };
-    // SAFETY: the callers' context is open, and the struct is of the size that the function fills.
-    match unsafe { ibv_query_device(context, &mut device) } {
+    // SAFETY: the context is open, and the struct is of the size that the function fills.
+    match unsafe { (context.verbs.ibv_query_device)(context.raw, &mut device) } {
         0 => Ok(device),
         errno => Err(Error::System {
             call: format!("ibv_query_device({name})"),
@@ -266,11 +390,11 @@ fn query(context: *mut ibv_context, name: &str) -> Result<ibv_device_attr, Error
     }
 }
 
-fn query_port(context: *mut ibv_context, name: &str, number: u8) -> Result<ibv_port_attr, Error> {
+fn query_port(context: &Context, name: &str, number: u8) -> Result<ibv_port_attr, Error> {
     // SAFETY: all-zero bytes are a value of this plain C struct.
     let mut port: ibv_port_attr = unsafe { std::mem::zeroed() };
-    // SAFETY: the callers' context is open. The function fills the older, shorter form of the struct, a prefix of it.
-    match unsafe { ibv_query_port(context, number, (&raw mut port).cast()) } {
+    // SAFETY: the context is open. The function fills the older, shorter form of the struct, a prefix of it.
+    match unsafe { (context.verbs.ibv_query_port)(context.raw, number, (&raw mut port).cast()) } {
         0 => Ok(port),
         errno => Err(Error::System {
             call: format!("ibv_query_port({name}, {number})"),
@@ -279,19 +403,19 @@ fn query_port(context: *mut ibv_context, name: &str, number: u8) -> Result<ibv_p
     }
 }
 
-fn vectors(context: *mut ibv_context) -> usize {
-    // SAFETY: the callers' context is open.
-    unsafe { (*context).num_comp_vectors }.max(1) as usize
+fn vectors(context: &Context) -> usize {
+    // SAFETY: the context is open.
+    unsafe { (*context.raw).num_comp_vectors }.max(1) as usize
 }
 
-fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
+fn limits(context: &Context, name: &str, software: bool) -> Result<Limits, Error> {
     let device = query(context, name)?;
     let port = query_port(context, name, 1)?;
     // SAFETY: the context is open, so its device can be read.
-    if unsafe { (*(*context).device).transport_type == ibv_transport_type::IBV_TRANSPORT_IWARP } {
-        // An iWARP WRITE carries no immediate, which the contract needs.
+    if unsafe { (*(*context.raw).device).transport_type == ibv_transport_type::IBV_TRANSPORT_IWARP } {
+        // Its connections are made by rdma_cm alone, and its WRITEs carry no immediate, which the contract needs.
         return Err(Error::NoDevice {
-            reason: format!("`{name}` is iWARP, which has no WRITE with immediate"),
+            reason: format!("`{name}` is iWARP, and Fervor works on InfiniBand and RoCE"),
         });
     }
     let pieces = positive(device.max_sge.min(device.max_sge_rd));
@@ -309,9 +433,10 @@ fn limits(context: *mut ibv_context, name: &str) -> Result<Limits, Error> {
         sends: positive(device.max_qp_wr),
         reads_out: device.max_qp_init_rd_atom.clamp(0, 255) as u8,
         reads_in: device.max_qp_rd_atom.clamp(0, 255) as u8,
+        ports: device.phys_port_cnt,
         message: u64::from(port.max_msg_sz),
         vectors: vectors(context),
-        software: fs::metadata(format!("{SYSFS}/{name}/device")).is_err(),
+        software,
     })
 }
 
@@ -342,7 +467,7 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         // SAFETY: made by `ibv_reg_mr`, ended once. Requests that name it keep an `Arc` of it in their connection.
-        unsafe { ibv_dereg_mr(self.raw) };
+        unsafe { (self.device.verbs.ibv_dereg_mr)(self.raw) };
     }
 }
 

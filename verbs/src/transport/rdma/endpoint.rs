@@ -1,19 +1,8 @@
 //! The endpoint: what its one polling thread makes of completions and news.
 //!
-//! # The end of a connection
-//!
-//! ```text
-//!  error completion, DISCONNECTED event, disconnect(), drop
-//!      │  Link::break_off: nothing more is posted
-//!      ▼
-//!  manager: queue pair → error state, peer told ──▶ news: InError
-//!      │  the device flushes what is in its send queue
-//!      ▼
-//!  polling thread: all requests that ask for a completion have one, and the completion queue has been
-//!      │           seen empty since InError; what was posted but never rung completes too
-//!      ▼
-//!  Disconnected; the link leaves the tables; later receives of its queue pair go back to the receive queue
-//! ```
+//! [`keeper`](super::keeper) has the steps at the end of a connection. Here an [`Entry`] goes through them, as the news say. A step that says "polls until
+//! the queue is empty" needs a *look* at the completion queue that began after the news were read, and found fewer completions than it
+//! had place for. Looks are numbered for that.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -32,8 +21,8 @@ use crate::{
         Attach, Completion, ConnectionId, Endpoint, EndpointConfig, ReceiveBuffer, WorkError,
         rdma::{
             device::Device,
+            keeper::Keeper,
             link::Link,
-            manager::Manager,
             queues::{BATCH, News, Queues},
             sending::WorkId,
         },
@@ -45,8 +34,30 @@ struct Entry {
     link: Arc<Link>,
     /// The first error.
     cause: Option<WorkError>,
-    /// The queue pair is in the error state, so that nothing new can complete well.
-    in_error: bool,
+    step: Step,
+}
+
+/// How far a connection is on the way to its end. The number is that of the last look that began before the news were read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Open,
+    /// The queue pair is in the error state: its requests are being flushed.
+    Failed(u64),
+    /// The keeper waits for the last buffer.
+    Settling,
+    /// The last buffer has been taken.
+    Settled(u64),
+    /// The keeper destroys the queue pair.
+    Destroying,
+    /// There is no queue pair any more.
+    Gone(u64),
+}
+
+impl Step {
+    /// Whether a look may bring it further.
+    fn needs_look(self) -> bool {
+        matches!(self, Self::Failed(_) | Self::Settled(_) | Self::Gone(_))
+    }
 }
 
 /// Connection numbers and queue pair numbers are spread well enough by themselves.
@@ -79,6 +90,10 @@ pub struct RdmaEndpoint {
     by_queue_pair: NumberMap<u32, ConnectionId>,
     /// Links that have ended, but have not been reported.
     ending: Vec<ConnectionId>,
+    /// Looks at the completion queue that have begun.
+    looks: u64,
+    /// Buffers to be given back to the device.
+    spare: Vec<u32>,
     /// Completions that `wait` came upon.
     found: VecDeque<ibv_wc>,
 }
@@ -86,14 +101,16 @@ pub struct RdmaEndpoint {
 impl RdmaEndpoint {
     pub(super) fn new(
         device: &Arc<Device>,
-        manager: &Arc<Manager>,
+        keeper: &Arc<Keeper>,
         config: &EndpointConfig,
     ) -> Result<Self, Error> {
         Ok(Self {
-            queues: Arc::new(Queues::new(device, manager, config)?),
+            queues: Arc::new(Queues::new(device, keeper, config)?),
             links: NumberMap::default(),
             by_queue_pair: NumberMap::default(),
             ending: Vec::new(),
+            looks: 0,
+            spare: Vec::new(),
             found: VecDeque::new(),
         })
     }
@@ -104,16 +121,31 @@ impl RdmaEndpoint {
             match item {
                 News::Joined(link) => {
                     self.by_queue_pair.insert(link.queue_pair_number, link.id);
-                    self.links.insert(link.id, Entry { link, cause: None, in_error: false });
+                    self.links.insert(link.id, Entry { link, cause: None, step: Step::Open });
                 }
-                News::InError(id) => {
-                    if let Some(entry) = self.links.get_mut(&id) {
-                        entry.in_error = true;
-                        self.ending.push(id);
-                    }
+                News::Failed(id) => {
+                    self.step(id, Step::Failed(self.looks));
+                    self.ending.push(id);
                 }
+                News::Settled(id) => self.step(id, Step::Settled(self.looks)),
+                News::Gone(id) => self.step(id, Step::Gone(self.looks)),
                 News::GivenUp(id) => drop(self.forget(id)),
             }
+        }
+    }
+
+    fn step(&mut self, id: ConnectionId, step: Step) {
+        if let Some(entry) = self.links.get_mut(&id) {
+            entry.step = step;
+        }
+    }
+
+    /// Gives a buffer back to the device, with others.
+    fn give_back(&mut self, buffer: u32) {
+        self.spare.push(buffer);
+        if self.spare.len() >= self.queues.chain() {
+            self.queues.recycle(&self.spare);
+            self.spare.clear();
         }
     }
 
@@ -150,18 +182,18 @@ impl RdmaEndpoint {
         }
         let connection = self.by_queue_pair.get(&completion.qp_num).copied();
         let Some((connection, entry)) = connection.and_then(|id| Some((id, self.links.get_mut(&id)?))) else {
-            return self.queues.recycle(buffer);
+            return self.give_back(buffer);
         };
         if completion.status != ibv_wc_status::IBV_WC_SUCCESS {
             entry.note(received_result(completion.status));
-            return self.queues.recycle(buffer);
+            return self.give_back(buffer);
         }
         let immediate = (completion.wc_flags & ibv_wc_flags::IBV_WC_WITH_IMM.0 != 0).then(|| {
             // SAFETY: the flag says that the union holds an immediate; every bit pattern is one.
             u32::from_be(unsafe { completion.imm_data_invalidated_rkey_union.imm_data })
         });
         if completion.opcode == ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM {
-            self.queues.recycle(buffer);
+            self.give_back(buffer);
             into.push(Completion::WriteImmediate { connection, immediate: immediate.unwrap_or_default() });
         } else {
             let buffer = ReceiveBuffer { index: buffer, length: completion.byte_len };
@@ -169,21 +201,46 @@ impl RdmaEndpoint {
         }
     }
 
-    /// Reports connections of which nothing more can come. Only when the completion queue has just been empty.
+    /// Takes connections a step further to their end, after a look that found the completion queue empty.
     fn bury(&mut self, into: &mut Vec<Completion>) {
-        for id in self.ending.clone() {
-            let Some(entry) = self.links.get(&id) else { continue };
-            let awaited = entry.link.close();
-            if !entry.in_error || !entry.link.is_flushed(awaited) {
-                continue;
+        let looked = |since: u64| self.looks > since;
+        let lost = self.queues.are_lost();
+        let keeper = &self.queues.keeper;
+        let mut over = Vec::new();
+        for &id in &self.ending {
+            let Some(entry) = self.links.get_mut(&id) else { continue };
+            let link = &entry.link;
+            match entry.step {
+                Step::Failed(since) if looked(since) && (lost || link.is_flushed(link.awaited())) => {
+                    if !lost && self.queues.device.says_last_buffer() {
+                        entry.step = Step::Settling;
+                        keeper.settle(link.key);
+                    } else {
+                        entry.step = Step::Destroying;
+                        keeper.destroy(link.key);
+                    }
+                }
+                Step::Settled(since) if looked(since) => {
+                    entry.step = Step::Destroying;
+                    keeper.destroy(link.key);
+                }
+                Step::Gone(since) if looked(since) => over.push(id),
+                _ => {}
             }
-            let cause = entry.cause.unwrap_or(WorkError::Disconnected);
+        }
+        for id in over {
+            let entry = self.forget(id).expect("it has just been there");
             let flushed = |tag| Completion::Work { connection: id, id: tag, result: Err(WorkError::Flushed) };
-            into.extend(entry.link.unrung().into_iter().map(flushed));
+            into.extend(entry.link.left_over().into_iter().map(flushed));
+            let cause = entry.cause.unwrap_or(WorkError::Disconnected);
             into.push(Completion::Disconnected { connection: id, cause });
-            self.forget(id);
             self.queues.unreserve();
         }
+    }
+
+    /// Whether a look may take a connection further to its end.
+    fn awaits_look(&self) -> bool {
+        self.ending.iter().any(|id| self.links.get(id).is_some_and(|entry| entry.step.needs_look()))
     }
 }
 
@@ -225,8 +282,8 @@ fn received_result(status: ibv_wc_status::Type) -> Result<(), WorkError> {
 impl RdmaEndpoint {
     /// Has the next completion end a [sleep](RdmaAttach::sleep). `false`: there may be something to poll now.
     pub(in crate::transport) fn arm(&mut self) -> bool {
-        // The end of a connection is a matter of moments, and what it waits for may have come already.
-        if !self.found.is_empty() || !self.ending.is_empty() || self.queues.has_news() {
+        // What a step at the end of a connection waits for is a matter of moments, and may have come already.
+        if !self.found.is_empty() || self.awaits_look() || self.queues.has_news() {
             return false;
         }
         self.queues.drain_events();
@@ -264,6 +321,7 @@ impl Endpoint for RdmaEndpoint {
             self.complete(&completion, into);
         }
         let mut places = [const { MaybeUninit::uninit() }; BATCH];
+        self.looks += 1;
         let number = self.queues.take(&mut places);
         for place in &places[..number] {
             // SAFETY: `take` has filled it.
@@ -287,20 +345,21 @@ impl Endpoint for RdmaEndpoint {
     }
 
     fn release(&mut self, buffer: ReceiveBuffer) {
-        self.queues.recycle(buffer.index);
+        self.give_back(buffer.index);
     }
 }
 
 impl Drop for RdmaEndpoint {
     fn drop(&mut self) {
         let news = self.queues.close();
-        for entry in self.links.values() {
-            entry.link.break_off();
-        }
-        for item in news {
-            if let News::Joined(link) = item {
-                link.break_off();
-            }
+        let joined = news.into_iter().filter_map(|item| match item {
+            News::Joined(link) => Some(link),
+            _ => None,
+        });
+        let links = self.links.drain().map(|(_, entry)| entry.link).chain(joined);
+        for link in links {
+            link.break_off();
+            self.queues.keeper.abandon(link.key);
         }
     }
 }

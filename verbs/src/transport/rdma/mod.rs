@@ -1,38 +1,43 @@
-//! The `rdma` provider: InfiniBand, RoCE and soft-RoCE through librdmacm and libibverbs.
+//! The `rdma` provider: InfiniBand, RoCE and soft-RoCE through libibverbs.
 //!
 //! | contract | here |
 //! |---|---|
-//! | transport | one device with a protection domain, and one thread for its connection manager (`manager`) |
+//! | transport | an open device with a protection domain, and one thread that keeps its connections (`keeper`) |
 //! | region, export | `ibv_reg_mr` (`device`); an export is registered without the right to write, even locally |
 //! | endpoint | completion queue with a completion channel, shared receive queue (`queues`; `endpoint`: polling them) |
-//! | connection | RC queue pair (`connection`: posting to it; `sending`: its send queue; `link`: what threads share of it, its end) |
-//! | listen, connect, accept, reject | librdmacm (`id`, `handshake`), private data in a frame (`frame`) |
+//! | connection | RC queue pair (`queue_pair`; `connection`: posting to it; `sending`: its send queue; `link`: what threads share of it) |
+//! | listen, connect, accept, reject | TCP sockets (`connect`) over which two ends tell each other what their queue pairs need (`offer`, `joining`) |
+//!
+//! There is no connection manager: a queue pair is moved to its states by `ibv_modify_qp`. So InfiniBand needs no IPoIB, and the offers may as
+//! well travel over a channel of the program's own: [`Rdma::join`].
 //!
 //! # Which device
 //! Regions, queues and queue pairs belong to a device, and regions and endpoints are made before any address is known.
 //! So a transport works on one device: [`Rdma::new`] takes the first active one, [`Rdma::on_device`] one by name, and
-//! [`Rdma::for_address`] the one that leads to an address. A way that leads through another device is an error
+//! [`Rdma::for_address`] the one that leads to an address. Port and GID are chosen for each connection, by the local address of
+//! its socket ([`fabric`](crate::fabric)). A socket whose address belongs to another device is an error
 //! on the side that connects, and a refusal that says so on the side that listens.
 //!
 //! # Who owns what
 //! ```text
-//!  RdmaConnection ─▶ Link ─▶ Queues (CQ, SRQ, receive buffers) ─▶ Manager ─▶ thread
-//!  RdmaEndpoint ────▶ ┘        └──────────────────────────────▶ Device ─▶ PD, device list
-//!  manager's thread ··weak··▶ Link                    Registration ─▶ ┘
+//!  RdmaConnection ─▶ Link ─▶ Queues (CQ, SRQ, receive buffers) ─▶ Keeper ─▶ thread
+//!  RdmaEndpoint ────▶ ┘        └──────────────────────────────▶ Device ─▶ PD, context
+//!  keeper's thread ─▶ Link, until its queue pair is gone        Registration ─▶ ┘
 //! ```
 //! Every arrow is an `Arc`: what verbs demand to be destroyed first is what holds the other. A `Link` ends its
-//! queue pair and its identifier before it lets go of the queues and of the registrations that its requests named.
+//! queue pair before it lets go of the queues and of the registrations that its requests named.
 //!
 //! # What the device does, and not this code
 //! It holds back READs beyond the number agreed on (`max_rd_atomic`); it asks again when the receiver has no buffer (for
 //! ever: a peer that is gone does not answer at all); and it gives up on a peer that does not answer, half a second to a
-//! second after the request. Idle connections are made to ask by the manager: an empty WRITE three times a second.
+//! second after the request. Idle connections are made to ask by the keeper: an empty WRITE three times a second.
 
-use std::{ffi::CStr, fmt, sync::Arc, time::Duration};
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use crate::{
     address::Address,
     error::Error,
+    fabric::Fabric,
     memory::{Exclusive, Memory},
     transport::{
         Access, EndpointConfig, NoView, Transport,
@@ -40,37 +45,40 @@ use crate::{
     },
 };
 
+mod connect;
 mod connection;
 mod device;
 mod endpoint;
-mod frame;
-mod handshake;
-mod id;
+mod events;
+mod joining;
+mod keeper;
 mod library;
 mod link;
-mod manager;
+#[cfg(feature = "ibverbs")]
+mod names;
+mod offer;
+mod queue_pair;
 mod queues;
 mod sending;
 
+pub use connect::{RdmaListener, RdmaRequest};
 pub use connection::RdmaConnection;
 pub use device::{RdmaExport, RdmaRegion};
 pub use endpoint::{RdmaAttach, RdmaEndpoint};
-pub use handshake::{RdmaListener, RdmaRequest};
+pub use events::DeviceEvents;
+pub use joining::RdmaJoining;
 
 pub(crate) use device::capabilities;
 pub(crate) use library::load as load_libraries;
 
 use device::Device;
-use manager::Manager;
-
-/// How long [`Rdma::for_address`] looks for the way.
-const ROUTE_TIMEOUT: Duration = Duration::from_secs(2);
+use joining::{Joining, Place};
+use keeper::Keeper;
 
 /// The `rdma` transport on one device.
 #[derive(Clone)]
 pub struct Rdma {
-    // Before `device`: the manager's thread uses librdmacm, which the device keeps open.
-    manager: Arc<Manager>,
+    keeper: Arc<Keeper>,
     device: Arc<Device>,
 }
 
@@ -78,37 +86,39 @@ impl Rdma {
     /// On the first device with an active port.
     ///
     /// # Errors
-    /// [`Error::MissingLibrary`], [`Error::NoDevice`].
+    /// [`Error::MissingLibrary`], [`Error::NoDevice`]; a wrong [variable](Fabric::from_env).
     pub fn new() -> Result<Self, Error> {
-        Self::on(Device::open(None)?)
+        Self::with_fabric(None, Fabric::from_env()?)
     }
 
-    /// On the device called `name` (as in `/sys/class/infiniband`).
+    /// On the device called `name` (as in `/sys/class/infiniband`): `mlx5_0`, or `mlx5_0:2` for connections through its second port alone.
     ///
     /// # Errors
-    /// [`Error::MissingLibrary`], [`Error::NoDevice`].
+    /// [`Error::MissingLibrary`], [`Error::NoDevice`]; a wrong [variable](Fabric::from_env).
     pub fn on_device(name: &str) -> Result<Self, Error> {
-        Self::on(Device::open(Some(name))?)
+        Self::with_fabric(Some(name), Fabric::from_env()?)
     }
 
     /// On the device that has `address`, if that is an address of this host; else on the one that leads there.
     /// For a wildcard address, as [`new`](Self::new).
     ///
     /// # Errors
-    /// [`Error::MissingLibrary`], [`Error::NoDevice`], [`Error::Unreachable`], [`Error::WrongProvider`].
+    /// [`Error::MissingLibrary`], [`Error::NoDevice`], [`Error::Unreachable`], [`Error::WrongProvider`]; a wrong [variable](Fabric::from_env).
     pub fn for_address(address: &Address) -> Result<Self, Error> {
-        let id = handshake::route(address, ROUTE_TIMEOUT)?;
-        let context = id.context();
-        if context.is_null() {
-            return Self::new();
-        }
-        // SAFETY: the context belongs to `id`, which lives; a device has a NUL-terminated name.
-        let name = unsafe { CStr::from_ptr(rdma_sys::ibv_get_device_name((*context).device)) };
-        Self::on_device(&name.to_string_lossy())
+        library::verbs()?;
+        let fabric = Fabric::from_env()?;
+        Self::with_fabric(connect::device_for(address, &fabric)?.as_deref(), fabric)
     }
 
-    fn on(device: Arc<Device>) -> Result<Self, Error> {
-        Ok(Self { manager: Manager::start()?, device })
+    /// On a device by name, as [`on_device`](Self::on_device), or on the first active one, with options of one's own.
+    ///
+    /// # Errors
+    /// [`Error::MissingLibrary`], [`Error::NoDevice`].
+    pub fn with_fabric(device: Option<&str>, fabric: Fabric) -> Result<Self, Error> {
+        let device = Device::open(device, fabric)?;
+        // A socket for each connection.
+        host::raise_file_limit();
+        Ok(Self { keeper: Keeper::start(&device)?, device })
     }
 
     /// Name of the device.
@@ -119,6 +129,26 @@ impl Rdma {
     /// Completion vectors of the device: an endpoint takes [`EndpointConfig::completion_vector`] modulo this.
     pub fn completion_vectors(&self) -> usize {
         self.device.limits.vectors
+    }
+
+    /// What the device has said since it was opened.
+    pub fn events(&self) -> DeviceEvents {
+        self.device.said.read()
+    }
+
+    /// Makes a queue pair for a connection of `endpoint` that is bootstrapped over a channel of the program's own, whose local address is `ip`.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] when the endpoint has no place left; [`Error::NoDevice`] when `ip` belongs to another device.
+    pub fn join(&self, endpoint: &RdmaAttach, ip: IpAddr) -> Result<RdmaJoining, Error> {
+        self.check_ours(endpoint);
+        let place = Place::reserve(&endpoint.0)?;
+        let local = self.device.local(ip).map_err(|reason| Error::NoDevice { reason })?;
+        Joining::new(&endpoint.0, place, local, usize::MAX).map(RdmaJoining)
+    }
+
+    fn check_ours(&self, endpoint: &RdmaAttach) {
+        assert!(Arc::ptr_eq(&endpoint.0.keeper, &self.keeper), "the endpoint is of another transport");
     }
 }
 
@@ -155,11 +185,11 @@ impl Transport for Rdma {
     }
 
     fn endpoint(&self, config: &EndpointConfig) -> Result<RdmaEndpoint, Error> {
-        RdmaEndpoint::new(&self.device, &self.manager, config)
+        RdmaEndpoint::new(&self.device, &self.keeper, config)
     }
 
     fn listen(&self, address: &Address) -> Result<RdmaListener, Error> {
-        RdmaListener::new(&self.device, &self.manager, address)
+        RdmaListener::new(&self.device, address)
     }
 
     fn connect(
@@ -169,8 +199,8 @@ impl Transport for Rdma {
         private_data: &[u8],
         timeout: Duration,
     ) -> Result<(RdmaConnection, Vec<u8>), Error> {
-        assert!(Arc::ptr_eq(&endpoint.0.manager, &self.manager), "the endpoint is of another transport");
-        handshake::connect(&endpoint.0, address, private_data, timeout)
+        self.check_ours(endpoint);
+        connect::connect(&endpoint.0, address, private_data, timeout)
     }
 
     fn now(&self) -> Duration {

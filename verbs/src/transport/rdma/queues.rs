@@ -5,7 +5,7 @@
 //! | completion queue | the NIC | the polling thread |
 //! | receive queue | the polling thread ([`Queues::recycle`]) | the NIC |
 //! | receive buffer `b` | the NIC, from its post to its completion | the polling thread, from then to its release |
-//! | `news` | handshakes (a connection joins), the manager (one has ended) | the polling thread, when `unread` is set |
+//! | `news` | handshakes (a connection joins), the keeper (one has ended) | the polling thread, when `unread` is set |
 //! | `sleep` | the polling thread, wakers | both |
 //!
 //! **Sleep.** A waker that finds [`AWAKE`] or [`WOKEN`] leaves [`WOKEN`] and makes no system call: the polling thread sees
@@ -24,6 +24,7 @@ use std::{
 };
 
 use rdma_sys::*;
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::{
     error::Error,
@@ -32,16 +33,18 @@ use crate::{
         Access, ConnectionId, EndpointConfig,
         rdma::{
             device::{Device, RdmaRegion},
-            id::{poll_readable, set_nonblocking},
+            keeper::{Keeper, set_nonblocking},
             link::Link,
-            manager::Manager,
-            sending::WorkId,
+            sending::{SPARE, WorkId},
         },
     },
 };
 
 /// Completions taken at a time.
 pub(super) const BATCH: usize = 32;
+/// Most receive buffers that are given back in one call.
+const MOST_CHAINED: usize = 16;
+const _: () = assert!(MOST_CHAINED <= BATCH);
 /// Receive buffers begin at multiples of this.
 const BUFFER_ALIGNMENT: usize = 64;
 
@@ -55,7 +58,11 @@ pub(super) enum News {
     /// A connection has a queue pair.
     Joined(Arc<Link>),
     /// The queue pair is in the error state.
-    InError(ConnectionId),
+    Failed(ConnectionId),
+    /// The queue pair has taken its last buffer, or the device does not say when.
+    Settled(ConnectionId),
+    /// The queue pair is destroyed.
+    Gone(ConnectionId),
     /// The handshake failed: the user never learns of this one.
     GivenUp(ConnectionId),
 }
@@ -72,10 +79,11 @@ pub(super) struct Queues {
     news: Mutex<Vec<News>>,
     unread: AtomicBool,
     closed: AtomicBool,
+    lost: AtomicBool,
     connections: AtomicUsize,
     next_id: AtomicU32,
     pub config: EndpointConfig,
-    pub manager: Arc<Manager>,
+    pub keeper: Arc<Keeper>,
     pub device: Arc<Device>,
 }
 
@@ -87,12 +95,13 @@ unsafe impl Sync for Queues {}
 impl Queues {
     pub(super) fn new(
         device: &Arc<Device>,
-        manager: &Arc<Manager>,
+        keeper: &Arc<Keeper>,
         config: &EndpointConfig,
     ) -> Result<Self, Error> {
         let completions = check(device, config)?;
         let stride = config.receive_size.next_multiple_of(BUFFER_ALIGNMENT);
-        let memory = Memory::new("fervor-receive", stride * config.receive_buffers)?;
+        let buffers_made = config.receive_buffers + chain(config) - 1;
+        let memory = Memory::new("fervor-receive", stride * buffers_made)?;
         let buffers = device.register(&memory, Access::Local)?;
         let wake = rustix::event::eventfd(
             0,
@@ -110,16 +119,18 @@ impl Queues {
             news: Mutex::default(),
             unread: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             connections: AtomicUsize::new(0),
             next_id: AtomicU32::new(0),
             config: config.clone(),
-            manager: Arc::clone(manager),
+            keeper: Arc::clone(keeper),
             device: Arc::clone(device),
         };
         // From here on `drop` ends what has been made.
         queues.make(completions)?;
-        for buffer in 0..config.receive_buffers as u32 {
-            queues.post_receive(buffer).map_err(Error::io(format!("ibv_post_srq_recv({buffer})")))?;
+        let all: Vec<u32> = (0..buffers_made as u32).collect();
+        for some in all.chunks(BATCH) {
+            queues.post_receives(some).map_err(Error::io(format!("ibv_post_srq_recv({some:?})")))?;
         }
         Ok(queues)
     }
@@ -127,7 +138,7 @@ impl Queues {
     fn make(&mut self, completions: u64) -> Result<(), Error> {
         let context = self.device.context;
         // SAFETY: the device is open.
-        self.channel = unsafe { ibv_create_comp_channel(context) };
+        self.channel = unsafe { (self.device.verbs.ibv_create_comp_channel)(context) };
         if self.channel.is_null() {
             return Err(Error::last_os("ibv_create_comp_channel()"));
         }
@@ -135,17 +146,27 @@ impl Queues {
         let vector = self.config.completion_vector % self.device.limits.vectors;
         // SAFETY: the device is open, the channel is of the same device, and the vector is one that it has.
         self.completion = unsafe {
-            ibv_create_cq(context, completions as i32, ptr::null_mut(), self.channel, vector as i32)
+            (self.device.verbs.ibv_create_cq)(
+                context,
+                completions as i32,
+                ptr::null_mut(),
+                self.channel,
+                vector as i32,
+            )
         };
         if self.completion.is_null() {
             return Err(Error::last_os(format!("ibv_create_cq({completions} entries, vector {vector})")));
         }
         let mut attributes = ibv_srq_init_attr {
             srq_context: ptr::null_mut(),
-            attr: ibv_srq_attr { max_wr: self.config.receive_buffers as u32, max_sge: 1, srq_limit: 0 },
+            attr: ibv_srq_attr {
+                max_wr: (self.config.receive_buffers + chain(&self.config) - 1) as u32,
+                max_sge: 1,
+                srq_limit: 0,
+            },
         };
         // SAFETY: the domain is of the open device.
-        self.receive = unsafe { ibv_create_srq(self.device.domain, &mut attributes) };
+        self.receive = unsafe { (self.device.verbs.ibv_create_srq)(self.device.domain, &mut attributes) };
         if self.receive.is_null() {
             return Err(Error::last_os(format!("ibv_create_srq({} buffers)", self.config.receive_buffers)));
         }
@@ -251,23 +272,31 @@ impl Queues {
         unsafe { BorrowedFd::borrow_raw((*self.channel).fd) }
     }
 
-    fn post_receive(&self, buffer: u32) -> io::Result<()> {
+    /// Hands buffers to the device, in one chain of at most [`BATCH`].
+    fn post_receives(&self, buffers: &[u32]) -> io::Result<()> {
         let registration = &self.buffers.0;
-        let mut piece = ibv_sge {
-            addr: registration.memory.as_ptr() as u64 + u64::from(buffer) * self.stride as u64,
-            length: self.config.receive_size as u32,
-            lkey: registration.local_key,
-        };
-        let mut request = ibv_recv_wr {
-            wr_id: WorkId::Receive { buffer }.encode(),
-            next: ptr::null_mut(),
-            sg_list: &mut piece,
-            num_sge: 1,
-        };
+        let blank = ibv_recv_wr { wr_id: 0, next: ptr::null_mut(), sg_list: ptr::null_mut(), num_sge: 1 };
+        let mut pieces = [ibv_sge { addr: 0, length: 0, lkey: registration.local_key }; BATCH];
+        let mut requests = [blank; BATCH];
+        for (index, &buffer) in buffers.iter().enumerate() {
+            pieces[index].addr = registration.memory.as_ptr() as u64 + u64::from(buffer) * self.stride as u64;
+            pieces[index].length = self.config.receive_size as u32;
+            requests[index].wr_id = WorkId::Receive { buffer }.encode();
+        }
+        let (first, piece) = (requests.as_mut_ptr(), pieces.as_mut_ptr());
+        for index in 0..buffers.len() {
+            // SAFETY: both arrays have more places than that, or the loop above would have panicked.
+            unsafe {
+                (*first.add(index)).sg_list = piece.add(index);
+                if index + 1 < buffers.len() {
+                    (*first.add(index)).next = first.add(index + 1);
+                }
+            }
+        }
         let mut bad = ptr::null_mut();
-        // SAFETY: queue and registration live; the piece lies inside the buffers' memory, is not in use by anyone else
-        // (the buffer is fresh, or has been released), and the request is copied by the call.
-        match unsafe { ibv_post_srq_recv(self.receive, &mut request, &mut bad) } {
+        // SAFETY: queue and registration live; the pieces lie inside the buffers' memory, and are not in use by anyone else
+        // (a buffer is fresh, or has been released); the requests are a chain that ends, and are copied by the call.
+        match unsafe { ibv_post_srq_recv(self.receive, first, &mut bad) } {
             0 => Ok(()),
             errno => Err(io::Error::from_raw_os_error(errno.abs())),
         }
@@ -286,11 +315,26 @@ impl Queues {
         unsafe { std::slice::from_raw_parts(memory.as_ptr().add(offset), length) }
     }
 
-    /// Gives a buffer to the device again. The queue has room for each of its buffers.
-    pub(super) fn recycle(&self, buffer: u32) {
-        if let Err(error) = self.post_receive(buffer) {
-            panic!("ibv_post_srq_recv({buffer}) on {} failed: {error}", self.device.name);
+    /// Buffers that are given back to the device in one call.
+    pub(super) fn chain(&self) -> usize {
+        chain(&self.config)
+    }
+
+    /// Gives buffers to the device again. The queue has room for each of its buffers.
+    pub(super) fn recycle(&self, buffers: &[u32]) {
+        if let Err(error) = self.post_receives(buffers) {
+            panic!("ibv_post_srq_recv({buffers:?}) on {} failed: {error}", self.device.name);
         }
+    }
+
+    /// The device has lost these queues: nothing more completes.
+    pub(super) fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// Whether it has.
+    pub(super) fn are_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
     }
 
     /// Takes completions, as many as there is place for or there are, and returns how many: so many of the places hold one.
@@ -312,12 +356,12 @@ impl Queues {
         let mut number = 0;
         let (mut queue, mut context) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: the channel lives, and there is a place for both results.
-        while unsafe { ibv_get_cq_event(self.channel, &mut queue, &mut context) } == 0 {
+        while unsafe { (self.device.verbs.ibv_get_cq_event)(self.channel, &mut queue, &mut context) } == 0 {
             number += 1;
         }
         if number > 0 {
             // SAFETY: so many events of this queue (the only one of the channel) have been taken.
-            unsafe { ibv_ack_cq_events(self.completion, number) };
+            unsafe { (self.device.verbs.ibv_ack_cq_events)(self.completion, number) };
         }
     }
 }
@@ -328,16 +372,34 @@ impl Drop for Queues {
         // events are acknowledged; each object was made by `make` or is NULL, and is ended once, in this order.
         unsafe {
             if !self.receive.is_null() {
-                ibv_destroy_srq(self.receive);
+                (self.device.verbs.ibv_destroy_srq)(self.receive);
             }
             if !self.completion.is_null() {
-                ibv_destroy_cq(self.completion);
+                (self.device.verbs.ibv_destroy_cq)(self.completion);
             }
             if !self.channel.is_null() {
-                ibv_destroy_comp_channel(self.channel);
+                (self.device.verbs.ibv_destroy_comp_channel)(self.channel);
             }
         }
     }
+}
+
+/// Waits until one of `fds` is readable, or until `timeout` is over.
+fn poll_readable(fds: &[BorrowedFd<'_>], timeout: Duration) {
+    let mut polled: Vec<PollFd<'_>> =
+        fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+    let timeout = Timespec {
+        tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(timeout.subsec_nanos()),
+    };
+    // A signal that interrupts the wait is a wake like any other: every caller looks again.
+    let _ = rustix::event::poll(&mut polled, Some(&timeout));
+}
+
+/// Buffers that are given back in one call. As many, less one, are made beyond those that were asked for: so many may wait to be given back
+/// while the user, who has released them, counts on all of its own.
+fn chain(config: &EndpointConfig) -> usize {
+    (config.receive_buffers / 4).clamp(1, MOST_CHAINED)
 }
 
 /// Whether the device can do what `config` asks for. Returns the entries that the completion queue needs.
@@ -365,12 +427,18 @@ fn check(device: &Device, config: &EndpointConfig) -> Result<u64, Error> {
     }
     at_most("receive_buffers", config.receive_buffers, limits.receives, "")?;
     at_most("receive_size", config.receive_size, limits.message, "; send longer messages in parts")?;
-    // One place more than the user's, for the keep-alive.
-    at_most("send_depth", config.send_depth, limits.sends.saturating_sub(1), "")?;
-    let completions =
-        config.connections.saturating_mul(config.send_depth + 1).saturating_add(config.receive_buffers);
+    at_most("send_depth", config.send_depth, limits.sends.saturating_sub(SPARE.into()), "")?;
+    let receives = config.receive_buffers.saturating_add(chain(config) - 1);
     at_most(
-        "the completion queue (connections * (send_depth + 1) + receive_buffers)",
+        "the receive queue (receive_buffers, and those that are being given back)",
+        receives,
+        limits.receives,
+        "",
+    )?;
+    let completions =
+        config.connections.saturating_mul(config.send_depth + SPARE as usize).saturating_add(receives);
+    at_most(
+        "the completion queue (connections * (send_depth + 2) + receive_buffers)",
         completions,
         limits.completions,
         "; use fewer connections, a lower send_depth or more polling threads",

@@ -11,9 +11,12 @@
 //!
 //! A completion of request `s` retires all up to `s`, since a send queue completes in order. Not every request has
 //! one, so a hidden one is asked for often enough that the queue always holds a request that will complete: it may be
-//! filled up with unsignalled requests, and polling still makes room. The device's queue has one place more than
-//! the user's, for the one keep-alive that may be under way. Nobody but this count keeps the queue from overrunning: rxe
-//! does so in silence.
+//! filled up with unsignalled requests, and polling still makes room. The device's queue has [`SPARE`] places more than
+//! the user's: for the one keep-alive that may be under way, and for the sentinel, the last request of all. Nobody but this
+//! count keeps the queue from overrunning: rxe does so in silence.
+//!
+//! **Held.** The end that accepts may be posted to before its peer can receive. Then the chain is held: nothing is rung until the peer has
+//! said that it is ready. The chain has a place for each request of the queue, so that it may fill up meanwhile.
 
 use std::{collections::HashMap, ffi::c_uint, ptr, sync::Arc, time::Instant};
 
@@ -26,6 +29,9 @@ use crate::transport::{
 
 /// Requests are numbered modulo 2^31: the other bits of `wr_id` say what they belong to.
 const NUMBER_MASK: u32 = (1 << 31) - 1;
+
+/// Places of the device's queue beyond the user's: a keep-alive, and the sentinel.
+pub(super) const SPARE: u32 = 2;
 
 /// What a completion's `wr_id` says.
 ///
@@ -93,6 +99,8 @@ pub(super) struct SendQueue {
     requests: Box<[ibv_send_wr]>,
     pieces: Box<[[ibv_sge; MAX_SGE]]>,
     inline: Box<[[u8; MAX_INLINE]]>,
+    /// Whether the user signalled a request, by its number.
+    signals: Box<[bool]>,
     start: usize,
     end: usize,
     pub posted: u32,
@@ -104,9 +112,11 @@ pub(super) struct SendQueue {
     pub silent: u32,
     /// Number of the keep-alive that is under way.
     pub keep_alive: Option<u32>,
-    /// Nothing is posted any more: the polling thread has taken stock.
+    /// Nothing is rung yet: the peer cannot receive.
+    pub held: bool,
+    /// Nothing is posted any more.
     pub closed: bool,
-    /// What the manager saw last, and since when.
+    /// What the keeper saw last, and since when.
     pub seen: u32,
     pub since: Instant,
     /// Registrations that requests have named.
@@ -124,6 +134,7 @@ impl SendQueue {
             requests: (0..slots).map(|_| unsafe { std::mem::zeroed::<ibv_send_wr>() }).collect(),
             pieces: vec![[ibv_sge { addr: 0, length: 0, lkey: 0 }; MAX_SGE]; slots].into(),
             inline: vec![[0; MAX_INLINE]; slots].into(),
+            signals: vec![false; slots.next_power_of_two()].into(),
             start: 0,
             end: 0,
             posted: 0,
@@ -131,6 +142,7 @@ impl SendQueue {
             awaited: 0,
             silent: 0,
             keep_alive: None,
+            held: false,
             closed: false,
             seen: 0,
             since: Instant::now(),
@@ -150,12 +162,18 @@ impl SendQueue {
         (first, chain.len())
     }
 
-    /// Numbers of the user's signalled requests in the chain.
-    pub(super) fn unrung(&self) -> impl Iterator<Item = u32> {
-        self.requests[self.start..self.end].iter().filter_map(|request| match WorkId::decode(request.wr_id) {
-            WorkId::Send { number, signalled: true, .. } => Some(number),
-            _ => None,
-        })
+    /// Takes note of whether the user signalled request `number`.
+    pub(super) fn note_signal(&mut self, number: u32, signalled: bool) {
+        let mask = self.signals.len() - 1;
+        self.signals[number as usize & mask] = signalled;
+    }
+
+    /// Numbers of the user's signalled requests from number `retired` on.
+    pub(super) fn signalled_since(&self, retired: u32) -> impl Iterator<Item = u32> {
+        let mask = self.signals.len() - 1;
+        (0..distance(retired, self.posted))
+            .map(move |ahead| retired.wrapping_add(ahead) & NUMBER_MASK)
+            .filter(move |&number| self.signals[number as usize & mask])
     }
 
     /// The number after the last request that has a completion, whatever happens.
@@ -301,5 +319,18 @@ mod tests {
         assert_eq!(queue.room(4, 1), 0);
         assert_eq!(queue.keep_alive, None);
         assert_eq!(queue.room(4, 3), 2);
+    }
+
+    #[test]
+    fn signalled_requests_are_remembered_until_they_are_done() {
+        let mut queue = SendQueue::new(6);
+        queue.posted = NUMBER_MASK;
+        for number in 0..6 {
+            queue.note_signal(queue.posted, number % 2 == 0);
+            queue.posted = next(queue.posted);
+        }
+        assert_eq!(queue.signalled_since(NUMBER_MASK).collect::<Vec<_>>(), [NUMBER_MASK, 1, 3]);
+        assert_eq!(queue.signalled_since(2).collect::<Vec<_>>(), [3]);
+        assert_eq!(queue.signalled_since(5).count(), 0);
     }
 }
