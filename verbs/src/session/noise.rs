@@ -25,7 +25,7 @@ use super::{
     Reason,
     key::{Key, KeyRing, MAX_KEY_NAME},
 };
-use crate::transport::tcp::OPENING;
+use crate::transport::host::strangers::OPENING;
 
 /// The first bytes of a session: "FERVORSN".
 pub(crate) const MAGIC: [u8; 8] = *b"FERVORSN";

@@ -140,7 +140,7 @@ fn make(
             }
         };
         match session.lane(asked, way, &place, endpoint, private_data) {
-            Err(Error::Unreachable { reason, .. }) => {
+            Err(Error::Unreachable { reason, .. } | Error::NoDevice { reason }) => {
                 reasons.push(format!("{way}: {reason}"));
                 dialled.bad.push((way, reason));
             }
@@ -277,7 +277,7 @@ impl Session {
             Way::Shm if !self.same_host => Err("the server is on another host".to_owned()),
             Way::Shm => Ok(Address::Shm(offer.place.clone().into())),
             Way::Tcp => Ok(Address::Tcp { host: asked.name.to_owned(), port: asked.port }),
-            Way::Rdma => offer.place.parse().map_err(|error: Error| error.to_string()),
+            Way::Rdma => Ok(Address::Rdma { host: asked.name.to_owned(), port: asked.port, from: None }),
         }
     }
 
@@ -308,7 +308,7 @@ impl Session {
         }
     }
 
-    /// Makes a lane. [`Error::Unreachable`] and [`Error::OtherUser`] mean that another way may lead there.
+    /// Makes a lane. [`Error::Unreachable`], [`Error::NoDevice`] and [`Error::OtherUser`] mean that another way may lead there.
     fn lane(
         &mut self,
         asked: &Asked,

@@ -1,14 +1,14 @@
 //! The server's end of sessions: where peers come in, and how lanes find what their session has said of them.
 //!
 //! ```text
-//!  thread `fervor-door`    TCP socket ─▶ 152 bytes of an opening ─▶ a session's: handshake ─▶ guests
-//!                                                              └──▶ a lane's of `tcp`: its token ─▶ ready
-//!  thread `fervor-door-…`  the listeners of the other providers ──▶ a lane's token ───────────▶ ready
+//!  thread `fervor-door`      TCP socket ─▶ an opening ─▶ a session's: handshake ──────────────▶ guests
+//!                                                   └──▶ a lane's of `tcp` or `rdma`: its token ─▶ ready
+//!  thread `fervor-door-shm`  the listener of `shm` ─────▶ a lane's token ──────────────────────▶ ready
 //!  thread `fervor-guests`  sessions: HELLO, LANE ─▶ token ─▶ GO                                 (see `guests`)
 //!  accept()                ready ─▶ a request; what the program answers goes through the session
 //! ```
 //!
-//! One port serves sessions and TCP lanes: they begin with other bytes.
+//! One port serves sessions, and lanes of `tcp` and `rdma`: they begin with other bytes.
 //!
 //! **Nobody holds the door.** Openings are heard side by side, bounded in number and time ([`strangers`](super::super::host::strangers)).
 //! A guest that has not proved that it has the key is one of [`UNPROVEN`](guests::UNPROVEN) at most, for five seconds. A token is
@@ -37,6 +37,8 @@ use super::{
     guests::{self, Guests, Session},
     listener::{Caller, HostRequest},
 };
+#[cfg(feature = "rdma")]
+use crate::transport::rdma;
 use crate::{
     address::Address,
     error::Error,
@@ -76,6 +78,9 @@ impl Expected {
 pub(super) struct Shared {
     pub(super) host: Host,
     pub(super) offers: Vec<Offer>,
+    /// As `rdma` calls it, for its errors.
+    #[cfg(feature = "rdma")]
+    address: Address,
     tokens: Mutex<HashMap<Token, Expected>>,
     ready: Mutex<Ready>,
     /// There is something in `ready`.
@@ -196,11 +201,8 @@ impl Door {
             let Address::Shm(path) = listener.address() else { unreachable!("it is of `shm`") };
             offers.push(Offer { way: Way::Shm, place: path.display().to_string() });
         }
-        #[cfg(feature = "rdma")]
-        let rdma = listen_rdma(host, name, port)?;
-        #[cfg(feature = "rdma")]
-        if let Some(listener) = &rdma {
-            offers.push(Offer { way: Way::Rdma, place: listener.address().to_string() });
+        if host.has(Way::Rdma) {
+            offers.push(Offer { way: Way::Rdma, place: String::new() });
         }
         if host.has(Way::Tcp) {
             offers.push(Offer { way: Way::Tcp, place: String::new() });
@@ -208,6 +210,8 @@ impl Door {
         let shared = Arc::new(Shared {
             host: host.clone(),
             offers,
+            #[cfg(feature = "rdma")]
+            address: Address::Rdma { host: name.clone(), port, from: None },
             tokens: Mutex::default(),
             ready: Mutex::default(),
             knock: Condvar::new(),
@@ -220,11 +224,6 @@ impl Door {
         opened.start("fervor-door", move |shared| hear(&shared, door, &lobby))?;
         if let Some(listener) = shm {
             opened.start("fervor-door-shm", move |shared| lead(&shared, Way::Shm, listener, Caller::Shm))?;
-        }
-        #[cfg(feature = "rdma")]
-        if let Some(listener) = rdma {
-            opened
-                .start("fervor-door-rdma", move |shared| lead(&shared, Way::Rdma, listener, Caller::Rdma))?;
         }
         Ok(opened)
     }
@@ -288,19 +287,8 @@ fn listen_shm(host: &Host, port: u16) -> Result<ShmListener, Error> {
     }
 }
 
-/// The listener of `rdma`, at the session's host.
-#[cfg(feature = "rdma")]
-fn listen_rdma(
-    host: &Host,
-    name: &str,
-    port: u16,
-) -> Result<Option<crate::transport::rdma::RdmaListener>, Error> {
-    let Some(rdma) = &host.0.rdma else { return Ok(None) };
-    rdma.listen(&Address::Rdma { host: name.to_owned(), port, from: None }).map(Some)
-}
-
 /// The thread of the TCP socket.
-fn hear(shared: &Shared, mut door: strangers::Door<{ tcp::OPENING }>, lobby: &guests::Lobby) {
+fn hear(shared: &Shared, mut door: strangers::Door, lobby: &guests::Lobby) {
     while !shared.stopped() {
         match door.next(Some(Instant::now() + TURN)) {
             Ok(Some((socket, opening))) => welcome(shared, socket, &opening, lobby),
@@ -311,13 +299,10 @@ fn hear(shared: &Shared, mut door: strangers::Door<{ tcp::OPENING }>, lobby: &gu
 }
 
 /// Hears what a stranger has come for.
-fn welcome(shared: &Shared, socket: TcpStream, opening: &[u8; tcp::OPENING], lobby: &guests::Lobby) {
+fn welcome(shared: &Shared, socket: TcpStream, opening: &[u8; strangers::OPENING], lobby: &guests::Lobby) {
     let from = || socket.peer_addr().map_or_else(|_| "somebody".to_owned(), |address| address.to_string());
     if !opening.starts_with(&noise::MAGIC) {
-        return match tcp::TcpRequest::new(socket.try_clone().ok().unwrap_or(socket), opening) {
-            Some(caller) if shared.host.has(Way::Tcp) => shared.let_in(Way::Tcp, Caller::Tcp(caller)),
-            _ => shared.log(format_args!("a peer that does not speak Fervor's protocols was turned away")),
-        };
+        return lane(shared, socket, opening);
     }
     match noise::respond(&shared.host.0.keys, opening) {
         Ok((cipher, answer, key)) => lobby.enter(socket, cipher, &answer, key),
@@ -326,6 +311,24 @@ fn welcome(shared: &Shared, socket: TcpStream, opening: &[u8; tcp::OPENING], lob
             // Of three bytes, to a socket that has sent nothing, none are left over.
             let _ = std::io::Write::write(&mut &socket, &noise::refusal(reason));
         }
+    }
+}
+
+/// Lets a stranger in who has come for a lane by TCP's or RDMA's own opening, if it has a token.
+fn lane(shared: &Shared, socket: TcpStream, opening: &[u8; strangers::OPENING]) {
+    #[cfg(feature = "rdma")]
+    if rdma::Rdma::is_meant(opening)
+        && let Some(rdma) = &shared.host.0.rdma
+    {
+        // Who cannot come in by this way was told why, and tries another.
+        if let Some(caller) = rdma.request(&shared.address, socket, opening) {
+            shared.let_in(Way::Rdma, Caller::Rdma(caller));
+        }
+        return;
+    }
+    match tcp::TcpRequest::new(socket, opening) {
+        Some(caller) if shared.host.has(Way::Tcp) => shared.let_in(Way::Tcp, Caller::Tcp(caller)),
+        _ => shared.log(format_args!("a peer that does not speak Fervor's protocols was turned away")),
     }
 }
 

@@ -211,6 +211,9 @@ impl Inner {
         }
         let Some(address) = asked(Way::Rdma) else { return Ok(()) };
         let Address::Session { host, port, via } = address else { unreachable!("`asked` finds no other") };
+        // A variable that says nonsense is an error, whatever other ways there are.
+        #[cfg(feature = "rdma")]
+        crate::fabric::Fabric::from_env()?;
         let device = Address::Rdma { host: host.clone(), port: *port, from: None };
         match self.with_rdma(&device) {
             Err(error) if *via == Some(Way::Rdma) => Err(error),

@@ -21,7 +21,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::{error::Error, transport::Thread};
 
 mod signal;
-pub(super) mod strangers;
+pub(crate) mod strangers;
 
 pub use signal::HostSignal;
 

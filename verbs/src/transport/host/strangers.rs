@@ -19,6 +19,10 @@ use rustix::{
 
 use crate::error::Error;
 
+/// Bytes of the opening of each protocol that begins on a TCP socket: sessions, and the connections of `rdma` and `tcp`. They have the
+/// same length so that one door can hear them all.
+pub(crate) const OPENING: usize = 168;
+
 /// Peers that are heard at a time.
 const MAX_STRANGERS: usize = 256;
 /// How long a peer may take to say what it wants.
@@ -55,7 +59,7 @@ impl Stranger {
 }
 
 /// A listening socket, and those who have come in through it. An opening has `N` bytes.
-pub(in crate::transport) struct Door<const N: usize> {
+pub(in crate::transport) struct Door<const N: usize = OPENING> {
     socket: TcpListener,
     /// The address, for errors.
     name: String,

@@ -259,45 +259,14 @@ impl RdmaListener {
     }
 }
 
-impl RdmaListener {
-    /// The request of a stranger, and the addresses of its socket: this end's, and the peer's.
-    ///
-    /// # Errors
-    /// A sentence for the peer.
-    fn understand(
-        &self,
-        socket: &TcpStream,
-        said: &[u8; MESSAGE],
-    ) -> Result<(Message, (IpAddr, IpAddr)), String> {
-        let message = Message::decode(said)?;
-        if message.kind != Kind::Request {
-            return Err(format!("a request was expected, and not a message of kind {:?}", message.kind));
-        }
-        let (own, theirs) = (socket.local_addr(), socket.peer_addr());
-        let (Ok(own), Ok(theirs)) = (own, theirs) else { return Err("its socket has no address".to_owned()) };
-        self.device.local(own.ip()).map_err(|reason| {
-            format!(
-                "the server works on its device {}, which the way there misses: {reason}",
-                self.device.name
-            )
-        })?;
-        Ok((message, (own.ip(), theirs.ip())))
-    }
-}
-
 impl Listener for RdmaListener {
     type Request = RdmaRequest;
 
     fn accept(&mut self, timeout: Duration) -> Result<Option<RdmaRequest>, Error> {
         let deadline = Instant::now().checked_add(timeout);
         while let Some((socket, said)) = self.door.next(deadline)? {
-            match self.understand(&socket, &said) {
-                Ok((message, ips)) => {
-                    let (address, device) = (self.address.clone(), Arc::clone(&self.device));
-                    return Ok(Some(RdmaRequest { socket: Some(socket), ips, message, address, device }));
-                }
-                // A stranger, or a peer of another version. It is told why, if it listens.
-                Err(reason) => tell(&socket, &Message::refusal(Kind::Impossible, reason.as_bytes())),
+            if let Some(request) = RdmaRequest::new(&self.device, &self.address, socket, &said) {
+                return Ok(Some(request));
             }
         }
         Ok(None)
@@ -324,7 +293,47 @@ pub struct RdmaRequest {
     device: Arc<Device>,
 }
 
+/// The request of a stranger who has come to `device`, and the addresses of its socket: this end's, and the peer's.
+///
+/// # Errors
+/// A sentence for the peer.
+fn understand(
+    device: &Device,
+    socket: &TcpStream,
+    said: &[u8; MESSAGE],
+) -> Result<(Message, (IpAddr, IpAddr)), String> {
+    let message = Message::decode(said)?;
+    if message.kind != Kind::Request {
+        return Err(format!("a request was expected, and not a message of kind {:?}", message.kind));
+    }
+    let (own, theirs) = (socket.local_addr(), socket.peer_addr());
+    let (Ok(own), Ok(theirs)) = (own, theirs) else { return Err("its socket has no address".to_owned()) };
+    device.local(own.ip()).map_err(|reason| {
+        format!("the server works on its device {}, which the way there misses: {reason}", device.name)
+    })?;
+    Ok((message, (own.ip(), theirs.ip())))
+}
+
 impl RdmaRequest {
+    /// `None`: it is a stranger, or a peer of another version, and was told why it cannot come in.
+    pub(super) fn new(
+        device: &Arc<Device>,
+        address: &Address,
+        socket: TcpStream,
+        said: &[u8; MESSAGE],
+    ) -> Option<Self> {
+        match understand(device, &socket, said) {
+            Ok((message, ips)) => {
+                let (address, device) = (address.clone(), Arc::clone(device));
+                Some(Self { socket: Some(socket), ips, message, address, device })
+            }
+            Err(reason) => {
+                tell(&socket, &Message::refusal(Kind::Impossible, reason.as_bytes()));
+                None
+            }
+        }
+    }
+
     fn refuse(&mut self, kind: Kind, data: &[u8]) {
         if let Some(socket) = self.socket.take() {
             tell(&socket, &Message::refusal(kind, data));

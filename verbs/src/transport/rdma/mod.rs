@@ -32,7 +32,7 @@
 //! ever: a peer that is gone does not answer at all); and it gives up on a peer that does not answer, half a second to a
 //! second after the request. Idle connections are made to ask by the keeper: an empty WRITE three times a second.
 
-use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
+use std::{fmt, net::IpAddr, net::TcpStream, sync::Arc, time::Duration};
 
 use crate::{
     address::Address,
@@ -41,7 +41,7 @@ use crate::{
     memory::{Exclusive, Memory},
     transport::{
         Access, EndpointConfig, NoView, Transport,
-        host::{self, HostSignal, HostThread},
+        host::{self, HostSignal, HostThread, strangers::OPENING},
     },
 };
 
@@ -119,6 +119,21 @@ impl Rdma {
         // A socket for each connection.
         host::raise_file_limit();
         Ok(Self { keeper: Keeper::start(&device)?, device })
+    }
+
+    /// Whether the opening of a stranger is meant for this provider.
+    pub(in crate::transport) fn is_meant(opening: &[u8; OPENING]) -> bool {
+        offer::Message::is_meant(opening)
+    }
+
+    /// What a stranger wants who has come to the door at `address`. `None`: he was told why he cannot come in.
+    pub(in crate::transport) fn request(
+        &self,
+        address: &Address,
+        socket: TcpStream,
+        opening: &[u8; OPENING],
+    ) -> Option<RdmaRequest> {
+        RdmaRequest::new(&self.device, address, socket, opening)
     }
 
     /// Name of the device.

@@ -29,13 +29,14 @@ use std::net::Ipv6Addr;
 
 use crate::{
     fabric::Way,
-    transport::{MAX_REPLY_DATA, MAX_REQUEST_DATA},
+    transport::{MAX_REPLY_DATA, MAX_REQUEST_DATA, host::strangers::OPENING},
 };
 
 /// Bytes of an offer.
 pub(super) const OFFER: usize = 32;
 /// Bytes of a message.
-pub(super) const MESSAGE: usize = HEADER + OFFER + MAX_REPLY_DATA;
+pub(super) const MESSAGE: usize = OPENING;
+const _: () = assert!(HEADER + OFFER + MAX_REPLY_DATA <= MESSAGE);
 /// The last word of a bootstrap.
 pub(super) const READY: u8 = b'R';
 
@@ -168,6 +169,11 @@ impl Message {
         bytes[HEADER..HEADER + OFFER].copy_from_slice(&self.offer);
         bytes[HEADER + OFFER..][..length].copy_from_slice(&self.data);
         bytes
+    }
+
+    /// Whether these are meant for this protocol.
+    pub(super) fn is_meant(bytes: &[u8; MESSAGE]) -> bool {
+        bytes[..3] == MAGIC[..3]
     }
 
     /// # Errors

@@ -67,7 +67,6 @@ pub(in crate::transport) use connect::{bind, dial, look_up};
 pub use connection::TcpConnection;
 pub use endpoint::{TcpAttach, TcpEndpoint};
 pub use region::{TcpExport, TcpRegion};
-pub(crate) use wire::OPENING;
 
 /// The TCP transport.
 #[derive(Debug, Clone)]

@@ -18,11 +18,12 @@
 
 use crate::transport::{MAX_REPLY_DATA, WorkError};
 
-pub(crate) const MAGIC: u32 = 0x4656_5443;
+const MAGIC: u32 = 0x4656_5443;
 const VERSION: u16 = 1;
 
 /// Bytes of an opening.
-pub(crate) const OPENING: usize = 24 + MAX_REPLY_DATA;
+pub(super) use crate::transport::host::strangers::OPENING;
+const _: () = assert!(24 + MAX_REPLY_DATA <= OPENING);
 /// Bytes of a frame before its payload.
 pub(super) const FRAME: usize = 32;
 /// Requests of a send queue, at most: the other side keeps a note of each that it cannot answer yet.
