@@ -231,19 +231,15 @@ mod tests {
     fn a_changed_opening_fails() {
         let named: KeyRing = [Key::generate("a").unwrap(), Key::generate("b").unwrap()].into_iter().collect();
         for keys in [named, KeyRing::default()] {
-            let (_, opening) = Initiator::start(keys.first());
             for at in 0..OPENING {
-                let mut changed = opening;
-                changed[at] ^= 3;
-                // Without a key anybody's numbers are as good as the client's: then it is the answer that does not fit.
-                let numbers = keys.is_empty() && (PREAMBLE..PREAMBLE + FIRST_WITHOUT_KEY).contains(&at);
-                let (initiator, _) = Initiator::start(keys.first());
-                match respond(&keys, &changed) {
-                    Err(_) => assert!(!numbers, "byte {at}"),
-                    Ok((_, answer, _)) => {
-                        assert!(numbers && initiator.finish(body(&answer)).is_err(), "byte {at}");
-                    }
-                }
+                let (initiator, mut opening) = Initiator::start(keys.first());
+                opening[at] ^= 3;
+                // Without a key any numbers are as good as the client's: then it is the answer that does not fit.
+                let failed = match respond(&keys, &opening) {
+                    Err(_) => true,
+                    Ok((_, answer, _)) => initiator.finish(body(&answer)).is_err(),
+                };
+                assert!(failed, "byte {at}");
             }
         }
     }
