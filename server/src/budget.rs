@@ -6,6 +6,7 @@
 use std::fmt;
 
 use fervor_protocol::limits::MESSAGE_BYTES;
+use fervor_verbs::{Address, session::Way};
 
 use crate::{Config, core::region_header};
 
@@ -22,6 +23,8 @@ pub struct Budget {
     pub bookkeeping: usize,
     shards: usize,
     buffers: usize,
+    /// Ways that clients may come by: each has receive buffers of its own, from its first client on.
+    ways: usize,
 }
 
 impl Budget {
@@ -29,13 +32,16 @@ impl Budget {
     pub fn of(config: &Config) -> Self {
         let shards = config.cores.len();
         let buffers = config.clients * config.credits;
+        let ways =
+            if matches!(config.listen, Address::Session { via: None, .. }) { Way::ALL.len() } else { 1 };
         Self {
             rows: config.memory + shards * region_header(config.clients),
-            receive: shards * buffers * MESSAGE_BYTES,
+            receive: ways * shards * buffers * MESSAGE_BYTES,
             staging: shards * config.staging,
             bookkeeping: config.bookkeeping,
             shards,
             buffers,
+            ways,
         }
     }
 
@@ -50,14 +56,20 @@ impl fmt::Display for Budget {
         let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
         writeln!(
             f,
-            "memory ({} shards), registered before the first request but for the bookkeeping:",
-            self.shards
+            "memory ({} shards), registered before the first request but for the bookkeeping{}:",
+            self.shards,
+            if self.ways > 1 {
+                ", and receive buffers, which each way has from its first client on"
+            } else {
+                ""
+            }
         )?;
         writeln!(f, "  rows             {:>10.1} MiB", mib(self.rows))?;
         writeln!(
             f,
-            "  receive buffers  {:>10.1} MiB  ({} x {} x {} KiB)",
+            "  receive buffers  {:>10.1} MiB  ({}{} x {} x {} KiB)",
             mib(self.receive),
+            if self.ways > 1 { format!("{} ways x ", self.ways) } else { String::new() },
             self.shards,
             self.buffers,
             MESSAGE_BYTES >> 10

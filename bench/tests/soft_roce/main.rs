@@ -10,6 +10,7 @@
 //! | [`torn`] | raw READs are torn, rows never are |
 //! | [`training`] | processes learn as far as without RDMA, also when packets are lost |
 //! | [`peers`] | who is killed or vanishes is found out in time, and the others go on |
+//! | [`sessions`] | a session leads to RDMA, to shared memory and to TCP |
 //! | [`latency`] | latency beside perftest's |
 //! | [`program`], [`network`] | the programs, and the network between them |
 
@@ -20,5 +21,6 @@ mod latency;
 mod network;
 mod peers;
 mod program;
+mod sessions;
 mod torn;
 mod training;

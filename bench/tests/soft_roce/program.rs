@@ -135,24 +135,22 @@ pub struct Server {
 impl Server {
     /// Starts it with so many shards, and waits until it accepts.
     pub fn start(shards: u16) -> Self {
+        let mut server = Self::listening("rdma://10.7.0.2:0", shards);
+        server.url += "?from=10.7.0.1";
+        server
+    }
+
+    /// As [`Server::start`], at a URL on rxe1.
+    pub fn listening(listen: &str, shards: u16) -> Self {
         let path = Path::new(env!("CARGO_BIN_EXE_fervor-bench")).with_file_name("fervor-server");
         let shards = shards.to_string();
-        let arguments = [
-            "--insecure",
-            "--listen",
-            "rdma://10.7.0.2:0",
-            "--memory",
-            "64M",
-            "--clients",
-            "4",
-            "--shards",
-            &shards,
-        ];
+        let arguments =
+            ["--insecure", "--listen", listen, "--memory", "64M", "--clients", "4", "--shards", &shards];
         let mut program = Program::start(&path, &arguments);
         let url = program.wait_for(START, |line| {
             line.strip_prefix("fervor-server ready at ").map(|url| url.trim().to_owned())
         });
-        Self { program, url: format!("{url}?from=10.7.0.1") }
+        Self { program, url }
     }
 
     /// What its clients connect to, from rxe0.

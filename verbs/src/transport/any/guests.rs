@@ -19,7 +19,7 @@ use std::{
 
 use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
-    net::sockopt::set_socket_send_buffer_size,
+    net::sockopt::{self, set_socket_send_buffer_size},
 };
 
 use super::door::{Expected, Shared};
@@ -167,6 +167,8 @@ impl Lobby {
         let ready = socket.set_nonblocking(true).and_then(|()| socket.set_nodelay(true));
         // A message is said at once, or not at all.
         let ready = ready.and_then(|()| Ok(set_socket_send_buffer_size(&socket, 2 * MAX_MESSAGE)?));
+        // A host that is gone says nothing more, and sessions are silent anyway.
+        let ready = ready.and_then(|()| Ok(keep_alive(&socket)?));
         // Of so few bytes, to a socket that has sent nothing, none are left over.
         let ready = ready.and_then(|()| (&socket).write_all(answer)).and_then(|()| socket.try_clone());
         let reading = match ready {
@@ -184,6 +186,14 @@ impl Lobby {
         self.arrivals.lock().push(Guest { session, socket: reading, name, key, heard: Vec::new(), unproven });
         self.arrivals.ring();
     }
+}
+
+/// Has the kernel find out within a minute that a silent peer's host is gone.
+fn keep_alive(socket: &TcpStream) -> rustix::io::Result<()> {
+    sockopt::set_socket_keepalive(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, Duration::from_secs(30))?;
+    sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10))?;
+    sockopt::set_tcp_keepcnt(socket, 3)
 }
 
 /// The thread of the sessions. It ends when this is dropped.
