@@ -12,7 +12,7 @@ use fervor_server::Server;
 use fervor_verbs::{
     Address,
     transport::{
-        Transport,
+        Runtime,
         sim::{Fabric, Node, Settings, Sim},
     },
 };

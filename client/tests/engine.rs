@@ -13,7 +13,7 @@ use fervor_client::{Client, ClientOptions, Model};
 use fervor_server::Server;
 use fervor_verbs::{
     Address,
-    transport::{Thread, Transport, sim::Sim},
+    transport::{Runtime, Thread, sim::Sim},
 };
 use support::config;
 

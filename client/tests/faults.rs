@@ -14,7 +14,7 @@ use fervor_client::{Client, ClientOptions, Error, Model, TableOptions};
 use fervor_server::{Config, Server};
 use fervor_verbs::{
     Address,
-    transport::{Thread, Transport, sim::Node, sim::Sim},
+    transport::{Runtime, Thread, sim::Node, sim::Sim},
 };
 use support::{
     Folder, Random, config,

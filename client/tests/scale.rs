@@ -15,7 +15,7 @@ use fervor_server::{Config, Server};
 use fervor_verbs::{
     Address,
     transport::{
-        Transport,
+        Runtime,
         sim::{Fabric, Node, Settings, Sim},
     },
 };

@@ -12,7 +12,8 @@ use fervor_protocol::{
 use fervor_verbs::{
     Address, Error, Exclusive, Memory,
     transport::{
-        Access, Completion, Endpoint, EndpointConfig, Listener, Region, Request, Thread, Transport, any::Host,
+        Access, Completion, Endpoint, EndpointConfig, Listener, Region, Request, Runtime, Thread, Transport,
+        any::Host,
     },
 };
 use zerocopy::IntoBytes;

@@ -21,7 +21,7 @@ use fervor_server::{Config, Server};
 use fervor_verbs::{
     Address,
     transport::{
-        Region, Transport,
+        Region, Runtime,
         sim::{Node, Sim},
     },
 };

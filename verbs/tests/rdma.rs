@@ -30,7 +30,7 @@ impl Subject for Rdma {
 
 impl Subject for Host {
     fn of(rdma: Rdma) -> Self {
-        Host::Rdma(rdma)
+        Host::from(rdma)
     }
 }
 

@@ -89,7 +89,7 @@ pub enum Prepared {
     /// See [`Op::Clock`].
     Clock(Seat),
     /// See [`Op::Visible`]: the reader and the writer.
-    Visible(Seat, Seat),
+    Visible(Seat, Box<Seat>),
     /// See [`Op::Barrier`]: one client, and the thread of the other.
     Barrier(Seat, Partner),
 }
@@ -246,7 +246,7 @@ impl Seat {
         let mut schedule = load.begin(1);
         while let Some(due) = schedule.next_due() {
             // Not between two updates: it would be in the way of the second.
-            if seen as u64 % AHEAD == 0 {
+            if (seen as u64).is_multiple_of(AHEAD) {
                 (0..AHEAD).try_for_each(|_| self.worker.clock())?;
             }
             let start = if load.rate.is_some() { due } else { Instant::now() };
@@ -379,7 +379,7 @@ impl Prepared {
                 let mut reader = seat(1, model, 2)?;
                 let writer = seat(1, model, 2)?;
                 reader.worker.get(&reader.table, 0, &mut reader.row)?;
-                Prepared::Visible(reader, writer)
+                Prepared::Visible(reader, Box::new(writer))
             }
             Op::Barrier => {
                 let (one, other) = (seat(1, Model::Bsp, 2)?, seat(1, Model::Bsp, 2)?);

@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::Result;
 use fervor_client::{Model, Worker};
-use fervor_verbs::transport::{Transport as _, sim::Node};
+use fervor_verbs::transport::{Runtime as _, sim::Node};
 use serde::Serialize;
 
 use super::cluster::{self, Cluster, Place, Traffic};

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::Result;
 use fervor_client::Model;
-use fervor_verbs::transport::Transport as _;
+use fervor_verbs::transport::Runtime as _;
 
 use super::{
     claims::Claim,

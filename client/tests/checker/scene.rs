@@ -14,7 +14,7 @@ use fervor_server::Server;
 use fervor_verbs::{
     Address,
     transport::{
-        Thread, Transport,
+        Runtime, Thread, Transport,
         any::Host,
         faulty::{Faulty, Report},
         sim::{Node, Settings, Sim},

@@ -8,6 +8,7 @@
 //!      ├──────listen────────────▶ Listener ──▶ Request ──accept(attach)──▶ Connection
 //!      └──────connect(attach)───▶ Connection    a reliable, ordered queue pair; owned by one posting thread
 //!                                      └─view──▶ View   memory of a peer of this host: read without a request
+//!  Runtime ── now, relax, random; signal ──▶ Signal; spawn ──▶ Thread
 //! ```
 //!
 //! # What a user may assume, and no more
@@ -68,7 +69,7 @@
 //! broken connection are refused with [`PostError::Disconnected`].
 //!
 //! **Threads and time.** User code reads the time, waits, sleeps and starts threads through the transport and
-//! its objects alone. These calls may let other threads run: [`Transport::relax`], [`Transport::connect`],
+//! its objects alone. These calls may let other threads run: [`Runtime::relax`], [`Transport::connect`],
 //! [`Endpoint::wait`], [`Signal::wait`], [`Listener::accept`], [`Request::accept`], [`Thread::join`],
 //! [`View::load`], [`View::copy`], [`View::snapshot`]. A thread that is in one of them must hold no lock that
 //! another takes without `try_lock`. Calls of a view never wait. The other calls neither block nor let others
@@ -139,11 +140,7 @@
 //! }
 //! ```
 
-use std::{
-    fmt,
-    hash::{BuildHasher, RandomState},
-    time::Duration,
-};
+use std::{fmt, time::Duration};
 
 use crate::{
     address::Address,
@@ -160,12 +157,14 @@ pub mod faulty;
 pub mod host;
 #[cfg(feature = "rdma")]
 pub mod rdma;
+mod runtime;
 pub mod shm;
 pub mod sim;
 pub mod tcp;
 mod view;
 
 pub use completion::{Completion, ConnectionId, PostError, ReceiveBuffer, WorkError};
+pub use runtime::{Runtime, Signal, Thread};
 pub use view::{NoView, View};
 
 /// Longest private data of a connection request, bytes.
@@ -296,7 +295,7 @@ impl Default for EndpointConfig {
 }
 
 /// A way to move data between processes. Cheap to clone: clones share everything.
-pub trait Transport: Clone + Send + Sync + 'static {
+pub trait Transport: Runtime + Clone + Send + Sync + 'static {
     /// Registered memory.
     type Region: Region;
     /// Exported memory.
@@ -313,14 +312,6 @@ pub trait Transport: Clone + Send + Sync + 'static {
     type Listener: Listener<Request = Self::Request>;
     /// A peer that wants to connect.
     type Request: Request<Attach = Self::Attach, Connection = Self::Connection>;
-    /// An event count for threads of this process.
-    type Signal: Signal;
-    /// A running thread.
-    type Thread: Thread;
-
-    /// Turns of [`Transport::relax`] after which a thread that still finds nothing had better sleep: before that, being
-    /// woken would cost more than it saves.
-    const AWAKE_TURNS: u32;
 
     /// Whether connections may have [views](Connection::view): not over a wire.
     fn has_views(&self) -> bool;
@@ -361,32 +352,6 @@ pub trait Transport: Clone + Send + Sync + 'static {
         private_data: &[u8],
         timeout: Duration,
     ) -> Result<(Self::Connection, Vec<u8>), Error>;
-
-    /// Time since some fixed moment; never goes back.
-    fn now(&self) -> Duration;
-
-    /// 64 bits that no other process can guess. (In a simulation they come from its seed.)
-    fn random(&self) -> u64 {
-        // The keys come from the system; whoever sees hashes does not learn them.
-        RandomState::new().hash_one(0)
-    }
-
-    /// One turn of waiting: spins for the first turns (`turn` counts from 0), later yields the processor.
-    fn relax(&self, turn: u32);
-
-    /// A new event count.
-    fn signal(&self) -> Self::Signal;
-
-    /// Starts a thread, pinned to processor `core` if one is given.
-    ///
-    /// # Errors
-    /// The system's; a core that this process may not use.
-    fn spawn(
-        &self,
-        name: &str,
-        core: Option<usize>,
-        body: impl FnOnce() + Send + 'static,
-    ) -> Result<Self::Thread, Error>;
 }
 
 /// One completion queue with one shared pool of receive buffers. One thread polls it.
@@ -544,25 +509,4 @@ pub trait Request: Send + 'static {
 
     /// Refuses, with at most [`MAX_REPLY_DATA`] bytes of private data.
     fn reject(self, private_data: &[u8]);
-}
-
-/// An event count: threads of one process wait for a change that another announces.
-///
-/// ```text
-/// waiter:    let seen = signal.epoch(); if !condition() { signal.wait(seen, timeout) }
-/// announcer: make_condition_true(); signal.notify()
-/// ```
-pub trait Signal: Clone + Send + Sync + 'static {
-    /// Number of notifications so far.
-    fn epoch(&self) -> u64;
-    /// Waits until there has been a notification since `epoch` returned `seen`, or for `timeout`.
-    fn wait(&self, seen: u64, timeout: Duration);
-    /// Lets all waiters go on.
-    fn notify(&self);
-}
-
-/// A thread started by [`Transport::spawn`]. Dropped, it goes on by itself.
-pub trait Thread: Send + 'static {
-    /// Waits for its end. `false`: it panicked.
-    fn join(self) -> bool;
 }

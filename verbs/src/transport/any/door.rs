@@ -10,7 +10,7 @@
 //!
 //! One port serves sessions, and lanes of `tcp` and `rdma`: they begin with other bytes.
 //!
-//! **Nobody holds the door.** Openings are heard side by side, bounded in number and time ([`strangers`](super::super::host::strangers)).
+//! **Nobody holds the door.** Openings are heard side by side, bounded in number and time ([`strangers`]).
 //! A guest that has not proved that it has the key is one of [`UNPROVEN`](guests::UNPROVEN) at most, for five seconds. A token is
 //! good for one lane of its session, once, for [`TOKEN_LIFE`]; a session has [`TOKENS`] at most. A lane without a good token is
 //! dropped at once.

@@ -319,12 +319,12 @@ impl Endpoint for HostEndpoint {
         {
             return;
         }
-        if self.inner.shm.is_some() {
-            #[cfg(feature = "rdma")]
-            if !self.watch_rdma() {
-                return;
-            }
-            return self.inner.shm.as_mut().expect("seen above").wait(timeout);
+        #[cfg(feature = "rdma")]
+        if self.inner.shm.is_some() && !self.watch_rdma() {
+            return;
+        }
+        if let Some(shm) = &mut self.inner.shm {
+            return shm.wait(timeout);
         }
         #[cfg(feature = "rdma")]
         if let Some(rdma) = &mut self.inner.rdma {

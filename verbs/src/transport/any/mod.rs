@@ -33,11 +33,7 @@ use crate::{
     error::Error,
     memory::{Exclusive, Memory},
     session::{Key, KeyRing, Way, wire::Boot},
-    transport::{
-        Access, EndpointConfig, Transport,
-        host::{self, HostSignal, HostThread},
-        shm, tcp,
-    },
+    transport::{Access, EndpointConfig, Transport, host, shm, tcp},
 };
 
 /// `on!(value: Enum, object => expression)`: the expression for the object of whichever provider.
@@ -162,6 +158,14 @@ impl Host {
     }
 }
 
+#[cfg(feature = "rdma")]
+impl From<rdma::Rdma> for Host {
+    /// A host that has RDMA alone, on a device that was chosen.
+    fn from(rdma: rdma::Rdma) -> Self {
+        Self(Arc::new(Inner { rdma: Some(rdma), ..Inner::new(KeyRing::default()) }))
+    }
+}
+
 impl Inner {
     fn new(keys: KeyRing) -> Self {
         Self {
@@ -254,6 +258,8 @@ impl fmt::Debug for Host {
     }
 }
 
+host::runtime!(Host);
+
 impl Transport for Host {
     type Region = HostRegion;
     type Export = HostExport;
@@ -263,10 +269,6 @@ impl Transport for Host {
     type View = shm::ShmView;
     type Listener = HostListener;
     type Request = HostRequest;
-    type Signal = HostSignal;
-    type Thread = HostThread;
-
-    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
 
     fn has_views(&self) -> bool {
         self.has(Way::Shm)
@@ -296,26 +298,5 @@ impl Transport for Host {
         timeout: Duration,
     ) -> Result<(HostConnection, Vec<u8>), Error> {
         dial::connect(self, endpoint, address, private_data, timeout)
-    }
-
-    fn now(&self) -> Duration {
-        host::now()
-    }
-
-    fn relax(&self, turn: u32) {
-        host::relax(turn);
-    }
-
-    fn signal(&self) -> HostSignal {
-        HostSignal::new()
-    }
-
-    fn spawn(
-        &self,
-        name: &str,
-        core: Option<usize>,
-        body: impl FnOnce() + Send + 'static,
-    ) -> Result<HostThread, Error> {
-        host::spawn(name, core, body)
     }
 }

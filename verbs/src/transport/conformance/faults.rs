@@ -11,7 +11,7 @@ use crate::{
     memory::Memory,
     transport::{
         Access, Completion, Connection, Endpoint, EndpointConfig, Payload, PostError, Region, RemoteRegion,
-        Transport, WorkError,
+        Runtime, Transport, WorkError,
     },
 };
 

@@ -11,7 +11,7 @@ use crate::{
     error::Error,
     transport::{
         Completion, Connection, Endpoint, EndpointConfig, Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA,
-        Payload, Request, Transport,
+        Payload, Request, Runtime, Transport,
     },
 };
 

@@ -13,9 +13,9 @@
 //! ```
 //!
 //! **Who runs where.** A case runs in one thread, which holds the endpoints of both hosts and polls them in
-//! turn (`pair::Pair`); other threads, started by [`Transport::spawn`], accept connections, race with
+//! turn (`pair::Pair`); other threads, started by [`Runtime::spawn`](crate::transport::Runtime::spawn), accept connections, race with
 //! the NIC, or wait for signals. So the suite also runs where only one thread runs at a time. Every wait has
-//! a limit by [`Transport::now`], so a case that cannot end fails and says what it waited for.
+//! a limit by [`Runtime::now`](crate::transport::Runtime::now), so a case that cannot end fails and says what it waited for.
 //!
 //! **Process death** is the one thing that a thread cannot do to itself: [`Rig::start`] starts a *victim*
 //! ([`victim()`]) in a process (or a simulated node) of its own, [`Rig::kill`] ends it abruptly.

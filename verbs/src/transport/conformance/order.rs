@@ -11,7 +11,7 @@ use super::{
 };
 use crate::transport::{
     Access, Completion, Connection, Endpoint, EndpointConfig, Payload, PostError, Region, RemoteAddress,
-    Signal, Transport,
+    Runtime, Signal,
 };
 
 /// Rounds in flight at once: each has a part of the target region of its own.

@@ -11,7 +11,7 @@ use crate::{
     memory::Memory,
     transport::{
         Access, Completion, Connection, ConnectionId, Endpoint, EndpointConfig, Listener, PostError, Region,
-        RemoteRegion, Request, Sge, Thread, Transport, WorkError,
+        RemoteRegion, Request, Runtime, Sge, Thread, Transport, WorkError,
     },
 };
 

@@ -5,7 +5,7 @@ use super::{
     pair::{Pair, bytes, pattern, piece},
 };
 use crate::transport::{
-    Access, Completion, Connection, Endpoint, EndpointConfig, Payload, PostError, Region, Transport,
+    Access, Completion, Connection, Endpoint, EndpointConfig, Payload, PostError, Region, Runtime,
 };
 
 pub(super) fn full_send_queue<R: Rig>(rig: &R) {

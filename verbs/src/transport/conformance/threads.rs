@@ -13,7 +13,7 @@ use super::{
     pair::{Background, Host, PATIENCE, Pair},
 };
 use crate::transport::{
-    Access, Attach, Connection, Endpoint, EndpointConfig, Payload, Region, Signal, Thread, Transport,
+    Access, Attach, Connection, Endpoint, EndpointConfig, Payload, Region, Runtime, Signal, Thread, Transport,
 };
 
 /// Lets this much time pass.

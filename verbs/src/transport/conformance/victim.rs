@@ -15,7 +15,7 @@ use crate::{
     memory::Memory,
     transport::{
         Access, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, Region, Request,
-        Transport,
+        Runtime, Transport,
     },
 };
 

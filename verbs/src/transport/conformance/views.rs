@@ -20,7 +20,7 @@ use crate::{
     memory::{Exclusive, Memory},
     transport::{
         Access, Completion, Connection, Endpoint, EndpointConfig, Export, Payload, Region, RemoteRegion,
-        Transport, View,
+        Runtime, Transport, View,
     },
 };
 

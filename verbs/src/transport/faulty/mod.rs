@@ -173,10 +173,6 @@ impl<T: Transport> Transport for Faulty<T> {
     type View = T::View;
     type Listener = Listener<T>;
     type Request = Request<T>;
-    type Signal = T::Signal;
-    type Thread = T::Thread;
-
-    const AWAKE_TURNS: u32 = T::AWAKE_TURNS;
 
     fn has_views(&self) -> bool {
         self.inner.has_views()
@@ -214,6 +210,13 @@ impl<T: Transport> Transport for Faulty<T> {
         self.replay(&mut inner, address)?;
         Ok((self.connection(inner, endpoint, Some(address)), reply))
     }
+}
+
+impl<T: Transport> transport::Runtime for Faulty<T> {
+    type Signal = T::Signal;
+    type Thread = T::Thread;
+
+    const AWAKE_TURNS: u32 = T::AWAKE_TURNS;
 
     fn now(&self) -> Duration {
         self.inner.now()

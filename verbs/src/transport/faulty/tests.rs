@@ -1,5 +1,6 @@
 //! Each fault happens where the plan says, and does what it says: over `sim` with several seeds, and over `shm`.
 
+use crate::transport::Runtime;
 use std::{
     collections::BTreeSet,
     sync::{

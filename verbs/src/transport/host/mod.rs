@@ -100,6 +100,40 @@ pub fn spawn(
     })
 }
 
+/// Gives a provider of real hosts its [`Runtime`](crate::transport::Runtime).
+macro_rules! runtime {
+    ($provider:ty) => {
+        impl $crate::transport::Runtime for $provider {
+            type Signal = $crate::transport::host::HostSignal;
+            type Thread = $crate::transport::host::HostThread;
+
+            const AWAKE_TURNS: u32 = $crate::transport::host::AWAKE_TURNS;
+
+            fn now(&self) -> std::time::Duration {
+                $crate::transport::host::now()
+            }
+
+            fn relax(&self, turn: u32) {
+                $crate::transport::host::relax(turn);
+            }
+
+            fn signal(&self) -> Self::Signal {
+                Self::Signal::new()
+            }
+
+            fn spawn(
+                &self,
+                name: &str,
+                core: Option<usize>,
+                body: impl FnOnce() + Send + 'static,
+            ) -> Result<Self::Thread, $crate::error::Error> {
+                $crate::transport::host::spawn(name, core, body)
+            }
+        }
+    };
+}
+pub(in crate::transport) use runtime;
+
 /// Raises the soft limit of open files to the hard one.
 pub(super) fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);

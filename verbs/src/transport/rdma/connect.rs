@@ -11,7 +11,7 @@
 //!
 //! The socket stays open as long as the connection. It tells of the peer's end: of its process, or of the connection alone.
 //!
-//! **Which device.** The socket's local IP address chooses port and GID ([`fabric`](crate::fabric)). If it is an address of another device than the
+//! **Which device.** The socket's local IP address chooses port and GID ([`crate::fabric`]). If it is an address of another device than the
 //! transport's, the side that connects fails, and the side that listens refuses with the reason.
 //!
 //! **Trust.** Whoever reaches the port can connect. A stranger can hold a slot of the door, not the door. On Ethernet the kernel looks for the

@@ -41,7 +41,7 @@ use crate::{
     memory::{Exclusive, Memory},
     transport::{
         Access, EndpointConfig, NoView, Transport,
-        host::{self, HostSignal, HostThread, strangers::OPENING},
+        host::{self, strangers::OPENING},
     },
 };
 
@@ -173,6 +173,8 @@ impl fmt::Debug for Rdma {
     }
 }
 
+host::runtime!(Rdma);
+
 impl Transport for Rdma {
     type Region = RdmaRegion;
     type Export = RdmaExport;
@@ -182,10 +184,6 @@ impl Transport for Rdma {
     type View = NoView;
     type Listener = RdmaListener;
     type Request = RdmaRequest;
-    type Signal = HostSignal;
-    type Thread = HostThread;
-
-    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
 
     fn has_views(&self) -> bool {
         false
@@ -216,26 +214,5 @@ impl Transport for Rdma {
     ) -> Result<(RdmaConnection, Vec<u8>), Error> {
         self.check_ours(endpoint);
         connect::connect(&endpoint.0, address, private_data, timeout)
-    }
-
-    fn now(&self) -> Duration {
-        host::now()
-    }
-
-    fn relax(&self, turn: u32) {
-        host::relax(turn);
-    }
-
-    fn signal(&self) -> HostSignal {
-        HostSignal::new()
-    }
-
-    fn spawn(
-        &self,
-        name: &str,
-        core: Option<usize>,
-        body: impl FnOnce() + Send + 'static,
-    ) -> Result<HostThread, Error> {
-        host::spawn(name, core, body)
     }
 }

@@ -90,10 +90,7 @@ use crate::{
     address::Address,
     error::Error,
     memory::{Exclusive, Memory},
-    transport::{
-        Access, EndpointConfig, Transport,
-        host::{self, HostSignal, HostThread},
-    },
+    transport::{Access, EndpointConfig, Transport, host},
 };
 
 mod admit;
@@ -182,6 +179,8 @@ impl Shm {
     }
 }
 
+host::runtime!(Shm);
+
 impl Transport for Shm {
     type Region = ShmRegion;
     type Export = ShmExport;
@@ -191,10 +190,6 @@ impl Transport for Shm {
     type View = ShmView;
     type Listener = ShmListener;
     type Request = ShmRequest;
-    type Signal = HostSignal;
-    type Thread = HostThread;
-
-    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
 
     fn has_views(&self) -> bool {
         true
@@ -224,26 +219,5 @@ impl Transport for Shm {
         timeout: Duration,
     ) -> Result<(ShmConnection, Vec<u8>), Error> {
         connect::connect_to(&endpoint.0, address, private_data, timeout)
-    }
-
-    fn now(&self) -> Duration {
-        host::now()
-    }
-
-    fn relax(&self, turn: u32) {
-        host::relax(turn);
-    }
-
-    fn signal(&self) -> HostSignal {
-        HostSignal::new()
-    }
-
-    fn spawn(
-        &self,
-        name: &str,
-        core: Option<usize>,
-        body: impl FnOnce() + Send + 'static,
-    ) -> Result<HostThread, Error> {
-        host::spawn(name, core, body)
     }
 }

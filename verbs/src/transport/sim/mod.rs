@@ -44,7 +44,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::transport::{Signal as _, Transport};
+use crate::transport::{Runtime, Signal as _};
 
 mod chunks;
 mod connection;

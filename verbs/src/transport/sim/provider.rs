@@ -14,7 +14,7 @@ use crate::{
     address::Address,
     error::Error,
     memory::{Exclusive, Memory},
-    transport::{Access, EndpointConfig, MAX_REQUEST_DATA, Transport},
+    transport::{Access, EndpointConfig, MAX_REQUEST_DATA, Runtime, Transport},
 };
 
 impl Transport for Node {
@@ -26,11 +26,6 @@ impl Transport for Node {
     type View = View;
     type Listener = Listener;
     type Request = Request;
-    type Signal = Signal;
-    type Thread = Thread;
-
-    // Few: each is a step of the simulation, and sleeping is to be explored, too.
-    const AWAKE_TURNS: u32 = 32;
 
     fn has_views(&self) -> bool {
         true
@@ -112,6 +107,14 @@ impl Transport for Node {
             }
         })
     }
+}
+
+impl Runtime for Node {
+    type Signal = Signal;
+    type Thread = Thread;
+
+    // Few: each is a step of the simulation, and sleeping is to be explored, too.
+    const AWAKE_TURNS: u32 = 32;
 
     fn now(&self) -> Duration {
         let mut world = self.shared.lock();

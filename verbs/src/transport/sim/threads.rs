@@ -84,7 +84,7 @@ pub(super) enum Wait {
 impl fmt::Display for Wait {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Wait::Relax => f.write_str("Transport::relax"),
+            Wait::Relax => f.write_str("Runtime::relax"),
             Wait::View => f.write_str("a call of a View"),
             Wait::Compute => f.write_str("Node::compute"),
             Wait::Endpoint(endpoint) => write!(f, "Endpoint::wait of endpoint {endpoint}"),

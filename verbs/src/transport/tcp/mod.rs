@@ -42,10 +42,7 @@ use crate::{
     address::Address,
     error::Error,
     memory::{Exclusive, Memory},
-    transport::{
-        Access, EndpointConfig, NoView, Transport,
-        host::{self, HostSignal, HostThread},
-    },
+    transport::{Access, EndpointConfig, NoView, Transport, host},
 };
 
 mod connect;
@@ -87,6 +84,8 @@ impl Default for Tcp {
     }
 }
 
+host::runtime!(Tcp);
+
 impl Transport for Tcp {
     type Region = TcpRegion;
     type Export = TcpExport;
@@ -96,10 +95,6 @@ impl Transport for Tcp {
     type View = NoView;
     type Listener = TcpListener;
     type Request = TcpRequest;
-    type Signal = HostSignal;
-    type Thread = HostThread;
-
-    const AWAKE_TURNS: u32 = host::AWAKE_TURNS;
 
     fn has_views(&self) -> bool {
         false
@@ -129,26 +124,5 @@ impl Transport for Tcp {
         timeout: Duration,
     ) -> Result<(TcpConnection, Vec<u8>), Error> {
         connect::connect_to(&endpoint.0, address, private_data, timeout)
-    }
-
-    fn now(&self) -> Duration {
-        host::now()
-    }
-
-    fn relax(&self, turn: u32) {
-        host::relax(turn);
-    }
-
-    fn signal(&self) -> HostSignal {
-        HostSignal::new()
-    }
-
-    fn spawn(
-        &self,
-        name: &str,
-        core: Option<usize>,
-        body: impl FnOnce() + Send + 'static,
-    ) -> Result<HostThread, Error> {
-        host::spawn(name, core, body)
     }
 }

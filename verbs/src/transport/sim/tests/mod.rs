@@ -1,5 +1,6 @@
 //! The conformance suite over many seeds, and what the simulation adds to the contract.
 
+use crate::transport::{Runtime, Transport};
 use std::{
     sync::{
         Arc,

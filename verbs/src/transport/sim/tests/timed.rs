@@ -13,7 +13,7 @@ use super::SimRig;
 use crate::{
     address::Address,
     transport::{
-        Access, Connection, EndpointConfig, Payload, Region, Transport,
+        Access, Connection, EndpointConfig, Payload, Region, Runtime,
         conformance::{
             self, Effort, Rig, Role, Side,
             pair::{Pair, piece},

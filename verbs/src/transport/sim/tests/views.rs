@@ -1,5 +1,6 @@
 //! Views between nodes of one host: as weak as the contract allows, and no weaker.
 
+use crate::transport::Runtime;
 use std::{
     collections::BTreeSet,
     sync::{

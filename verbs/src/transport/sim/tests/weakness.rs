@@ -12,7 +12,7 @@ use std::{
 
 use super::SimRig;
 use crate::transport::{
-    Access, Completion, Connection, Endpoint, EndpointConfig, Payload, Region, Transport, WorkError,
+    Access, Completion, Connection, Endpoint, EndpointConfig, Payload, Region, Runtime, WorkError,
     conformance::{
         Rig, Side,
         pair::{Background, Pair, RegionOf, bytes, piece},
