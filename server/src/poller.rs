@@ -14,7 +14,7 @@
 //! | [`core`](crate::core) | images, clients, clocks | connections, time |
 //! | [`outbound`](crate::outbound) | what waits for a client, in which order | images |
 //! | [`posting`](crate::posting) | connections, staging memory | messages |
-//! | [`absent`](self::absent) | who has lost a connection and may come back | messages |
+//! | [`absent`] | who has lost a connection and may come back | messages |
 //! | this | messages, completions, who comes and goes | |
 
 use std::{
