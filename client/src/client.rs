@@ -297,8 +297,13 @@ impl<T: Transport> Client<T> {
 
     /// Waits until no other thread opens a table. It is this one's turn until what is returned is dropped.
     fn turn(&self) -> Result<Turn<'_>, Error> {
-        let take = || self.opening.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-        self.core.wait(For::Memory, take)?;
+        let mut taken = false;
+        self.core.wait(For::Memory, || {
+            // It is asked again after it has said yes: then the flag is up, and it is ours.
+            taken = taken
+                || self.opening.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+            taken
+        })?;
         Ok(Turn(&self.opening))
     }
 
