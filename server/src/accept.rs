@@ -117,6 +117,12 @@ impl<T: Transport> Control<T> {
         let door = self.doors.get(usize::from(hello.shard)).ok_or_else(|| {
             Refusal::new(&format!("shard = {}, but the server has {}", hello.shard, self.doors.len()))
         })?;
+        if role == Role::Reader && hello.attempt != 0 {
+            return Err(Refusal::new(&format!(
+                "attempt = {}, but a READ lane is made anew, and does not come back",
+                hello.attempt
+            )));
+        }
         if role == Role::Reader && door.share.lanes.load(Ordering::Acquire) >= self.lanes {
             return Err(Refusal::new(&format!(
                 "it has {} READ lanes, and no place for more: start it with more --lanes, or lower ClientOptions::read_lanes",

@@ -7,6 +7,8 @@
 //! | `tables=GLOB` | tables whose name fits alone; `*` stands for any characters, as in `tables=team-a/*`. It may be given several times |
 //!
 //! **What this keeps.** A client opens and updates what it may, and nothing else; what it asks for besides is refused with the reason.
+//! Whoever connects is a client of the job like any other: it is counted, holds the clock back, and takes memory for the tables that it
+//! opens.
 //! **What it does not keep.** Rows of all tables of a shard lie in one region, which every client of the shard may READ, since it READs
 //! without an instruction of the server. A client that goes round the library can read tables that it may not open. Where that matters,
 //! give each tenant a server of its own.

@@ -41,11 +41,13 @@ struct Arguments {
     #[arg(long, value_name = "URL", default_value = "shm:///tmp/fervor.sock")]
     listen: Address,
 
-    /// Talk to clients that have a key of this file, and to nobody else (fervor:// alone). `fervor-server keygen` makes a key
-    #[arg(long, value_name = "FILE", env = KEY_FILE_VARIABLE)]
+    /// Talk to clients that have a key of this file, and to nobody else (fervor:// alone). `fervor-server keygen` makes a key [default:
+    /// the key in FERVOR_KEY, or those in the file that FERVOR_KEY_FILE names]
+    #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
 
-    /// Listen beyond this host without a key. Whoever reaches the port can then read and change every table
+    /// Listen beyond this host without a key. Whoever reaches the port can then read and change every table. (Within this host that
+    /// needs no option: over TCP every user of it can, and over shared memory the server's own)
     #[arg(long)]
     insecure: bool,
 
@@ -147,9 +149,9 @@ fn check_memory(budget: &Budget) -> anyhow::Result<()> {
 }
 
 /// Refuses to listen where strangers can come in, unless there is a key or the user insists.
-fn check_exposure(arguments: &Arguments) -> anyhow::Result<()> {
+fn check_exposure(arguments: &Arguments, keys: &KeyRing) -> anyhow::Result<()> {
     let host = match &arguments.listen {
-        Address::Session { host, .. } if arguments.key_file.is_none() => host,
+        Address::Session { host, .. } if keys.is_empty() => host,
         Address::Tcp { host, .. } | Address::Rdma { host, .. } => host,
         _ => return Ok(()),
     };
@@ -179,23 +181,29 @@ fn keygen(out: &Path, name: &str) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The transport that the arguments ask for. Its errors say all that there is to say; their sources are part of it.
-fn transport(arguments: &Arguments) -> anyhow::Result<Host> {
-    let keys = arguments.key_file.as_deref().map(KeyRing::read).transpose();
-    let keys = keys.map_err(|error| anyhow!("{error}"))?.unwrap_or_default();
+/// The keys of the server: none if it has no sessions, or nobody has said which.
+fn keys(arguments: &Arguments) -> anyhow::Result<KeyRing> {
+    let environment = || match arguments.listen {
+        Address::Session { .. } => KeyRing::from_environment(),
+        _ => Ok(KeyRing::default()),
+    };
+    let keys = arguments.key_file.as_deref().map_or_else(environment, KeyRing::read);
+    let keys = keys.map_err(|error| anyhow!("{error}"))?;
     for key in keys.keys() {
         Grant::of(key).map_err(|error| anyhow!("{error}"))?;
     }
-    let listen = std::slice::from_ref(&arguments.listen);
-    Host::with_keys(listen, keys).map_err(|error| anyhow!("{error}"))
+    Ok(keys)
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     if let Some(Command::Keygen { out, name }) = &arguments.command {
         return keygen(out, name);
     }
-    check_exposure(&arguments)?;
-    let transport = transport(&arguments)?;
+    let keys = keys(&arguments)?;
+    check_exposure(&arguments, &keys)?;
+    // These errors say all that there is to say; their sources are part of it.
+    let listen = std::slice::from_ref(&arguments.listen);
+    let transport = Host::with_keys(listen, keys).map_err(|error| anyhow!("{error}"))?;
     let mut config = Config::new(arguments.listen.clone());
     config.cores = match (arguments.cores, arguments.shards) {
         (Some(cores), _) => cores.into_iter().map(Some).collect(),

@@ -44,10 +44,9 @@ impl ShardCore {
                 "{MAX_OPENING} tables are being opened: no more may be at a time"
             )));
         }
-        let found = self.find(&open).and_then(|found| {
-            self.client(id).grant.opens(&open.schema.name)?;
-            found.map_or_else(|| self.make(&open), Ok)
-        });
+        // First: of a table that it may not open, a client learns nothing.
+        let granted = self.client(id).grant.opens(&open.schema.name);
+        let found = granted.and_then(|()| self.find(&open)?.map_or_else(|| self.make(&open), Ok));
         let opened = found.and_then(|table| {
             let opened = self.hold(table, id, &open);
             if opened.is_err() {

@@ -98,7 +98,7 @@ impl ShardCore {
         };
         let name = &table.schema.name;
         if table.openers.get(&id).is_none_or(|opener| opener.hold == Hold::InPlace) {
-            return bad(format!("the client has not opened table `{name}` to hold copies of it"));
+            return bad(format!("the client has not opened table {table_id} to hold copies of it"));
         }
         if image >= table.images {
             return bad(format!(

@@ -46,26 +46,12 @@ impl Key {
         Ok(Self { name: name.to_owned(), secret, rules: Vec::new() })
     }
 
-    /// The key in the environment: that in [`KEY_VARIABLE`], else the first one of the file that [`KEY_FILE_VARIABLE`] names.
+    /// The key in the environment: the first of [`KeyRing::from_environment`].
     ///
     /// # Errors
-    /// What is there is no key; the file cannot be read.
+    /// As there.
     pub fn from_environment() -> Result<Option<Self>, Error> {
-        let bad = |reason: String| Error::BadKey(format!("{KEY_VARIABLE}: {reason}"));
-        match std::env::var(KEY_VARIABLE) {
-            Ok(text) if text.is_empty() => Ok(None),
-            Ok(text) => text.parse().map(Some).map_err(|error: Error| match error {
-                Error::BadKey(reason) => bad(reason),
-                error => error,
-            }),
-            Err(std::env::VarError::NotPresent) => match std::env::var_os(KEY_FILE_VARIABLE) {
-                // Set to nothing is not set, as in shells.
-                Some(path) if path.is_empty() => Ok(None),
-                Some(path) => Ok(KeyRing::read(Path::new(&path))?.first().cloned()),
-                None => Ok(None),
-            },
-            Err(error) => Err(bad(error.to_string())),
-        }
+        Ok(KeyRing::from_environment()?.first().cloned())
     }
 
     /// Its name, which crosses the wire in clear.
@@ -198,6 +184,28 @@ impl KeyRing {
             return Err(bad("there is no key in it; `fervor-server keygen` makes one".to_owned()));
         }
         Ok(Self(keys))
+    }
+
+    /// The keys in the environment: that in [`KEY_VARIABLE`], else those of the file that [`KEY_FILE_VARIABLE`] names. A variable that is
+    /// set to nothing is not set.
+    ///
+    /// # Errors
+    /// What is there is no key; the file cannot be read.
+    pub fn from_environment() -> Result<Self, Error> {
+        let bad = |reason: String| Error::BadKey(format!("{KEY_VARIABLE}: {reason}"));
+        match std::env::var(KEY_VARIABLE) {
+            Ok(text) if !text.is_empty() => match text.parse() {
+                Ok(key) => return Ok(Self(vec![key])),
+                Err(Error::BadKey(reason)) => return Err(bad(reason)),
+                Err(error) => return Err(error),
+            },
+            Err(error @ std::env::VarError::NotUnicode(_)) => return Err(bad(error.to_string())),
+            Ok(_) | Err(std::env::VarError::NotPresent) => {}
+        }
+        match std::env::var_os(KEY_FILE_VARIABLE) {
+            Some(path) if !path.is_empty() => Self::read(Path::new(&path)),
+            _ => Ok(Self::default()),
+        }
     }
 
     /// The key called `name`.

@@ -13,17 +13,18 @@
 //! # Trust
 //!
 //! **Who may come in.** A server that has keys talks to those who have one of them, and to nobody else. Who has none learns the
-//! server's version, and whether the name of a key is known to it: no more.
+//! server's version, and what a device of it is called if he comes by RDMA's own opening: no more.
 //!
-//! **What crosses the wire in clear.** The name of the client's key; and what lanes carry. RDMA encrypts nothing, and neither does the
-//! `tcp` provider. So a lane's messages, rows and updates, and the names of tables in them, can be read by whoever reads the wire, and
-//! changed by whoever can change it. What lets somebody reach memory (the keys of regions) and open lanes (their tokens) crosses inside
-//! the session alone; a token opens one lane, once.
+//! **What crosses the wire in clear.** The name of the client's key; the token of a lane, which opens that lane, once; and what lanes
+//! carry. RDMA encrypts nothing, and neither does the `tcp` provider. So a lane's messages, rows and updates, the names of tables in them,
+//! and the provider's keys of regions in its requests, can be read by whoever reads the wire, and changed by whoever can change it. The
+//! session keeps from him what he would need to begin: he has no lane of his own, unless he takes a token out of the wire and uses it
+//! before its owner.
 //!
 //! **What the fabric can do.** RDMA protects memory with keys of 32 bits that cross it in clear with every request. Somebody who can
 //! inject packets into the fabric can guess or copy them (ReDMArk, USENIX Security 2021). Fervor registers rows for remote READ alone, and
-//! gives up a queue pair's right to write when the session ends; but on a fabric that strangers share, nothing above replaces a
-//! partition (pkey, VLAN) of one's own.
+//! moves a queue pair to its error state before memory that it could write is used again; but on a fabric that strangers share, nothing
+//! above replaces a partition (pkey, VLAN) of one's own.
 
 use std::fmt;
 
@@ -50,14 +51,12 @@ pub(crate) enum Reason {
     NoKeys = 5,
     /// What was said is not from the other end, or was said before.
     Forged = 6,
-    /// The server has too many sessions.
-    Busy = 7,
 }
 
 impl Reason {
     fn from_code(code: u8) -> Self {
         use Reason::*;
-        let all = [Malformed, Version, KeyNeeded, WrongKey, NoKeys, Forged, Busy];
+        let all = [Malformed, Version, KeyNeeded, WrongKey, NoKeys, Forged];
         all.into_iter().find(|reason| *reason as u8 == code).unwrap_or(Malformed)
     }
 }
@@ -72,7 +71,6 @@ impl Reason {
             Reason::WrongKey => "it named a key that is not known here, or has another secret",
             Reason::NoKeys => "it named a key, and this server was started without --key-file",
             Reason::Forged => "what it sent is not from the one who began the session, or was sent before",
-            Reason::Busy => "there are as many sessions as this server takes",
         }
     }
 }
@@ -90,7 +88,6 @@ impl fmt::Display for Reason {
                 "it has no key, so it cannot prove who it is; start it with --key-file, or connect without a key"
             }
             Reason::Forged => "somebody between here and there has changed or repeated what was said",
-            Reason::Busy => "it has as many sessions as it takes; try again later",
         })
     }
 }

@@ -104,6 +104,17 @@ fn malformed<T>(field: &'static str, fault: impl Into<String>) -> Result<T, Malf
 }
 
 impl Message {
+    /// Its name, for errors: what is in it may be long, or a secret.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Message::Hello { .. } => "hello",
+            Message::Welcome { .. } => "welcome",
+            Message::Lane { .. } => "lane",
+            Message::Go { .. } => "go",
+            Message::Answer { .. } => "answer",
+        }
+    }
+
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         match self {

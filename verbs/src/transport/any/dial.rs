@@ -5,7 +5,8 @@
 //!
 //! A lane takes three steps. The client says what it wants, and gets a token; it connects by the lane's provider, with the token in
 //! place of private data; the server's program accepts or refuses, and the session carries what it says. If the way does not lead
-//! there (a socket that another container has, a device in another fabric), the next best is tried, and the bad one not again.
+//! there (a socket that is in another container's folder, a device that the server's address does not belong to), the next best is tried,
+//! and the bad one not again in this session.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -106,15 +107,35 @@ pub(super) fn connect(
     {
         *dialled = Dialled::default();
     }
-    if dialled.session.is_none() {
+    let reused = dialled.session.is_some();
+    if !reused {
         dialled.session = Some(Session::begin(&asked)?);
     }
-    let made = make(&asked, &mut dialled, *via, endpoint, private_data);
+    let mut made = make(&asked, &mut dialled, *via, endpoint, private_data);
+    if reused && matches!(made, Err(Failed::NoToken(_))) {
+        // It had ended, and nobody has heard of it: the lane has not been asked for.
+        *dialled = Dialled { session: Some(Session::begin(&asked)?), bad: Vec::new() };
+        made = make(&asked, &mut dialled, *via, endpoint, private_data);
+    }
+    let made = made.map_err(|failed| match failed {
+        Failed::NoToken(error) | Failed::Lane(error) => error,
+        Failed::Way(reason) => asked.unreachable(reason),
+    });
     if !matches!(made, Ok(_) | Err(Error::Refused { .. } | Error::Limit { .. })) {
         // What the server says of this lane later is nobody's business any more.
         *dialled = Dialled::default();
     }
     made
+}
+
+/// Why no lane was made.
+enum Failed {
+    /// The session did not give a token: the server does not know of the lane.
+    NoToken(Error),
+    /// The way does not lead there; another one may.
+    Way(String),
+    /// The lane was refused, or not made in time.
+    Lane(Error),
 }
 
 /// Makes a lane by the best way that leads there.
@@ -124,7 +145,7 @@ fn make(
     via: Option<Way>,
     endpoint: &HostAttach,
     private_data: &[u8],
-) -> Result<(HostConnection, Vec<u8>), Error> {
+) -> Result<(HostConnection, Vec<u8>), Failed> {
     let session = dialled.session.as_mut().expect("the caller has begun it");
     let mut reasons = Vec::new();
     for way in Way::ALL.into_iter().filter(|way| via.is_none_or(|via| via == *way)) {
@@ -140,19 +161,14 @@ fn make(
             }
         };
         match session.lane(asked, way, &place, endpoint, private_data) {
-            Err(Error::Unreachable { reason, .. } | Error::NoDevice { reason }) => {
+            Err(Failed::Way(reason)) => {
                 reasons.push(format!("{way}: {reason}"));
                 dialled.bad.push((way, reason));
-            }
-            // Without a key shared memory is for one user.
-            Err(error @ Error::OtherUser { .. }) => {
-                reasons.push(format!("{way}: {error}"));
-                dialled.bad.push((way, error.to_string()));
             }
             made => return made,
         }
     }
-    Err(asked.unreachable(format!("no way leads there ({})", reasons.join("; "))))
+    Err(Failed::Way(format!("no way leads there ({})", reasons.join("; "))))
 }
 
 /// Connects by one provider's own handshake.
@@ -231,7 +247,10 @@ impl Session {
                 session.offers = offers;
                 Ok(session)
             }
-            other => Err(asked.unreachable(format!("its first message is no welcome, but {other:?}"))),
+            other => {
+                Err(asked
+                    .unreachable(format!("its first message is no welcome, but of kind {}", other.kind())))
+            }
         }
     }
 
@@ -272,12 +291,16 @@ impl Session {
                 _ => "this process does not use it".to_owned(),
             });
         }
+        // Not by the name: it may lead to another server the next time.
+        let server = || self.socket.peer_addr().map_err(|error| error.to_string());
         let offer = self.offers.iter().find(|offer| offer.way == way).ok_or("the server does not use it")?;
         match way {
             Way::Shm if !self.same_host => Err("the server is on another host".to_owned()),
             Way::Shm => Ok(Address::Shm(offer.place.clone().into())),
-            Way::Tcp => Ok(Address::Tcp { host: asked.name.to_owned(), port: asked.port }),
-            Way::Rdma => Ok(Address::Rdma { host: asked.name.to_owned(), port: asked.port, from: None }),
+            Way::Tcp => server().map(|at| Address::Tcp { host: at.ip().to_string(), port: at.port() }),
+            Way::Rdma => {
+                server().map(|at| Address::Rdma { host: at.ip().to_string(), port: at.port(), from: None })
+            }
         }
     }
 
@@ -290,7 +313,12 @@ impl Session {
                 }
                 // Of a lane by a way that led nowhere.
                 Message::Answer { .. } => {}
-                other => return Err(asked.unreachable(format!("instead of an answer it sent {other:?}"))),
+                other => {
+                    return Err(asked.unreachable(format!(
+                        "instead of an answer it sent a message of kind {}",
+                        other.kind()
+                    )));
+                }
             }
         }
     }
@@ -303,12 +331,17 @@ impl Session {
             match self.hear(asked)? {
                 Message::Go { number, token } if number == self.last => return Ok(token),
                 Message::Answer { number, .. } if number != self.last => {}
-                other => return Err(asked.unreachable(format!("instead of a token it sent {other:?}"))),
+                other => {
+                    return Err(asked.unreachable(format!(
+                        "instead of a token it sent a message of kind {}",
+                        other.kind()
+                    )));
+                }
             }
         }
     }
 
-    /// Makes a lane. [`Error::Unreachable`], [`Error::NoDevice`] and [`Error::OtherUser`] mean that another way may lead there.
+    /// Makes a lane.
     fn lane(
         &mut self,
         asked: &Asked,
@@ -316,32 +349,36 @@ impl Session {
         place: &Address,
         endpoint: &HostAttach,
         private_data: &[u8],
-    ) -> Result<(HostConnection, Vec<u8>), Error> {
-        let ended = |error| match error {
-            Error::Unreachable { reason, .. } => Error::NoSession {
-                address: asked.address.to_string(),
-                reason: format!("the session has ended: {reason}"),
-            },
-            error => error,
-        };
-        let token = self.token(asked, way, private_data).map_err(ended)?;
+    ) -> Result<(HostConnection, Vec<u8>), Failed> {
+        let token = self.token(asked, way, private_data).map_err(Failed::NoToken)?;
         let number = self.last;
+        let refused =
+            |private_data| Failed::Lane(Error::Refused { address: asked.address.to_string(), private_data });
         match by(asked.host, way, endpoint, place, &token, asked.left()) {
             Ok((lane, _)) => {
-                let (accepted, regions, data) = self.answer(asked, number).map_err(ended)?;
+                let (accepted, regions, data) = self.answer(asked, number).map_err(Failed::Lane)?;
                 if !accepted {
-                    return Err(Error::Refused { address: asked.address.to_string(), private_data: data });
+                    return Err(refused(data));
                 }
-                Ok((HostConnection::new(lane, regions)?, data))
+                Ok((HostConnection::new(lane, regions).map_err(Failed::Lane)?, data))
             }
             Err(Error::Refused { .. }) => {
                 let deadline = Instant::now() + asked.left().min(LAST_WORD);
-                let asked = Asked { deadline: Some(deadline), timeout: LAST_WORD, ..*asked };
-                let (_, _, private_data) = self.answer(&asked, number).map_err(ended)?;
-                Err(Error::Refused { address: asked.address.to_string(), private_data })
+                let patient = Asked { deadline: Some(deadline), timeout: LAST_WORD, ..*asked };
+                match self.answer(&patient, number) {
+                    Ok((_, _, private_data)) => Err(refused(private_data)),
+                    // The server has heard of no lane: somebody else listens there.
+                    Err(Error::Timeout { .. }) => {
+                        Err(Failed::Way("who listens there is not the server of this session".to_owned()))
+                    }
+                    Err(error) => Err(Failed::Lane(error)),
+                }
             }
-            Err(Error::Timeout { .. }) => Err(asked.late()),
-            Err(error) => Err(error),
+            Err(Error::Unreachable { reason, .. } | Error::NoDevice { reason }) => Err(Failed::Way(reason)),
+            // Without a key shared memory is for one user.
+            Err(error @ Error::OtherUser { .. }) => Err(Failed::Way(error.to_string())),
+            Err(Error::Timeout { .. }) => Err(Failed::Lane(asked.late())),
+            Err(error) => Err(Failed::Lane(error)),
         }
     }
 }

@@ -12,8 +12,8 @@
 //!
 //! **Nobody holds the door.** Openings are heard side by side, bounded in number and time ([`strangers`]).
 //! A guest that has not proved that it has the key is one of [`UNPROVEN`](guests::UNPROVEN) at most, for five seconds. A token is
-//! good for one lane of its session, once, for [`TOKEN_LIFE`]; a session has [`TOKENS`] at most. A lane without a good token is
-//! dropped at once.
+//! good for one lane of its session, once, for [`TOKEN_LIFE`]; a session has [`TOKENS`] at most, and all together [`ALL_TOKENS`]. A
+//! lane without a good token is dropped at once.
 //!
 //! | what | written by | read by | under |
 //! |---|---|---|---|
@@ -23,7 +23,13 @@
 use std::{
     collections::{HashMap, VecDeque},
     fmt,
+    io::{ErrorKind, Write},
     net::TcpStream,
+    os::unix::{
+        fs::{FileTypeExt, MetadataExt},
+        net::UnixStream,
+    },
+    path::Path,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -43,7 +49,9 @@ use crate::{
     address::Address,
     error::Error,
     session::{
-        Key, Way, noise,
+        Key, Way,
+        key::random,
+        noise,
         wire::{NamedRegion, Offer, Token},
     },
     transport::{Listener, Transport, host::strangers, shm::ShmListener, tcp},
@@ -51,8 +59,9 @@ use crate::{
 
 /// How long a lane may take to come in after its session was given the token.
 const TOKEN_LIFE: Duration = Duration::from_secs(10);
-/// Lanes that a session may be making at a time.
-const TOKENS: usize = 256;
+/// Lanes that a session may be making at a time (a client makes one after the other), and all sessions together.
+const TOKENS: usize = 8;
+const ALL_TOKENS: usize = 1024;
 /// How long a stop may go unnoticed.
 const TURN: Duration = Duration::from_millis(50);
 
@@ -113,13 +122,24 @@ impl Shared {
     /// Makes it known that a lane with this token will come in. `false`: its session has too many of them.
     pub(super) fn expect(&self, token: Token, expected: Expected) -> bool {
         let mut tokens = self.tokens();
-        let now = Instant::now();
-        tokens.retain(|_, other| now.saturating_duration_since(other.since) < TOKEN_LIFE);
+        if tokens.len() >= ALL_TOKENS {
+            // Whoever has taken the longest makes room.
+            let oldest = tokens.iter().min_by_key(|(_, other)| other.since).map(|(token, _)| *token);
+            tokens.remove(&oldest.expect("there are many"));
+        }
         if tokens.values().filter(|other| Arc::ptr_eq(&other.session, &expected.session)).count() >= TOKENS {
             return false;
         }
         tokens.insert(token, expected);
         true
+    }
+
+    /// Forgets tokens that were not used in time. How long until that is to be done again.
+    pub(super) fn expire(&self) -> Duration {
+        let mut tokens = self.tokens();
+        tokens.retain(|_, expected| expected.since.elapsed() < TOKEN_LIFE);
+        let left = tokens.values().map(|expected| TOKEN_LIFE.saturating_sub(expected.since.elapsed()));
+        left.fold(Duration::from_secs(3600), Duration::min)
     }
 
     /// A session has ended: its lanes are not let in any more.
@@ -164,15 +184,32 @@ impl Log {
         let (since, lines, kept) = &mut *state;
         if since.is_none_or(|since| since.elapsed() >= Duration::from_secs(1)) {
             if *kept > 0 {
-                eprintln!("fervor: {kept} more lines like these in the second before");
+                say(format_args!("{kept} more lines like these in the second before"));
             }
             (*since, *lines, *kept) = (Some(Instant::now()), 0, 0);
         }
         if *lines < Self::EACH_SECOND {
             *lines += 1;
-            eprintln!("fervor: {line}");
+            say(line);
         } else {
             *kept += 1;
+        }
+    }
+}
+
+/// Nobody may read what is said.
+fn say(line: fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "fervor: {line}");
+}
+
+/// Tells those who wait at the door when a thread of it has panicked.
+pub(super) struct Alarm(pub(super) Arc<Shared>);
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let source = std::io::Error::other("a thread of the door panicked; its message is above");
+            self.0.fail(Error::System { call: "accepting".to_owned(), source });
         }
     }
 }
@@ -196,7 +233,15 @@ impl Door {
         let address = Address::Session { host: name.clone(), port, via: *via };
         let door = strangers::Door::new(socket, address.to_string())?;
         let mut offers = Vec::new();
-        let shm = if host.has(Way::Shm) { Some(listen_shm(host, port)?) } else { None };
+        let mut shm = None;
+        if host.has(Way::Shm) {
+            match listen_shm(host) {
+                Ok(listener) => shm = Some(listener),
+                Err(error) if *via == Some(Way::Shm) => return Err(error),
+                // There are other ways.
+                Err(error) => say(format_args!("clients of this host cannot use shared memory: {error}")),
+            }
+        }
         if let Some(listener) = &shm {
             let Address::Shm(path) = listener.address() else { unreachable!("it is of `shm`") };
             offers.push(Offer { way: Way::Shm, place: path.display().to_string() });
@@ -230,7 +275,11 @@ impl Door {
 
     fn start(&mut self, name: &str, body: impl FnOnce(Arc<Shared>) + Send + 'static) -> Result<(), Error> {
         let shared = self.shared.clone();
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || body(shared));
+        let guarded = move || {
+            let _alarm = Alarm(shared.clone());
+            body(shared);
+        };
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(guarded);
         self.threads.push(thread.map_err(Error::io(format!("starting thread `{name}`")))?);
         Ok(())
     }
@@ -273,17 +322,37 @@ impl Drop for Door {
     }
 }
 
-/// The socket of `shm`, at a path that this user's server at this port has.
-fn listen_shm(host: &Host, port: u16) -> Result<ShmListener, Error> {
+/// The socket of `shm`, at a path that only those learn who have a session: whoever listened there in the server's place would be
+/// shown the client's memory.
+fn listen_shm(host: &Host) -> Result<ShmListener, Error> {
     let shm = host.0.shm.as_ref().expect("the caller has looked");
+    let folder = std::env::temp_dir();
+    remove_stale(&folder);
+    let mut name = Token::default();
+    random(&mut name)?;
+    let name: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
+    shm.listen(&Address::Shm(folder.join(format!("{PREFIX}{name}{SUFFIX}"))))
+}
+
+const PREFIX: &str = "fervor-";
+const SUFFIX: &str = ".sock";
+
+/// Removes sockets that servers of this user have left that were killed.
+fn remove_stale(folder: &Path) {
     let user = rustix::process::geteuid().as_raw();
-    let path = |name: String| Address::Shm(std::env::temp_dir().join(name));
-    // A server that was killed has left its file, which is replaced. One that lives in another network, say, has the port, too.
-    match shm.listen(&path(format!("fervor-{user}-{port}.sock"))) {
-        Err(Error::AddressInUse { .. }) => {
-            shm.listen(&path(format!("fervor-{user}-{port}-{}.sock", std::process::id())))
+    for file in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = file.file_name();
+        let middle = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.strip_suffix(SUFFIX));
+        let ours = middle
+            .is_some_and(|middle| middle.len() == 32 && middle.bytes().all(|b| b.is_ascii_hexdigit()))
+            && file.metadata().is_ok_and(|data| data.uid() == user && data.file_type().is_socket());
+        // To one that lives, this kind of socket does not connect: the error is another one then.
+        let refused =
+            |path| matches!(UnixStream::connect(path), Err(e) if e.kind() == ErrorKind::ConnectionRefused);
+        if ours && refused(file.path()) {
+            // Another server may be doing the same.
+            let _ = std::fs::remove_file(file.path());
         }
-        listening => listening,
     }
 }
 
@@ -309,7 +378,7 @@ fn welcome(shared: &Shared, socket: TcpStream, opening: &[u8; strangers::OPENING
         Err(reason) => {
             shared.log(format_args!("{} was turned away: {}", from(), reason.of_client()));
             // Of three bytes, to a socket that has sent nothing, none are left over.
-            let _ = std::io::Write::write(&mut &socket, &noise::refusal(reason));
+            let _ = (&socket).write(&noise::refusal(reason));
         }
     }
 }

@@ -19,10 +19,11 @@ use std::{
 
 use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    io::Errno,
     net::sockopt::{self, set_socket_send_buffer_size},
 };
 
-use super::door::{Expected, Shared};
+use super::door::{Alarm, Expected, Shared};
 use crate::{
     error::Error,
     session::{
@@ -37,14 +38,16 @@ use crate::{
 pub(super) const UNPROVEN: usize = 256;
 /// How long they may take.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Pause after the system was short of something.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(10);
 /// Sessions at a time.
-const SESSIONS: usize = 16_384;
+const SESSIONS: usize = 4096;
 
 /// A session, as those see it who have something to say.
 pub(super) struct Session(Mutex<End>);
 
 struct End {
-    socket: TcpStream,
+    socket: Arc<TcpStream>,
     cipher: Cipher,
 }
 
@@ -57,7 +60,7 @@ impl Session {
     fn say(&self, message: &Message) -> Result<(), String> {
         let mut end = self.end();
         let frame = end.cipher.seal(&message.encode());
-        match end.socket.write(&frame) {
+        match (&*end.socket).write(&frame) {
             Ok(count) if count == frame.len() => Ok(()),
             Ok(_) => Err("it does not read what it is told".to_owned()),
             Err(error) => Err(error.to_string()),
@@ -82,7 +85,7 @@ impl Session {
 struct Guest {
     session: Arc<Session>,
     /// For reading: the same socket.
-    socket: TcpStream,
+    socket: Arc<TcpStream>,
     name: String,
     key: Option<Arc<Key>>,
     heard: Vec<u8>,
@@ -95,7 +98,7 @@ impl Guest {
     fn hear(&mut self, shared: &Shared) -> Result<(), Option<String>> {
         let mut bytes = [0; 4096];
         loop {
-            match self.socket.read(&mut bytes) {
+            match (&*self.socket).read(&mut bytes) {
                 Ok(0) => return Err(None),
                 Ok(count) => self.heard.extend_from_slice(&bytes[..count]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -132,7 +135,7 @@ impl Guest {
                 }
                 self.session.say(&Message::Go { number, token })
             }
-            other => Err(format!("it sent a message that is not due: {other:?}")),
+            other => Err(format!("it sent a message of kind {} that is not due", other.kind())),
         }
     }
 }
@@ -170,20 +173,17 @@ impl Lobby {
         // A host that is gone says nothing more, and sessions are silent anyway.
         let ready = ready.and_then(|()| Ok(keep_alive(&socket)?));
         // Of so few bytes, to a socket that has sent nothing, none are left over.
-        let ready = ready.and_then(|()| (&socket).write_all(answer)).and_then(|()| socket.try_clone());
-        let reading = match ready {
-            Ok(reading) => reading,
-            Err(error) => {
-                return self.shared.log(format_args!("the session with {name} did not begin: {error}"));
-            }
-        };
+        if let Err(error) = ready.and_then(|()| (&socket).write_all(answer)) {
+            return self.shared.log(format_args!("the session with {name} did not begin: {error}"));
+        }
+        let socket = Arc::new(socket);
         let key = key.map(|name| {
             let key = self.shared.host.0.keys.find(&name).expect("the handshake has found it");
             Arc::new(key.clone())
         });
-        let session = Arc::new(Session(Mutex::new(End { socket, cipher })));
+        let session = Arc::new(Session(Mutex::new(End { socket: socket.clone(), cipher })));
         let unproven = Some(Instant::now());
-        self.arrivals.lock().push(Guest { session, socket: reading, name, key, heard: Vec::new(), unproven });
+        self.arrivals.lock().push(Guest { session, socket, name, key, heard: Vec::new(), unproven });
         self.arrivals.ring();
     }
 }
@@ -211,7 +211,10 @@ impl Guests {
         let (theirs, door) = (arrivals.clone(), shared.clone());
         let thread = std::thread::Builder::new()
             .name("fervor-guests".to_owned())
-            .spawn(move || serve(&theirs, &door))
+            .spawn(move || {
+                let _alarm = Alarm(door.clone());
+                serve(&theirs, &door);
+            })
             .map_err(Error::io("starting thread `fervor-guests`"))?;
         Ok(Self { arrivals, shared: shared.clone(), thread: Some(thread) })
     }
@@ -234,7 +237,7 @@ impl Drop for Guests {
 fn serve(arrivals: &Arrivals, shared: &Arc<Shared>) {
     let mut guests: Vec<Guest> = Vec::new();
     while !shared.stopped() {
-        let readable = sleep(arrivals, &guests);
+        let readable = sleep(arrivals, &guests, shared.expire());
         // Fails when nobody rang.
         let _ = rustix::io::read(&arrivals.bell, &mut [0; 8]);
         let mut at = 0;
@@ -292,7 +295,7 @@ fn make_room(guests: &mut Vec<Guest>, shared: &Arc<Shared>) {
 }
 
 /// Waits until somebody rings, or a guest has said something: which ones have.
-fn sleep(arrivals: &Arrivals, guests: &[Guest]) -> Vec<bool> {
+fn sleep(arrivals: &Arrivals, guests: &[Guest], longest: Duration) -> Vec<bool> {
     let mut fds = Vec::with_capacity(1 + guests.len());
     fds.push(PollFd::new(&arrivals.bell, PollFlags::IN));
     fds.extend(guests.iter().map(|guest| PollFd::from_borrowed_fd(guest.socket.as_fd(), PollFlags::IN)));
@@ -300,11 +303,16 @@ fn sleep(arrivals: &Arrivals, guests: &[Guest]) -> Vec<bool> {
         .iter()
         .filter_map(|guest| guest.unproven)
         .map(|since| PATIENCE.saturating_sub(since.elapsed()));
-    let timeout = patience.fold(Duration::from_secs(3600), Duration::min) + Duration::from_millis(1);
+    let timeout = patience.fold(longest, Duration::min) + Duration::from_millis(1);
     let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
     // An early return is allowed: nobody has said anything then.
     match poll(&mut fds, Some(&timeout)) {
         Ok(_) => fds[1..].iter().map(|fd| !fd.revents().is_empty()).collect(),
-        Err(_) => vec![false; guests.len()],
+        Err(Errno::INTR) => vec![false; guests.len()],
+        Err(_) => {
+            // The system is short of something. Not at once again.
+            std::thread::sleep(SHORTAGE_PAUSE);
+            vec![false; guests.len()]
+        }
     }
 }

@@ -174,9 +174,10 @@ impl Request for HostRequest {
             );
         };
         let way = caller.way();
-        match caller.accept(endpoint, depth, &[]) {
-            Ok(lane) => {
-                let connection = HostConnection::new(lane, PeerRegions::told(expected.regions.clone()))?;
+        let lane = caller.accept(endpoint, depth, &[]);
+        let regions = PeerRegions::told(expected.regions.clone());
+        match lane.and_then(|lane| HostConnection::new(lane, regions)) {
+            Ok(connection) => {
                 // To a session that has ended nobody listens: the lane's own end will tell.
                 expected.answer(true, endpoint.offers(way), private_data);
                 Ok(connection)

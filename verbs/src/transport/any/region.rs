@@ -157,14 +157,14 @@ pub(super) fn mixed() -> ! {
 /// A registered memory.
 #[derive(Clone)]
 pub struct HostRegion {
+    /// Peers are told of it as long as there is a clone. Before the others: nobody is told of a region that is gone.
+    _named: Option<Arc<Named>>,
     shm: Option<ShmRegion>,
     tcp: Option<TcpRegion>,
     #[cfg(feature = "rdma")]
     rdma: Option<RdmaRegion>,
     memory: Memory,
     remote: RemoteRegion,
-    /// Peers are told of it as long as there is a clone.
-    _named: Option<Arc<Named>>,
 }
 
 /// What a region is to all: under its name if there are sessions, or as its one provider calls it.

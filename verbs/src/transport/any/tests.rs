@@ -3,6 +3,7 @@
 use std::{
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
+    path::PathBuf,
     sync::atomic::{AtomicU32, Ordering},
     time::Instant,
 };
@@ -12,7 +13,7 @@ use crate::{
     session::{
         Reason,
         noise::{self, Cipher, Initiator, Piece, piece},
-        wire::{Message, Token},
+        wire::{Message, Offer, Token},
     },
     transport::{
         Attach, Completion, Connection, Endpoint, Listener, Payload, Region, Request, Sge,
@@ -234,8 +235,7 @@ fn who_has_not_the_key_comes_to_nothing() {
     }
     let shm = shm::Shm::new().unwrap();
     let endpoint = shm.endpoint(&EndpointConfig::default()).unwrap();
-    let user = rustix::process::geteuid().as_raw();
-    let direct = Address::Shm(std::env::temp_dir().join(format!("fervor-{user}-{port}.sock")));
+    let direct = Address::Shm(shm_socket(&server, Some(&key("a"))));
     let error = shm.connect(&endpoint.attach(), &direct, &[0; 16], PATIENCE).unwrap_err();
     assert!(matches!(error, Error::Refused { .. }), "{error}");
 }
@@ -287,9 +287,17 @@ impl Raw {
     /// A session with nothing asked for yet.
     fn welcomed(at: SocketAddr, key: Option<&Key>) -> Self {
         let mut raw = Self::shake_hands(at, key);
-        raw.say(&Message::Hello { boot: [1; 16] });
-        assert!(matches!(raw.hear(), Some(Message::Welcome { .. })));
+        assert!(!raw.offers().is_empty());
         raw
+    }
+
+    /// Says hello, and hears which ways there are.
+    fn offers(&mut self) -> Vec<Offer> {
+        self.say(&Message::Hello { boot: [1; 16] });
+        match self.hear() {
+            Some(Message::Welcome { offers, .. }) => offers,
+            other => panic!("{other:?}"),
+        }
     }
 
     fn ask(&mut self, number: u32, way: Way) -> Token {
@@ -299,6 +307,12 @@ impl Raw {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// The socket of the server's shared memory, as those learn it who have a session.
+fn shm_socket(server: &Server, key: Option<&Key>) -> PathBuf {
+    let offers = Raw::shake_hands(server.socket(), key).offers();
+    offers.into_iter().find(|offer| offer.way == Way::Shm).expect("it is offered").place.into()
 }
 
 /// Connects over plain TCP with a token.
@@ -381,10 +395,10 @@ fn a_guest_that_breaks_the_rules_ends_its_own_session_alone() {
     assert!(forged.hear().is_none(), "a changed frame");
 
     let mut greedy = Raw::welcomed(at, Some(&key("a")));
-    for number in 0..256 {
+    for number in 0..8 {
         greedy.ask(number, Way::Tcp);
     }
-    greedy.say(&lane(256));
+    greedy.say(&lane(8));
     assert!(greedy.hear().is_none(), "more lanes than a session may be making");
 
     // A handshake that was recorded is answered, and then comes to nothing.
@@ -453,6 +467,40 @@ fn a_server_that_was_started_again_is_found_again() {
     assert!(matches!(error, Error::Unreachable { .. }), "{error}");
     let mut server = Server::start_at(&[key("a")], &address);
     drop(connect(&host, &endpoint, &mut server, &address));
+}
+
+#[test]
+fn a_way_that_leads_to_somebody_else_is_left_for_the_next() {
+    let mut server = Server::start(&[], "");
+    let address = server.address();
+    // As in a container that has the same kernel, and a folder of its own: somebody else listens at that path.
+    let path = shm_socket(&server, None);
+    std::fs::remove_file(&path).unwrap();
+    let mut other = shm::Shm::new().unwrap().listen(&Address::Shm(path)).unwrap();
+    let (host, endpoint) = client(&[], std::slice::from_ref(&address));
+    let connection = std::thread::scope(|scope| {
+        scope.spawn(|| drop(other.accept(PATIENCE).unwrap().expect("the client tries it first")));
+        connect(&host, &endpoint, &mut server, &address)
+    });
+    assert_eq!(connection.provider(), "tcp");
+    // It is not tried again.
+    assert_eq!(connect(&host, &endpoint, &mut server, &address).provider(), "tcp");
+}
+
+#[test]
+fn sockets_of_servers_that_were_killed_are_removed_and_others_are_not() {
+    let name = |digits: &str| std::env::temp_dir().join(format!("fervor-{}.sock", digits.repeat(16)));
+    let (dead, file) = (name("d0"), name("f1"));
+    let _ = std::fs::remove_file(&dead);
+    drop(std::os::unix::net::UnixListener::bind(&dead).unwrap());
+    std::fs::write(&file, "no socket").unwrap();
+    let living = Server::start(&[], "");
+    let path = shm_socket(&living, None);
+    let next = Server::start(&[], "");
+    assert!(!dead.exists() && file.exists() && path.exists() && shm_socket(&next, None) != path);
+    std::fs::remove_file(&file).unwrap();
+    drop(living);
+    assert!(!path.exists());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! ```
 //! use std::time::Duration;
-//! use fervor_verbs::transport::{Listener, Transport, sim::Sim};
+//! use fervor_verbs::transport::{Listener, Runtime, Transport, sim::Sim};
 //!
 //! let sim = Sim::new(7);
 //! let (server, client) = (sim.node("server"), sim.node("client"));
