@@ -18,6 +18,8 @@ const BOUND: Duration = Duration::from_secs(4);
 /// How long an idle client does not call in.
 const IDLE: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(60);
+/// For how long the network loses everything: queue pairs give up after 1.1 s.
+const OUTAGE: Duration = Duration::from_millis(2500);
 /// An eager model without slack: who is ahead by one clock waits for the others.
 const LOCKSTEP: Model = Model::Essp { staleness: 0 };
 
@@ -128,7 +130,7 @@ impl Three {
 
 #[test]
 fn a_killed_server_is_an_error_in_time() {
-    let mut server = Server::start(2);
+    let mut server = Server::without_lease(2);
     let three = Three::start(&server);
     let lost = server.program.kill();
     three.learn(lost);
@@ -136,7 +138,7 @@ fn a_killed_server_is_an_error_in_time() {
 
 #[test]
 fn a_vanished_server_is_an_error_in_time_and_so_are_vanished_clients() {
-    let server = Server::start(2);
+    let server = Server::without_lease(2);
     let three = Three::start(&server);
     let lossy = Lossy::new(100);
     three.learn(Instant::now());
@@ -156,18 +158,45 @@ fn a_vanished_server_is_an_error_in_time_and_so_are_vanished_clients() {
     println!("a client that came afterwards was done in {:.2?}", start.elapsed());
 }
 
+/// A client of a job of two, which makes so many passes.
+fn trains(server: &Server, index: &str, model: &[&str], epochs: &str) -> Program {
+    let job = ["mf", "--generate", "40x20:400", "--rank", "4", "--clocks-per-epoch", "5", "--epochs", epochs];
+    let place = ["--clients", "2", "--client-index", index, "--cache", "1048576", "--server", server.url()];
+    Program::bench(&[&job[..], &place, &["--model"], model].concat())
+}
+
+/// The pass that a client says it has made.
+fn epoch(line: &str) -> Option<u32> {
+    line.strip_prefix("epoch ")?.split_whitespace().next()?.parse().ok()
+}
+
+/// The network loses all packets for longer than a queue pair waits. The clients come back, and the job ends as if nothing had been: every
+/// read is checked, and every update counts once.
+#[test]
+fn a_job_goes_on_after_its_network_was_gone_for_a_while() {
+    let mut server = Server::start(2);
+    let model = ["essp", "--staleness", "2", "--check"];
+    let (mut first, second) = (trains(&server, "0", &model, "60"), trains(&server, "1", &model, "60"));
+    while first.wait_for(PATIENCE, epoch) < 3 {}
+    let lossy = Lossy::new(100);
+    thread::sleep(OUTAGE);
+    drop(lossy);
+    let start = Instant::now();
+    for _ in 0..4 {
+        // Each of two clients, at each of two shards.
+        server.program.wait_for(PATIENCE, |line| line.contains("is back after").then_some(()));
+    }
+    println!("all were back {:.2?} after the network was", start.elapsed());
+    first.finish(PATIENCE);
+    second.finish(PATIENCE);
+}
+
 /// Of two clients of a job one is killed: the other one's clock goes on, to the end.
 #[test]
 fn a_killed_client_holds_nobody_up() {
-    let server = Server::start(2);
-    let client = |index| {
-        let job =
-            ["mf", "--generate", "40x20:400", "--rank", "4", "--clocks-per-epoch", "5", "--epochs", "60"];
-        let place = ["--model", "bsp", "--clients", "2", "--client-index", index, "--cache", "1048576"];
-        Program::bench(&[&job[..], &place, &["--server", server.url()]].concat())
-    };
+    let server = Server::without_lease(2);
+    let client = |index| trains(&server, index, &["bsp"], "60");
     let (mut first, mut second) = (client("0"), client("1"));
-    let epoch = |line: &str| line.strip_prefix("epoch ")?.split_whitespace().next()?.parse::<u32>().ok();
     while first.wait_for(PATIENCE, epoch) < 3 {}
     let killed = second.kill();
     let (mut last, mut pause) = (killed, Duration::ZERO);

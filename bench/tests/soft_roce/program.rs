@@ -133,19 +133,29 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts it with so many shards, and waits until it accepts.
+    /// Starts it with so many shards, and waits until it accepts. Who loses a connection has ten seconds to come back.
     pub fn start(shards: u16) -> Self {
-        let mut server = Self::listening("rdma://10.7.0.2:0", shards);
+        Self::rdma(shards, "10")
+    }
+
+    /// As [`Server::start`]; who loses a connection is gone.
+    pub fn without_lease(shards: u16) -> Self {
+        Self::rdma(shards, "0")
+    }
+
+    fn rdma(shards: u16, lease: &str) -> Self {
+        let mut server = Self::listening("rdma://10.7.0.2:0", shards, lease);
         server.url += "?from=10.7.0.1";
         server
     }
 
-    /// As [`Server::start`], at a URL on rxe1.
-    pub fn listening(listen: &str, shards: u16) -> Self {
+    /// As [`Server::start`], at a URL on rxe1, with a lease in seconds.
+    pub fn listening(listen: &str, shards: u16, lease: &str) -> Self {
         let path = Path::new(env!("CARGO_BIN_EXE_fervor-bench")).with_file_name("fervor-server");
         let shards = shards.to_string();
-        let arguments =
-            ["--insecure", "--listen", listen, "--memory", "64M", "--clients", "4", "--shards", &shards];
+        let place = ["--insecure", "--listen", listen, "--lease", lease];
+        let size = ["--memory", "64M", "--clients", "4", "--shards", &shards];
+        let arguments = [&place[..], &size].concat();
         let mut program = Program::start(&path, &arguments);
         let url = program.wait_for(START, |line| {
             line.strip_prefix("fervor-server ready at ").map(|url| url.trim().to_owned())

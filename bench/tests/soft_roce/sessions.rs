@@ -18,7 +18,7 @@ fn train(url: &str) -> String {
 
 #[test]
 fn a_session_leads_to_rdma_shared_memory_and_tcp() {
-    let server = Server::listening("fervor://10.7.0.2:0", 2);
+    let server = Server::listening("fervor://10.7.0.2:0", 2, "10");
     // On this host the best way is no copy at all.
     let best = train(server.url());
     assert!(best.contains(" 0 hits, 0 misses"), "{best}");
