@@ -145,12 +145,14 @@ impl<E: Element> ShardUpdates<E> {
     pub fn retire(&mut self, horizon: &Horizon, known: &dyn Fn() -> u64) {
         while let Some(first) = self.outstanding.front_mut() {
             let early = || mutant(Mutant::SlabReusedEarly) && first.slab.last_batch().is_some();
-            let before = mutant(Mutant::KnownBeforeAcknowledged).then(known);
+            if mutant(Mutant::KnownBeforeAcknowledged) {
+                first.known.get_or_insert_with(known);
+            }
             pause();
             let Some(lsn) = first.slab.applied().or_else(|| early().then_some(0)) else { break };
             // SYNC POINT: loaded after the slab was found acknowledged. A READ that another worker posted before the shard applied
             // the slab is trusted for the clock that was known then: at most this one.
-            let known = *first.known.get_or_insert_with(|| before.unwrap_or_else(known));
+            let known = *first.known.get_or_insert_with(known);
             let contained = horizon.at_once
                 || lsn <= horizon.round_lsn
                 || first.slab.last_batch().is_some_and(|batch| batch <= horizon.visible)
