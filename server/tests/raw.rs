@@ -184,7 +184,7 @@ fn a_malformed_message_ends_its_connection_with_the_field_and_changes_nothing() 
         (Box::new(|raw| raw.message(Kind::Slots, 1, &record(0, SLOTS, 7, PUSH_ONCE))), "table = 7"),
         (
             Box::new(|raw| raw.message(Kind::Slots, 1, &record(0, SLOTS, 0, PUSH_ONCE))),
-            "has not opened table `t`",
+            "has not opened table 0",
         ),
         (Box::new(|raw| slot(raw, record(ROWS, SLOTS, 0, PUSH_ONCE))), "image = 10"),
         (Box::new(|raw| slot(raw, record(0, 1 << 20, 0, PUSH_ONCE))), "slot = 1048576"),

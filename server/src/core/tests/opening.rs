@@ -149,7 +149,7 @@ fn slots_are_checked() {
         (0, 0, 4096 - 64, PUSH_ONCE, "slot = 4032 is outside"),
         (0, 0, u64::MAX - 15, PUSH_ONCE, "is outside"),
         (0, 0, 0, 9, "wish = 9"),
-        (1, 0, 0, PUSH_ONCE, "has not opened table `t`"),
+        (1, 0, 0, PUSH_ONCE, "has not opened table 0"),
     ];
     for (client, image, at, wish, text) in bad {
         let fault = world.slot(client, image, at, wish).unwrap_err().to_string();
