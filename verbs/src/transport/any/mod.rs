@@ -14,6 +14,7 @@
 //! | `region` | regions with a name of this process, which each lane translates to its provider's |
 //! | `endpoint` | one endpoint for connections of several providers: polling, and sleeping until any has something |
 //! | `connection` | a lane |
+//! | `listener` | listening, and a peer that wants to connect |
 //! | `dial` | the client's end of a session |
 //! | `door`, `guests` | the server's end: who comes in, and what they are told |
 //!

@@ -1,8 +1,8 @@
 //! The door of a listening TCP socket: peers who have connected, but have not yet said what they want.
 //!
 //! Nobody holds the door. At most [`MAX_STRANGERS`] are heard at a time, side by side, by the thread that asks for the next one. A stranger
-//! who has not said the `N` bytes of an opening within [`STRANGER_PATIENCE`] is dropped. When there are too many, whoever has been silent for
-//! the longest time makes room. So a stranger costs one socket and `N` bytes for five seconds, whatever it does.
+//! who has not said the `N` bytes of an opening within [`STRANGER_PATIENCE`] is dropped. When there are too many, whoever came first
+//! makes room. So a stranger costs one socket and `N` bytes for five seconds, whatever it does.
 
 use std::{
     collections::VecDeque,
@@ -106,7 +106,7 @@ impl<const N: usize> Door<N> {
                         let deadline = Instant::now() + STRANGER_PATIENCE;
                         self.strangers.push_back(Stranger { socket, heard: Vec::new(), deadline });
                     }
-                    // Whoever has been silent for the longest time makes room.
+                    // Whoever came first makes room.
                     if self.strangers.len() > MAX_STRANGERS {
                         self.strangers.pop_front();
                     }
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_silent_makes_room() {
+    fn who_came_first_makes_room() {
         let (mut door, at) = door();
         let mut silent = Vec::new();
         for _ in 0..=MAX_STRANGERS {
