@@ -12,17 +12,10 @@
 //!
 //! **Nobody holds the door.** Openings are heard side by side, bounded in number and time ([`strangers`]).
 //! A guest that has not proved that it has the key is one of [`UNPROVEN`](guests::UNPROVEN) at most, for five seconds. A token is
-//! good for one lane of its session, once, for [`TOKEN_LIFE`]; a session has [`TOKENS`] at most, and all together [`ALL_TOKENS`]. A
+//! good for one lane of its session, once, for a short time; a session has few at a time, and all together have a bounded number (`shared`). A
 //! lane without a good token is dropped at once.
-//!
-//! | what | written by | read by | under |
-//! |---|---|---|---|
-//! | `tokens` | guests: a lane was asked for, a session has ended; who finds a lane takes its token out | the threads of the doors | its lock |
-//! | `ready` | the threads of the doors | `accept` | its lock |
 
 use std::{
-    collections::{HashMap, VecDeque},
-    fmt,
     io::{ErrorKind, Write},
     net::TcpStream,
     os::unix::{
@@ -30,18 +23,16 @@ use std::{
         net::UnixStream,
     },
     path::Path,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use super::{
     Host,
-    guests::{self, Guests, Session},
-    listener::{Caller, HostRequest},
+    guests::{self, Guests},
+    request::{Caller, HostRequest},
+    shared::{Alarm, Shared, say},
 };
 #[cfg(feature = "rdma")]
 use crate::transport::rdma;
@@ -49,170 +40,16 @@ use crate::{
     address::Address,
     error::Error,
     session::{
-        Key, Way,
+        Way,
         key::random,
         noise,
-        wire::{NamedRegion, Offer, Token},
+        wire::{Offer, Token},
     },
     transport::{Listener, Transport, host::strangers, shm::ShmListener, tcp},
 };
 
-/// How long a lane may take to come in after its session was given the token.
-const TOKEN_LIFE: Duration = Duration::from_secs(10);
-/// Lanes that a session may be making at a time (a client makes one after the other), and all sessions together.
-const TOKENS: usize = 8;
-const ALL_TOKENS: usize = 1024;
 /// How long a stop may go unnoticed.
 const TURN: Duration = Duration::from_millis(50);
-
-/// A lane that a session has announced.
-pub(super) struct Expected {
-    pub(super) session: Arc<Session>,
-    pub(super) number: u32,
-    pub(super) way: Way,
-    pub(super) regions: Vec<NamedRegion>,
-    pub(super) data: Vec<u8>,
-    pub(super) key: Option<Arc<Key>>,
-    pub(super) since: Instant,
-}
-
-impl Expected {
-    /// Says what has become of it.
-    pub(super) fn answer(&self, accepted: bool, regions: Vec<NamedRegion>, data: &[u8]) {
-        self.session.answer(self.number, accepted, regions, data);
-    }
-}
-
-/// What the threads of a door share with its owner.
-pub(super) struct Shared {
-    pub(super) host: Host,
-    pub(super) offers: Vec<Offer>,
-    /// As `rdma` calls it, for its errors.
-    #[cfg(feature = "rdma")]
-    address: Address,
-    tokens: Mutex<HashMap<Token, Expected>>,
-    ready: Mutex<Ready>,
-    /// There is something in `ready`.
-    knock: Condvar,
-    stop: AtomicBool,
-    log: Log,
-}
-
-#[derive(Default)]
-struct Ready {
-    requests: VecDeque<HostRequest>,
-    /// Why nobody comes in any more.
-    error: Option<Error>,
-}
-
-impl Shared {
-    fn tokens(&self) -> MutexGuard<'_, HashMap<Token, Expected>> {
-        // Every change is one insertion or removal.
-        self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn ready(&self) -> MutexGuard<'_, Ready> {
-        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn stopped(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
-    }
-
-    /// Makes it known that a lane with this token will come in. `false`: its session has too many of them.
-    pub(super) fn expect(&self, token: Token, expected: Expected) -> bool {
-        let mut tokens = self.tokens();
-        if tokens.len() >= ALL_TOKENS {
-            // Whoever has taken the longest makes room.
-            let oldest = tokens.iter().min_by_key(|(_, other)| other.since).map(|(token, _)| *token);
-            tokens.remove(&oldest.expect("there are many"));
-        }
-        if tokens.values().filter(|other| Arc::ptr_eq(&other.session, &expected.session)).count() >= TOKENS {
-            return false;
-        }
-        tokens.insert(token, expected);
-        true
-    }
-
-    /// Forgets tokens that were not used in time. How long until that is to be done again.
-    pub(super) fn expire(&self) -> Duration {
-        let mut tokens = self.tokens();
-        tokens.retain(|_, expected| expected.since.elapsed() < TOKEN_LIFE);
-        let left = tokens.values().map(|expected| TOKEN_LIFE.saturating_sub(expected.since.elapsed()));
-        left.fold(Duration::from_secs(3600), Duration::min)
-    }
-
-    /// A session has ended: its lanes are not let in any more.
-    pub(super) fn forget(&self, session: &Arc<Session>) {
-        self.tokens().retain(|_, expected| !Arc::ptr_eq(&expected.session, session));
-    }
-
-    /// A lane has come in.
-    fn let_in(&self, way: Way, caller: Caller) {
-        let expected =
-            <Token>::try_from(caller.private_data()).ok().and_then(|token| self.tokens().remove(&token));
-        match expected {
-            Some(expected) if expected.way == way && expected.since.elapsed() < TOKEN_LIFE => {
-                self.ready().requests.push_back(HostRequest::new(caller, Some(expected)));
-                self.knock.notify_one();
-            }
-            _ => self.log(format_args!("a lane over {way} without a token of a session was turned away")),
-        }
-    }
-
-    /// Nobody comes in any more.
-    fn fail(&self, error: Error) {
-        self.ready().error.get_or_insert(error);
-        self.knock.notify_one();
-    }
-
-    /// Writes a line about a peer, unless there are too many.
-    pub(super) fn log(&self, line: fmt::Arguments<'_>) {
-        self.log.line(line);
-    }
-}
-
-/// Lines about peers on the standard error, so many a second at most: peers do not fill disks.
-#[derive(Default)]
-struct Log(Mutex<(Option<Instant>, u32, u32)>);
-
-impl Log {
-    const EACH_SECOND: u32 = 20;
-
-    fn line(&self, line: fmt::Arguments<'_>) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (since, lines, kept) = &mut *state;
-        if since.is_none_or(|since| since.elapsed() >= Duration::from_secs(1)) {
-            if *kept > 0 {
-                say(format_args!("{kept} more lines like these in the second before"));
-            }
-            (*since, *lines, *kept) = (Some(Instant::now()), 0, 0);
-        }
-        if *lines < Self::EACH_SECOND {
-            *lines += 1;
-            say(line);
-        } else {
-            *kept += 1;
-        }
-    }
-}
-
-/// Nobody may read what is said.
-fn say(line: fmt::Arguments<'_>) {
-    let _ = writeln!(std::io::stderr(), "fervor: {line}");
-}
-
-/// Tells those who wait at the door when a thread of it has panicked.
-pub(super) struct Alarm(pub(super) Arc<Shared>);
-
-impl Drop for Alarm {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let source = std::io::Error::other("a thread of the door panicked; its message is above");
-            self.0.fail(Error::System { call: "accepting".to_owned(), source });
-        }
-    }
-}
 
 /// The door of a server that has sessions.
 pub(super) struct Door {
@@ -252,17 +89,7 @@ impl Door {
         if host.has(Way::Tcp) {
             offers.push(Offer { way: Way::Tcp, place: String::new() });
         }
-        let shared = Arc::new(Shared {
-            host: host.clone(),
-            offers,
-            #[cfg(feature = "rdma")]
-            address: Address::Rdma { host: name.clone(), port, from: None },
-            tokens: Mutex::default(),
-            ready: Mutex::default(),
-            knock: Condvar::new(),
-            stop: AtomicBool::new(false),
-            log: Log::default(),
-        });
+        let shared = Arc::new(Shared::new(host, offers));
         let guests = Guests::start(&shared)?;
         let lobby = guests.lobby();
         let mut opened = Self { address, shared, guests: Some(guests), threads: Vec::new() };
@@ -290,35 +117,19 @@ impl Door {
 
     /// The next lane that has come in.
     pub(super) fn next(&self, timeout: Duration) -> Result<Option<HostRequest>, Error> {
-        let wait = |ready: &mut Ready| ready.requests.is_empty() && ready.error.is_none();
-        let ready = self.shared.ready();
-        let (mut ready, _) = self
-            .shared
-            .knock
-            .wait_timeout_while(ready, timeout.min(Duration::from_secs(1 << 30)), wait)
-            .unwrap_or_else(PoisonError::into_inner);
-        match (ready.requests.pop_front(), ready.error.take()) {
-            (Some(request), error) => {
-                ready.error = error;
-                Ok(Some(request))
-            }
-            (None, Some(error)) => Err(error),
-            (None, None) => Ok(None),
-        }
+        self.shared.next(timeout)
     }
 }
 
 impl Drop for Door {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.stop();
         // It says why it panicked, as the others do.
         self.guests.take();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        // Requests that nobody has asked for are refused, now that no more come.
-        let unanswered = std::mem::take(&mut self.shared.ready().requests);
-        drop(unanswered);
+        self.shared.refuse_all();
     }
 }
 
@@ -389,8 +200,10 @@ fn lane(shared: &Shared, socket: TcpStream, opening: &[u8; strangers::OPENING]) 
     if rdma::Rdma::is_meant(opening)
         && let Some(rdma) = &shared.host.0.rdma
     {
+        let Ok(at) = socket.local_addr() else { return };
+        let address = Address::Rdma { host: at.ip().to_string(), port: at.port(), from: None };
         // Who cannot come in by this way was told why, and tries another.
-        if let Some(caller) = rdma.request(&shared.address, socket, opening) {
+        if let Some(caller) = rdma.request(&address, socket, opening) {
             shared.let_in(Way::Rdma, Caller::Rdma(caller));
         }
         return;

@@ -23,14 +23,17 @@ use rustix::{
     net::sockopt::{self, set_socket_send_buffer_size},
 };
 
-use super::door::{Alarm, Expected, Shared};
+use super::{
+    announced::{Expected, Session},
+    shared::{Alarm, Shared},
+};
 use crate::{
     error::Error,
     session::{
         Key,
         key::random,
         noise::{Cipher, MAX_MESSAGE, Piece, piece},
-        wire::{Message, NamedRegion, Token},
+        wire::{Message, Token},
     },
 };
 
@@ -42,44 +45,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(10);
 /// Sessions at a time.
 const SESSIONS: usize = 4096;
-
-/// A session, as those see it who have something to say.
-pub(super) struct Session(Mutex<End>);
-
-struct End {
-    socket: Arc<TcpStream>,
-    cipher: Cipher,
-}
-
-impl Session {
-    fn end(&self) -> MutexGuard<'_, End> {
-        // A panic between cipher and socket leaves a frame unsaid: the next one is not understood, and ends the session.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn say(&self, message: &Message) -> Result<(), String> {
-        let mut end = self.end();
-        let frame = end.cipher.seal(&message.encode());
-        match (&*end.socket).write(&frame) {
-            Ok(count) if count == frame.len() => Ok(()),
-            Ok(_) => Err("it does not read what it is told".to_owned()),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-
-    fn open(&self, frame: &[u8]) -> Result<Message, String> {
-        let message = self.end().cipher.open(frame).map_err(|reason| reason.of_client().to_owned())?;
-        Message::decode(&message).map_err(|error| error.to_string())
-    }
-
-    /// What has become of a lane. A session that cannot be told ends.
-    pub(super) fn answer(&self, number: u32, accepted: bool, regions: Vec<NamedRegion>, data: &[u8]) {
-        let answer = Message::Answer { number, accepted, regions, data: data.to_vec() };
-        if self.say(&answer).is_err() {
-            let _ = self.end().socket.shutdown(Shutdown::Both);
-        }
-    }
-}
 
 /// A guest, as the thread sees it.
 struct Guest {
@@ -181,7 +146,7 @@ impl Lobby {
             let key = self.shared.host.0.keys.find(&name).expect("the handshake has found it");
             Arc::new(key.clone())
         });
-        let session = Arc::new(Session(Mutex::new(End { socket: socket.clone(), cipher })));
+        let session = Arc::new(Session::new(socket.clone(), cipher));
         let unproven = Some(Instant::now());
         self.arrivals.lock().push(Guest { session, socket, name, key, heard: Vec::new(), unproven });
         self.arrivals.ring();

@@ -14,9 +14,10 @@
 //! | `region` | regions with a name of this process, which each lane translates to its provider's |
 //! | `endpoint` | one endpoint for connections of several providers: polling, and sleeping until any has something |
 //! | `connection` | a lane |
-//! | `listener` | listening, and a peer that wants to connect |
+//! | `listener`, `request` | listening, and a peer that wants to connect |
 //! | `dial` | the client's end of a session |
 //! | `door`, `guests` | the server's end: who comes in, and what they are told |
+//! | `announced`, `shared` | a session and the lanes that it announces; what door, guests and listener share |
 //!
 //! To give an object of one host to an object of another is a bug, and panics.
 
@@ -49,6 +50,7 @@ macro_rules! on {
     };
 }
 
+mod announced;
 mod connection;
 mod dial;
 mod door;
@@ -56,6 +58,8 @@ mod endpoint;
 mod guests;
 mod listener;
 mod region;
+mod request;
+mod shared;
 #[cfg(test)]
 mod suite;
 #[cfg(test)]
@@ -63,8 +67,9 @@ mod tests;
 
 pub use connection::HostConnection;
 pub use endpoint::{HostAttach, HostEndpoint};
-pub use listener::{HostListener, HostRequest};
+pub use listener::HostListener;
 pub use region::{HostExport, HostRegion};
+pub use request::HostRequest;
 
 /// A connection id of a provider within a host is below this; the bits above it say which provider.
 const ID_BITS: u32 = 30;
