@@ -2,18 +2,13 @@
 //!
 //! | item | what it is |
 //! |---|---|
-//! | [`now`] | the monotonic time since this process first asked |
+//! | [`now`] | the system's monotonic time |
 //! | [`relax`] | one turn of waiting: spin, later yield |
 //! | [`HostSignal`] | an event count whose announcer makes no system call while nobody waits |
 //! | [`HostThread`], [`spawn`] | threads, pinned on request |
 //! | `strangers` | a listening TCP socket whose door nobody holds |
 
-use std::{
-    hint, io,
-    sync::{OnceLock, mpsc},
-    thread::JoinHandle,
-    time::{Duration, Instant},
-};
+use std::{hint, io, sync::mpsc, thread::JoinHandle, time::Duration};
 
 use core_affinity::CoreId;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -36,10 +31,16 @@ pub const AWAKE_TURNS: u32 = 4096;
 /// Processors that the kernel's fixed-size set (`cpu_set_t`) can name.
 const MAX_CORES: usize = libc::CPU_SETSIZE as usize;
 
-/// Time since the first call of this process; never goes back.
+/// The system's monotonic clock, since some moment before this process; never goes back.
+///
+/// Not an [`Instant`](std::time::Instant): each READ takes the time twice, and the checks of that type's arithmetic cost more than the clock.
 pub fn now() -> Duration {
-    static START: OnceLock<Instant> = OnceLock::new();
-    START.get_or_init(Instant::now).elapsed()
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes one `timespec`, to `time`, which lives as long as the call.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    assert_eq!(failed, 0, "Linux has this clock");
+    // It begins when the system starts, so no part of it is negative.
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// One turn of waiting (`turn` counts from 0): the first ones spin, the others yield the processor, so that
