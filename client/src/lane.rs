@@ -61,8 +61,8 @@ use std::{
 
 use fervor_protocol::mutants::{Mutant, mutant};
 use fervor_verbs::transport::{
-    Completion, Connection, ConnectionId, Endpoint, EndpointConfig, PostError, RemoteAddress, Sge, Signal,
-    Transport, WorkError,
+    Completion, Connection, ConnectionId, Endpoint, EndpointConfig, Post, PostError, RemoteAddress, Sge,
+    Signal, Transport, WorkError,
 };
 
 mod seat;
@@ -530,7 +530,8 @@ impl<T: Transport> Lane<T> {
 impl<C: Connection> Line<C> {
     #[inline]
     fn post(&mut self, seat: usize, read: &Read<'_, C::Region>) -> Result<(), PostError> {
-        self.connection.read(&[read.into], read.remote, Some(id(seat, read.place)))
+        let signal = Some(id(seat, read.place));
+        self.connection.post(Post::Read { into: &[read.into], from: read.remote, signal })
     }
 }
 

@@ -21,7 +21,7 @@ use fervor_protocol::{
     resume::is_later,
     wire::Hello,
 };
-use fervor_verbs::transport::{Connection, Payload, PostError, RemoteRegion, Sge, View};
+use fervor_verbs::transport::{Connection, Payload, Post, PostError, RemoteRegion, Sge, View};
 
 use crate::{
     outbound::{Outbound, RESERVE},
@@ -219,8 +219,9 @@ impl<C: Connection> Peer<C> {
         let serial = self.serial + 1;
         let signal = serial.is_multiple_of(SIGNAL_EVERY).then_some(serial);
         let piece = Sge { region, offset: staged.entry.offset() + staged.from, length: staged.bytes };
-        let remote = self.region.at(at);
-        self.connected()?.write(Payload::Gather(&[piece]), remote, None, signal)?;
+        let payload = Payload::Gather(&[piece]);
+        let to = self.region.at(at);
+        self.connected()?.post(Post::Write { payload, to, immediate: None, signal })?;
         self.unsignalled = signal.is_none();
         self.pushed += staged.bytes as u64;
         self.pin(staged);
@@ -234,7 +235,8 @@ impl<C: Connection> Peer<C> {
     pub fn send(&mut self, region: &C::Region, staged: Staged) -> Result<(), PostError> {
         let id = if self.outbound.is_last_word() { FAULT_ID } else { self.serial + 1 };
         let piece = Sge { region, offset: staged.entry.offset(), length: staged.bytes };
-        self.connected()?.send(Payload::Gather(&[piece]), None, Some(id))?;
+        let payload = Payload::Gather(&[piece]);
+        self.connected()?.post(Post::Send { payload, immediate: None, signal: Some(id) })?;
         self.unsignalled = false;
         self.pin(staged);
         Ok(())
@@ -251,12 +253,13 @@ impl<C: Connection> Peer<C> {
     /// # Errors
     /// The connection is broken.
     pub fn prove(&mut self, region: &C::Region, entry: Entry) -> Result<(), PostError> {
-        let remote = self.region.at(self.control);
+        let to = self.region.at(self.control);
         if mutant(Mutant::VisibleOnWrite) {
-            self.connected()?.write(Payload::Inline(&[]), remote, None, Some(PROOF_ID))?;
+            let payload = Payload::Inline(&[]);
+            self.connected()?.post(Post::Write { payload, to, immediate: None, signal: Some(PROOF_ID) })?;
         } else {
             let into = Sge { region, offset: entry.offset(), length: 8 };
-            self.connected()?.read(&[into], remote, Some(PROOF_ID))?;
+            self.connected()?.post(Post::Read { into: &[into], from: to, signal: Some(PROOF_ID) })?;
         }
         self.unsignalled = false;
         self.proof = Some((self.serial, entry));
@@ -290,8 +293,9 @@ impl<C: Connection> Peer<C> {
     /// The connection is broken.
     pub fn acknowledge(&mut self, sequence: u64, lsn: u64) -> Result<(), PostError> {
         let word = ack_word(sequence, lsn).to_le_bytes();
-        let remote = self.region.at(self.control + ack_offset(sequence) as u64);
-        self.connected()?.write(Payload::Inline(&word), remote, None, None)
+        let to = self.region.at(self.control + ack_offset(sequence) as u64);
+        let payload = Payload::Inline(&word);
+        self.connected()?.post(Post::Write { payload, to, immediate: None, signal: None })
     }
 
     /// Posts a WRITE with immediate, behind all pushes so far, that also tells how many bytes they were.
@@ -321,10 +325,10 @@ impl<C: Connection> Peer<C> {
         words: &[u8],
         immediate: Option<Immediate>,
     ) -> Result<(), PostError> {
-        let remote = self.region.at(self.control + at as u64);
+        let (payload, to) = (Payload::Inline(words), self.region.at(self.control + at as u64));
         let signal = immediate.map(|_| self.serial);
         let bits = immediate.map(Immediate::encode);
-        self.connected()?.write(Payload::Inline(words), remote, bits, signal)?;
+        self.connected()?.post(Post::Write { payload, to, immediate: bits, signal })?;
         self.unsignalled &= immediate.is_none();
         Ok(())
     }
@@ -340,9 +344,9 @@ impl<C: Connection> Peer<C> {
     /// The connection is broken.
     pub fn ask_for_completion(&mut self) -> Result<(), PostError> {
         if self.unsignalled && self.room() > 0 {
-            let remote = self.region.at(self.control);
-            let serial = self.serial;
-            self.connected()?.write(Payload::Inline(&[]), remote, None, Some(serial))?;
+            let (payload, to) = (Payload::Inline(&[]), self.region.at(self.control));
+            let signal = Some(self.serial);
+            self.connected()?.post(Post::Write { payload, to, immediate: None, signal })?;
             self.unsignalled = false;
         }
         Ok(())

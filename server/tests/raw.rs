@@ -18,7 +18,7 @@ use fervor_protocol::{
 };
 use fervor_server::{Config, Server};
 use fervor_verbs::transport::{
-    Connection, Endpoint, EndpointConfig, Listener, Payload, Region, RemoteAddress, Request, Transport,
+    Connection, Endpoint, EndpointConfig, Listener, Payload, Post, Region, RemoteAddress, Request, Transport,
     any::Host,
 };
 use scene::{
@@ -239,7 +239,9 @@ fn what_is_out_of_reach_is_not_written_and_a_readers_connection_carries_no_messa
     // The rows are exported for READ alone.
     let mut raw = scene.raw();
     let row = RemoteAddress { address: raw.welcome.address + 32, key: raw.welcome.key };
-    raw.connection.write(Payload::Inline(&[0xff; 8]), row, None, Some(1)).unwrap();
+    raw.connection
+        .post(Post::Write { payload: Payload::Inline(&[0xff; 8]), to: row, immediate: None, signal: Some(1) })
+        .unwrap();
     let _ = raw.connection.ring();
     raw.until("the end", |raw| raw.ended.then_some(()));
     scene.undisturbed();

@@ -15,7 +15,7 @@ use std::{
 use fervor_verbs::{
     Address, Exclusive, Memory,
     transport::{
-        Access, Completion, Connection, Endpoint, EndpointConfig, Export, Listener, Payload, Region,
+        Access, Completion, Connection, Endpoint, EndpointConfig, Export, Listener, Payload, Post, Region,
         RemoteRegion, Request, Sge, Transport, View,
         any::{Host, HostConnection, HostEndpoint, HostRegion},
     },
@@ -143,11 +143,24 @@ fn round(number: u64, client: &mut Side, server: &mut Side, rows: &mut Exclusive
 fn one_way(number: u64, image: &[u8], from: &mut Side, to: &mut Side) {
     let pieces = [Sge { region: &from.own, offset: 0, length: 1024 }];
     let at = from.remote.at(2048);
-    from.connection.read(&pieces, from.remote.at(0), Some(1)).unwrap();
-    from.connection.write(Payload::Gather(&pieces), at, None, None).unwrap();
-    from.connection.write(Payload::Inline(image), at, Some(number as u32), None).unwrap();
-    from.connection.send(Payload::Gather(&pieces), None, None).unwrap();
-    from.connection.send(Payload::Inline(b"the last"), None, Some(2)).unwrap();
+    from.connection.post(Post::Read { into: &pieces, from: from.remote.at(0), signal: Some(1) }).unwrap();
+    from.connection
+        .post(Post::Write { payload: Payload::Gather(&pieces), to: at, immediate: None, signal: None })
+        .unwrap();
+    from.connection
+        .post(Post::Write {
+            payload: Payload::Inline(image),
+            to: at,
+            immediate: Some(number as u32),
+            signal: None,
+        })
+        .unwrap();
+    from.connection
+        .post(Post::Send { payload: Payload::Gather(&pieces), immediate: None, signal: None })
+        .unwrap();
+    from.connection
+        .post(Post::Send { payload: Payload::Inline(b"the last"), immediate: None, signal: Some(2) })
+        .unwrap();
     from.connection.ring().unwrap();
     from.work(1);
     from.work(2);

@@ -16,8 +16,8 @@ use fervor_verbs::{
     Address, Error, Memory,
     fabric::Fabric,
     transport::{
-        Access, Attach, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, Request, Sge,
-        Transport,
+        Access, Attach, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, Post, Request,
+        Sge, Transport,
         rdma::{Rdma, RdmaConnection, RdmaEndpoint, RdmaListener},
     },
 };
@@ -77,7 +77,7 @@ fn message(endpoint: &mut RdmaEndpoint) -> Vec<u8> {
 }
 
 fn send(connection: &mut RdmaConnection, words: &[u8]) {
-    connection.send(Payload::Inline(words), None, None).unwrap();
+    connection.post(Post::Send { payload: Payload::Inline(words), immediate: None, signal: None }).unwrap();
     connection.ring().unwrap();
 }
 
@@ -201,7 +201,8 @@ fn a_peer_that_withholds_its_last_step_holds_up_nobody() {
     assert!(took < Duration::from_secs(2), "accepting took {took:?}");
     assert_eq!(answer(&mut silent).0, 2);
     for id in 0..depth as u64 {
-        held.send(Payload::Inline(b"held"), None, Some(id)).unwrap();
+        held.post(Post::Send { payload: Payload::Inline(b"held"), immediate: None, signal: Some(id) })
+            .unwrap();
     }
     held.ring().unwrap();
     // Meanwhile another one connects.
@@ -274,7 +275,10 @@ fn senders(port: u16) {
     loop {
         for connection in &mut connections {
             let pieces = [Sge { region: &region, offset: 0, length: LARGE }];
-            while connection.send(Payload::Gather(&pieces), None, Some(0)).is_ok() {}
+            while connection
+                .post(Post::Send { payload: Payload::Gather(&pieces), immediate: None, signal: Some(0) })
+                .is_ok()
+            {}
             let _ = connection.ring();
         }
         endpoint.poll(&mut seen);

@@ -15,8 +15,8 @@ use fervor_verbs::{
     Address, Error, Exclusive, Memory,
     devices::{self, GidKind},
     transport::{
-        Access, Completion, Connection, Endpoint, EndpointConfig, Export, Listener, Payload, Region, Request,
-        Sge, Transport, WorkError,
+        Access, Completion, Connection, Endpoint, EndpointConfig, Export, Listener, Payload, Post, Region,
+        Request, Sge, Transport, WorkError,
         rdma::{Rdma, RdmaConnection, RdmaEndpoint, RdmaRegion},
     },
 };
@@ -234,7 +234,14 @@ fn an_export_cannot_be_written_by_its_owner_s_device() {
     let server = on("rxe1");
     let rows = Exclusive::new("rows", 4096).unwrap();
     let export = server.export(&rows).unwrap();
-    two.to_server.write(Payload::Inline(b"no"), export.remote().at(0), None, Some(1)).unwrap();
+    two.to_server
+        .post(Post::Write {
+            payload: Payload::Inline(b"no"),
+            to: export.remote().at(0),
+            immediate: None,
+            signal: Some(1),
+        })
+        .unwrap();
     two.to_server.ring().unwrap();
     let result = poll_for(&mut two.client, PATIENCE, |completion| match completion {
         Completion::Work { id: 1, result, .. } => Some(result),
@@ -286,7 +293,9 @@ fn idle_connections_stay() {
     assert!(seen.is_empty(), "{seen:?}");
     let depth = EndpointConfig::default().send_depth;
     assert_eq!((two.to_server.room(), two.to_client.room()), (depth, depth));
-    two.to_server.send(Payload::Inline(b"still here"), None, Some(1)).unwrap();
+    two.to_server
+        .post(Post::Send { payload: Payload::Inline(b"still here"), immediate: None, signal: Some(1) })
+        .unwrap();
     two.to_server.ring().unwrap();
     done(&mut two.client, 1);
 }
@@ -297,7 +306,14 @@ fn unsignalled_requests_leave_an_idle_queue() {
     let mut two = two();
     let depth = two.to_server.room();
     for _ in 0..3 {
-        two.to_server.write(Payload::Inline(b"quiet"), two.theirs.remote().at(0), None, None).unwrap();
+        two.to_server
+            .post(Post::Write {
+                payload: Payload::Inline(b"quiet"),
+                to: two.theirs.remote().at(0),
+                immediate: None,
+                signal: None,
+            })
+            .unwrap();
     }
     two.to_server.ring().unwrap();
     let begun = Instant::now();
@@ -316,14 +332,32 @@ fn requests_that_were_never_rung_complete() {
     for side in 0..2 {
         let mut two = two();
         for id in 0..20 {
-            two.to_server.read(&[whole(&two.own, 0, 4096)], two.theirs.remote().at(0), Some(id)).unwrap();
+            two.to_server
+                .post(Post::Read {
+                    into: &[whole(&two.own, 0, 4096)],
+                    from: two.theirs.remote().at(0),
+                    signal: Some(id),
+                })
+                .unwrap();
         }
         two.to_server.ring().unwrap();
         for id in 20..25 {
             two.to_server
-                .write(Payload::Inline(b"never"), two.theirs.remote().at(0), None, Some(id))
+                .post(Post::Write {
+                    payload: Payload::Inline(b"never"),
+                    to: two.theirs.remote().at(0),
+                    immediate: None,
+                    signal: Some(id),
+                })
                 .unwrap();
-            two.to_server.write(Payload::Inline(b"never"), two.theirs.remote().at(0), None, None).unwrap();
+            two.to_server
+                .post(Post::Write {
+                    payload: Payload::Inline(b"never"),
+                    to: two.theirs.remote().at(0),
+                    immediate: None,
+                    signal: None,
+                })
+                .unwrap();
         }
         if side == 0 {
             two.to_server.disconnect()
@@ -354,8 +388,21 @@ fn a_dead_network_is_found_out() {
         let network = Network::with("netem loss 100%");
         let cut = Instant::now();
         if busy {
-            two.to_server.read(&[whole(&two.own, 0, 64)], two.theirs.remote().at(0), Some(7)).unwrap();
-            two.to_server.write(Payload::Inline(b"lost"), two.theirs.remote().at(0), None, Some(8)).unwrap();
+            two.to_server
+                .post(Post::Read {
+                    into: &[whole(&two.own, 0, 64)],
+                    from: two.theirs.remote().at(0),
+                    signal: Some(7),
+                })
+                .unwrap();
+            two.to_server
+                .post(Post::Write {
+                    payload: Payload::Inline(b"lost"),
+                    to: two.theirs.remote().at(0),
+                    immediate: None,
+                    signal: Some(8),
+                })
+                .unwrap();
             two.to_server.ring().unwrap();
         }
         let mut works = Vec::new();
@@ -394,9 +441,24 @@ fn lost_packets_are_sent_again() {
     for round in 0..60_usize {
         let length = [64, 4096, 64 << 10][round % 3];
         let at = two.theirs.remote().at((round * 64) as u64);
-        two.to_server.write(Payload::Gather(&[whole(&two.own, 0, length)]), at, None, None).unwrap();
-        two.to_server.read(&[whole(&two.own, half, length)], at, Some(round as u64)).unwrap();
-        two.to_server.send(Payload::Inline(&round.to_le_bytes()), Some(round as u32), None).unwrap();
+        two.to_server
+            .post(Post::Write {
+                payload: Payload::Gather(&[whole(&two.own, 0, length)]),
+                to: at,
+                immediate: None,
+                signal: None,
+            })
+            .unwrap();
+        two.to_server
+            .post(Post::Read { into: &[whole(&two.own, half, length)], from: at, signal: Some(round as u64) })
+            .unwrap();
+        two.to_server
+            .post(Post::Send {
+                payload: Payload::Inline(&round.to_le_bytes()),
+                immediate: Some(round as u32),
+                signal: None,
+            })
+            .unwrap();
         two.to_server.ring().unwrap();
         done(&mut two.client, round as u64);
         let mut back = vec![0; length];
@@ -424,7 +486,13 @@ fn latency() {
             let mut seen = Vec::new();
             for _ in 0..2000 {
                 let begun = Instant::now();
-                two.to_server.read(&[whole(&two.own, 0, size)], two.theirs.remote().at(0), Some(1)).unwrap();
+                two.to_server
+                    .post(Post::Read {
+                        into: &[whole(&two.own, 0, size)],
+                        from: two.theirs.remote().at(0),
+                        signal: Some(1),
+                    })
+                    .unwrap();
                 two.to_server.ring().unwrap();
                 while two.client.poll(&mut seen) == 0 {}
                 times.push(begun.elapsed());

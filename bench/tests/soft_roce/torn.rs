@@ -10,7 +10,7 @@ use fervor_client::{Client, ClientOptions, Model};
 use fervor_verbs::{
     Address, Exclusive, Memory,
     transport::{
-        Access, Completion, Connection as _, Endpoint as _, EndpointConfig, Export as _, Listener as _,
+        Access, Completion, Connection as _, Endpoint as _, EndpointConfig, Export as _, Listener as _, Post,
         Region as _, RemoteRegion, Request as _, Sge, Transport as _, rdma::Rdma,
     },
 };
@@ -76,7 +76,11 @@ fn raw_reads_are_torn() {
         let (mut copy, mut seen, mut last) = (vec![0; BYTES], Vec::new(), 0);
         for _ in 0..READS {
             connection
-                .read(&[Sge { region: &region, offset: 0, length: BYTES }], remote.at(0), Some(0))
+                .post(Post::Read {
+                    into: &[Sge { region: &region, offset: 0, length: BYTES }],
+                    from: remote.at(0),
+                    signal: Some(0),
+                })
                 .expect("read");
             connection.ring().expect("ring");
             let deadline = Instant::now() + PATIENCE;

@@ -24,7 +24,8 @@ use fervor_protocol::{
 use fervor_verbs::{
     Error as TransportError, Memory,
     transport::{
-        Access, Completion, Connection, ConnectionId, Endpoint, Payload, PostError, Region, Sge, Transport,
+        Access, Completion, Connection, ConnectionId, Endpoint, Payload, Post, PostError, Region, Sge,
+        Transport,
     },
 };
 use zerocopy::IntoBytes;
@@ -408,7 +409,11 @@ impl<T: Transport> Engine<T> {
         self.bytes_sent += length as u64;
         let piece = Sge { region: &self.outbox, offset, length };
         if let Some(connection) = &mut channel.connection {
-            let posted = connection.send(Payload::Gather(&[piece]), None, Some(sequence));
+            let posted = connection.post(Post::Send {
+                payload: Payload::Gather(&[piece]),
+                immediate: None,
+                signal: Some(sequence),
+            });
             assert!(posted != Err(PostError::Full), "there is room");
         }
     }

@@ -9,7 +9,9 @@ use fervor_protocol::{
 };
 use fervor_verbs::{
     Address, Error, Memory,
-    transport::{Access, Completion, Connection, Endpoint, EndpointConfig, Payload, Region, Sge, Transport},
+    transport::{
+        Access, Completion, Connection, Endpoint, EndpointConfig, Payload, Post, Region, Sge, Transport,
+    },
 };
 use zerocopy::IntoBytes;
 
@@ -93,7 +95,11 @@ impl<T: Transport> Raw<T> {
         self.outbox.memory().write(offset, message);
         let piece = [Sge { region: &self.outbox, offset, length: message.len() }];
         // A connection that the server has ended takes nothing more.
-        let _ = self.connection.send(Payload::Gather(&piece), None, None);
+        let _ = self.connection.post(Post::Send {
+            payload: Payload::Gather(&piece),
+            immediate: None,
+            signal: None,
+        });
     }
 
     pub fn send(&mut self, message: &[u8]) {

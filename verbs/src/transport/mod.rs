@@ -84,7 +84,7 @@
 //! fn right<T: Transport>(request: T::Request, region: &T::Region, endpoint: &mut T::Endpoint, buffer: ReceiveBuffer) {
 //!     let pieces = [Sge { region, offset: 0, length: 8 }];
 //!     let mut connection = request.accept(&endpoint.attach(), b"welcome").unwrap();
-//!     connection.send(Payload::Gather(&pieces), None, None).unwrap();
+//!     connection.post(Post::Send { payload: Payload::Gather(&pieces), immediate: None, signal: None }).unwrap();
 //!     let first = endpoint.message(&buffer).first().copied();
 //!     endpoint.release(buffer);
 //!     assert!(first.is_some());
@@ -119,7 +119,7 @@
 //! ```compile_fail,E0599
 //! use fervor_verbs::transport::*;
 //! fn wrong<T: Transport>(mut request: T::Request) {
-//!     request.send(Payload::Inline(b"too early"), None, None);
+//!     request.post(Post::Send { payload: Payload::Inline(b"too early"), immediate: None, signal: None });
 //! }
 //! ```
 //! Exported rows have one writer: they are no region, so no work request of their owner can name them,
@@ -127,7 +127,7 @@
 //! use fervor_verbs::transport::*;
 //! fn wrong<T: Transport>(connection: &mut T::Connection, export: &T::Export) {
 //!     let pieces = [Sge { region: export, offset: 0, length: 8 }];
-//!     connection.send(Payload::Gather(&pieces), None, None);
+//!     connection.post(Post::Send { payload: Payload::Gather(&pieces), immediate: None, signal: None });
 //! }
 //! ```
 //! and a row that is being read cannot be written meanwhile:
@@ -155,6 +155,7 @@ mod completion;
 pub mod conformance;
 pub mod faulty;
 pub mod host;
+mod post;
 #[cfg(feature = "rdma")]
 pub mod rdma;
 mod runtime;
@@ -164,6 +165,7 @@ pub mod tcp;
 mod view;
 
 pub use completion::{Completion, ConnectionId, PostError, ReceiveBuffer, WorkError};
+pub use post::{Payload, Post, Sge};
 pub use runtime::{Runtime, Signal, Thread};
 pub use view::{NoView, View};
 
@@ -228,40 +230,6 @@ pub trait Export: Send + Sync + fmt::Debug + 'static {
     /// What to tell peers.
     fn remote(&self) -> RemoteRegion;
 }
-
-/// One piece of a gather (or, for a READ, scatter) list.
-#[derive(Debug)]
-pub struct Sge<'a, R> {
-    /// The region.
-    pub region: &'a R,
-    /// First byte within the region.
-    pub offset: usize,
-    /// Number of bytes.
-    pub length: usize,
-}
-
-impl<R> Clone for Sge<'_, R> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<R> Copy for Sge<'_, R> {}
-
-/// What a SEND or a WRITE carries.
-#[derive(Debug)]
-pub enum Payload<'a, R> {
-    /// These bytes, copied at the post; at most [`MAX_INLINE`].
-    Inline(&'a [u8]),
-    /// Registered memory, gathered when the request executes; at most [`MAX_SGE`] pieces.
-    Gather(&'a [Sge<'a, R>]),
-}
-
-impl<R> Clone for Payload<'_, R> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<R> Copy for Payload<'_, R> {}
 
 /// What an endpoint is made for. All of it is allocated at once.
 #[derive(Debug, Clone)]
@@ -396,39 +364,11 @@ pub trait Connection: Send + fmt::Debug + 'static {
     /// Name of the provider that carries it: `rdma`, `shm`, `tcp` or `sim`.
     fn provider(&self) -> &'static str;
 
-    /// Posts a SEND. `signal` is the id of its completion.
+    /// Posts a work request.
     ///
     /// # Errors
     /// [`PostError`]; nothing has happened then.
-    fn send(
-        &mut self,
-        payload: Payload<'_, Self::Region>,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError>;
-
-    /// Posts a WRITE to `remote`, with an immediate if one is given.
-    ///
-    /// # Errors
-    /// [`PostError`]; nothing has happened then.
-    fn write(
-        &mut self,
-        payload: Payload<'_, Self::Region>,
-        remote: RemoteAddress,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError>;
-
-    /// Posts a READ from `remote` into the pieces of `into`.
-    ///
-    /// # Errors
-    /// [`PostError`]; nothing has happened then.
-    fn read(
-        &mut self,
-        into: &[Sge<'_, Self::Region>],
-        remote: RemoteAddress,
-        signal: Option<u64>,
-    ) -> Result<(), PostError>;
+    fn post(&mut self, post: Post<'_, Self::Region>) -> Result<(), PostError>;
 
     /// Hands all posted requests to the NIC: one doorbell for many.
     ///

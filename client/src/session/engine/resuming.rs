@@ -5,7 +5,7 @@ use fervor_protocol::{
     resume::unprocessed,
     wire::{MessageHeader, Welcome},
 };
-use fervor_verbs::transport::{Connection, Payload, Region, Sge, Transport, WorkError};
+use fervor_verbs::transport::{Connection, Payload, Post, Region, Sge, Transport, WorkError};
 
 use super::{Engine, Surroundings};
 use crate::session::channel::{Sent, State};
@@ -79,7 +79,11 @@ impl<T: Transport> Engine<T> {
             let piece = Sge { region: &self.outbox, offset, length: *length };
             self.bytes_sent += *length as u64;
             // If it breaks again: as in `post`.
-            let _ = connection.send(Payload::Gather(&[piece]), None, Some(sequence));
+            let _ = connection.post(Post::Send {
+                payload: Payload::Gather(&[piece]),
+                immediate: None,
+                signal: Some(sequence),
+            });
         }
         let _ = connection.ring();
         channel.state = State::Up;

@@ -10,7 +10,7 @@ use crate::{
     error::Error,
     session::Way,
     transport::{
-        Connection, ConnectionId, MAX_SGE, Payload, PostError, RemoteAddress, RemoteRegion, Sge,
+        Connection, ConnectionId, MAX_SGE, Payload, Post, PostError, RemoteRegion, Sge,
         shm::{ShmConnection, ShmView},
         tcp::TcpConnection,
     },
@@ -126,36 +126,23 @@ impl Connection for HostConnection {
     }
 
     #[inline]
-    fn send(
-        &mut self,
-        payload: Payload<'_, HostRegion>,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        on!(&mut self.lane, Lane, lane => with_payload(payload, |p| lane.send(p, immediate, signal)))
-    }
-
-    #[inline]
-    fn write(
-        &mut self,
-        payload: Payload<'_, HostRegion>,
-        remote: RemoteAddress,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        let remote = self.regions.translate(remote);
-        on!(&mut self.lane, Lane, lane => with_payload(payload, |p| lane.write(p, remote, immediate, signal)))
-    }
-
-    #[inline]
-    fn read(
-        &mut self,
-        into: &[Sge<'_, HostRegion>],
-        remote: RemoteAddress,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        let remote = self.regions.translate(remote);
-        on!(&mut self.lane, Lane, lane => with_pieces(into, |p| lane.read(p, remote, signal)))
+    fn post(&mut self, post: Post<'_, HostRegion>) -> Result<(), PostError> {
+        let Self { lane, regions, .. } = self;
+        match post {
+            Post::Send { payload, immediate, signal } => on!(lane, Lane, lane => {
+                with_payload(payload, |payload| lane.post(Post::Send { payload, immediate, signal }))
+            }),
+            Post::Write { payload, to, immediate, signal } => {
+                let to = regions.translate(to);
+                on!(lane, Lane, lane => {
+                    with_payload(payload, |payload| lane.post(Post::Write { payload, to, immediate, signal }))
+                })
+            }
+            Post::Read { into, from, signal } => {
+                let from = regions.translate(from);
+                on!(lane, Lane, lane => with_pieces(into, |into| lane.post(Post::Read { into, from, signal })))
+            }
+        }
     }
 
     #[inline]

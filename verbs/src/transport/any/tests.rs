@@ -17,7 +17,7 @@ use crate::{
     },
     transport::{
         Attach, Completion, Connection, Endpoint, Listener, Payload, Region, Request, Sge,
-        sim::random::Random, tcp::Tcp,
+        conformance::Posts, sim::random::Random, tcp::Tcp,
     },
 };
 

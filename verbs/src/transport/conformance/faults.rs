@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    Rig, Side,
+    Posts, Rig, Side,
     pair::{PATIENCE, Pair, Work, bytes, decode, pattern, piece, refused_as_disconnected},
     victim::{Role, Survivor, VICTIM_MEMORY},
 };

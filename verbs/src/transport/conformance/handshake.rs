@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{
-    Rig, Side,
+    Posts, Rig, Side,
     pair::{Background, Host, PATIENCE, Pair},
 };
 use crate::{

@@ -30,12 +30,14 @@ mod handshake;
 mod order;
 pub(crate) mod pair;
 mod payloads;
+mod posts;
 mod queues;
 mod rights;
 mod threads;
 mod victim;
 mod views;
 
+pub use posts::Posts;
 pub use victim::{Role, VictimProcess, victim, victim_main};
 
 /// One of the two hosts of a case.

@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use super::{
-    Rig, Side,
+    Posts, Rig, Side,
     pair::{Background, End, PATIENCE, Pair, RegionOf, bytes, pattern, piece},
 };
 use crate::transport::{

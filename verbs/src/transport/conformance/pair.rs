@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Rig, Side};
+use super::{Posts, Rig, Side};
 use crate::{
     memory::Memory,
     transport::{

@@ -1,7 +1,7 @@
 //! Payloads of every size, by every operation: the right bytes arrive, and no others change.
 
 use super::{
-    Rig, Side,
+    Posts, Rig, Side,
     pair::{Pair, bytes, pattern, piece},
 };
 use crate::{

@@ -1,7 +1,7 @@
 //! Queues that fill up: back-pressure, never loss.
 
 use super::{
-    Rig, Side,
+    Posts, Rig, Side,
     pair::{Pair, bytes, pattern, piece},
 };
 use crate::transport::{

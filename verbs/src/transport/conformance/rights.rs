@@ -2,7 +2,7 @@
 //! connection is broken on both sides. Other connections go on.
 
 use super::{
-    Rig, Side,
+    Posts, Rig, Side,
     pair::{End, Pair, RegionOf, bytes, pattern, piece},
     victim,
 };

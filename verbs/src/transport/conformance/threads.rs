@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Rig, Side,
+    Posts, Rig, Side,
     pair::{Background, Host, PATIENCE, Pair},
 };
 use crate::transport::{

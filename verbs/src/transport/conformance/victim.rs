@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Rig, Side,
+    Posts, Rig, Side,
     pair::{Background, PATIENCE, encode},
 };
 use crate::{

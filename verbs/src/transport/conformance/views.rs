@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    Rig, Side,
+    Posts, Rig, Side,
     pair::{Background, End, PATIENCE, Pair, bytes, decode, pattern, piece},
     victim::{Role, Survivor, VICTIM_MEMORY},
 };

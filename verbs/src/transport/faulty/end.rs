@@ -21,7 +21,7 @@ use std::{collections::VecDeque, mem, time::Duration};
 use super::plan::{Counts, Fate, Kind, Point};
 use crate::{
     address::Address,
-    transport::{Connection, Payload, PostError, Region, RemoteAddress, RemoteRegion, WorkError},
+    transport::{Connection, Payload, Post, PostError, Region, RemoteRegion, WorkError},
 };
 
 /// The inner id of a request that the user did not signal, and whose completion is waited for.
@@ -43,15 +43,6 @@ enum State {
         ordinal: u64,
     },
     Cut,
-}
-
-/// What is asked of a connection.
-pub(super) struct Posted<'a, R> {
-    pub(super) kind: Kind,
-    pub(super) payload: Payload<'a, R>,
-    pub(super) remote: RemoteAddress,
-    pub(super) immediate: Option<u32>,
-    pub(super) signal: Option<u64>,
 }
 
 /// The part of a plan that concerns one connection.
@@ -127,34 +118,28 @@ impl<C: Connection> End<C> {
         self.inner.as_ref().map_or(0, Connection::room).saturating_sub(self.held)
     }
 
-    pub(super) fn post(&mut self, posted: Posted<'_, C::Region>) -> (Result<(), PostError>, Struck) {
+    pub(super) fn post(&mut self, post: Post<'_, C::Region>) -> (Result<(), PostError>, Struck) {
         if self.state != State::Whole {
             return (Err(PostError::Disconnected), None);
         }
         if self.held > 0 && self.room() == 0 {
             return (Err(PostError::Full), None);
         }
-        let (ordinal, signal) = (self.ordinal, posted.signal);
-        let struck = self.strikes_at(posted.kind).filter(|_| !self.over);
-        let message = self.message(&posted);
+        let (ordinal, signal, kind) = (self.ordinal, post.signal(), Kind::of(&post));
+        let struck = self.strikes_at(kind).filter(|_| !self.over);
+        let message = self.message(&post);
         if let Some((fault, Fate::Undone)) = struck {
             if self.room() == 0 {
                 return (Err(PostError::Full), None);
             }
-            self.taken(posted.kind, message);
+            self.taken(kind, message);
             self.undone = Some(signal);
             self.cut();
             return (Ok(()), Some(fault));
         }
         let id = signal.or(struck.map(|_| UNSIGNALLED));
         let inner = self.inner.as_mut().expect("it is there until it is dropped");
-        let Posted { kind, payload, remote, immediate, .. } = posted;
-        let result = match (kind, payload) {
-            (Kind::Send, payload) => inner.send(payload, immediate, id),
-            (Kind::Write, payload) => inner.write(payload, remote, immediate, id),
-            (Kind::Read, Payload::Gather(into)) => inner.read(into, remote, id),
-            (Kind::Read, Payload::Inline(_)) => unreachable!("a READ has pieces to read into"),
-        };
+        let result = inner.post(post.with_signal(id));
         if let Err(error) = result {
             return (Err(error), None);
         }
@@ -189,9 +174,10 @@ impl<C: Connection> End<C> {
     }
 
     /// The message of a SEND, if it may be wanted.
-    fn message(&self, posted: &Posted<'_, C::Region>) -> Option<Message> {
-        self.fortune.replay.filter(|_| posted.kind == Kind::Send)?;
-        let bytes = match posted.payload {
+    fn message(&self, post: &Post<'_, C::Region>) -> Option<Message> {
+        self.fortune.replay?;
+        let Post::Send { payload, immediate, .. } = *post else { return None };
+        let bytes = match payload {
             Payload::Inline(bytes) => bytes.to_vec(),
             Payload::Gather(pieces) => {
                 let mut bytes = vec![0; pieces.iter().map(|piece| piece.length).sum()];
@@ -203,7 +189,7 @@ impl<C: Connection> End<C> {
                 bytes
             }
         };
-        Some(Message { bytes, immediate: posted.immediate })
+        Some(Message { bytes, immediate })
     }
 
     /// The fault that strikes at the next post, if it is of this kind, and the fate of the request.

@@ -64,8 +64,8 @@ use crate::{
     memory::{Exclusive, Memory},
     session::Key,
     transport::{
-        self, Access, Connection as _, ConnectionId, EndpointConfig, Payload, PostError, Region as _,
-        RemoteAddress, RemoteRegion, Sge, Transport,
+        self, Access, Connection as _, ConnectionId, EndpointConfig, Payload, Post, PostError, Region as _,
+        RemoteRegion, Sge, Transport,
     },
 };
 
@@ -81,7 +81,7 @@ mod tests;
 pub use endpoint::{Attach, Endpoint};
 pub use plan::{Counts, Fate, Fault, Kind, Plan, Point, Report, Shown};
 
-use end::{Message, Posted};
+use end::Message;
 use node::{Node, Shared, lock};
 
 /// A node over `T` where things go wrong as planned. Clones are the same node. See the module.
@@ -142,7 +142,7 @@ impl<T: Transport> Faulty<T> {
             region.memory().write(offset, &bytes);
             let piece = [Sge { region: &region, offset, length: bytes.len() }];
             // If the new connection is broken already, it tells so by itself.
-            let sent = inner.send(Payload::Gather(&piece), immediate, None);
+            let sent = inner.post(Post::Send { payload: Payload::Gather(&piece), immediate, signal: None });
             self.node.replayed.fetch_add(sent.is_ok().into(), Ordering::Relaxed);
             offset += bytes.len();
         }
@@ -258,17 +258,6 @@ impl<T: Transport> fmt::Debug for Connection<T> {
     }
 }
 
-impl<T: Transport> Connection<T> {
-    fn post(&mut self, posted: Posted<'_, T::Region>) -> Result<(), PostError> {
-        if !self.node.operates() {
-            return Err(PostError::Disconnected);
-        }
-        let (result, struck) = lock(&self.end).post(posted);
-        self.node.fire(struck);
-        result
-    }
-}
-
 impl<T: Transport> transport::Connection for Connection<T> {
     type Region = T::Region;
     /// The inner provider's: it goes on when the connection is broken or this node dead, as the contract says.
@@ -282,34 +271,13 @@ impl<T: Transport> transport::Connection for Connection<T> {
         self.provider
     }
 
-    fn send(
-        &mut self,
-        payload: Payload<'_, T::Region>,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        let remote = RemoteAddress { address: 0, key: 0 };
-        self.post(Posted { kind: Kind::Send, payload, remote, immediate, signal })
-    }
-
-    fn write(
-        &mut self,
-        payload: Payload<'_, T::Region>,
-        remote: RemoteAddress,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        self.post(Posted { kind: Kind::Write, payload, remote, immediate, signal })
-    }
-
-    fn read(
-        &mut self,
-        into: &[Sge<'_, T::Region>],
-        remote: RemoteAddress,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        let payload = Payload::Gather(into);
-        self.post(Posted { kind: Kind::Read, payload, remote, immediate: None, signal })
+    fn post(&mut self, post: Post<'_, T::Region>) -> Result<(), PostError> {
+        if !self.node.operates() {
+            return Err(PostError::Disconnected);
+        }
+        let (result, struck) = lock(&self.end).post(post);
+        self.node.fire(struck);
+        result
     }
 
     fn ring(&mut self) -> Result<(), PostError> {

@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use crate::transport::Post;
+
 /// What shall go wrong at one node, a process or what stands for one.
 #[derive(Debug, Clone, Default)]
 pub struct Plan {
@@ -84,6 +86,16 @@ pub enum Kind {
     Write,
     /// A READ.
     Read,
+}
+
+impl Kind {
+    pub(super) fn of<R>(post: &Post<'_, R>) -> Self {
+        match post {
+            Post::Send { .. } => Kind::Send,
+            Post::Write { .. } => Kind::Write,
+            Post::Read { .. } => Kind::Read,
+        }
+    }
 }
 
 /// What becomes of the request at which a connection breaks. It is taken, and completes with an error, in any case.

@@ -17,7 +17,7 @@ use super::{
 use crate::transport::{
     Completion, Endpoint as _, Listener as _, Request as _, WorkError,
     conformance::{
-        self, Rig, Side,
+        self, Posts, Rig, Side,
         pair::{Pair, RegionOf, Work, piece, refused_as_disconnected},
     },
     shm::{Shm, suite::LocalRig},

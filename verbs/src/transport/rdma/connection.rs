@@ -5,8 +5,8 @@ use std::{fmt, sync::Arc};
 use rdma_sys::ibv_wr_opcode;
 
 use crate::transport::{
-    Connection, ConnectionId, MAX_INLINE, MAX_SGE, NoView, Payload, PostError, RemoteAddress, RemoteRegion,
-    Sge,
+    Connection, ConnectionId, MAX_INLINE, MAX_SGE, NoView, Payload, Post, PostError, RemoteAddress,
+    RemoteRegion, Sge,
     rdma::{
         device::RdmaRegion,
         link::Link,
@@ -43,7 +43,7 @@ impl RdmaConnection {
         self.link.queues.keeper.ready(self.link.key);
     }
 
-    fn post(
+    fn hand_over(
         &self,
         operation: Operation,
         payload: Payload<'_, RdmaRegion>,
@@ -99,54 +99,24 @@ impl Connection for RdmaConnection {
         "rdma"
     }
 
-    fn send(
-        &mut self,
-        payload: Payload<'_, RdmaRegion>,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        let opcode = match immediate {
-            Some(_) => ibv_wr_opcode::IBV_WR_SEND_WITH_IMM,
-            None => ibv_wr_opcode::IBV_WR_SEND,
+    fn post(&mut self, post: Post<'_, RdmaRegion>) -> Result<(), PostError> {
+        use ibv_wr_opcode::*;
+        let none = RemoteAddress { address: 0, key: 0 };
+        let (opcode, remote, payload, immediate, signal) = match post {
+            Post::Send { payload, immediate: None, signal } => (IBV_WR_SEND, none, payload, 0, signal),
+            Post::Send { payload, immediate: Some(immediate), signal } => {
+                (IBV_WR_SEND_WITH_IMM, none, payload, immediate, signal)
+            }
+            Post::Write { payload, to, immediate: None, signal } => {
+                (IBV_WR_RDMA_WRITE, to, payload, 0, signal)
+            }
+            Post::Write { payload, to, immediate: Some(immediate), signal } => {
+                (IBV_WR_RDMA_WRITE_WITH_IMM, to, payload, immediate, signal)
+            }
+            Post::Read { into, from, signal } => (IBV_WR_RDMA_READ, from, Payload::Gather(into), 0, signal),
         };
-        let operation =
-            Operation { opcode, remote_address: 0, remote_key: 0, immediate: immediate.unwrap_or_default() };
-        self.post(operation, payload, signal)
-    }
-
-    fn write(
-        &mut self,
-        payload: Payload<'_, RdmaRegion>,
-        remote: RemoteAddress,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        let opcode = match immediate {
-            Some(_) => ibv_wr_opcode::IBV_WR_RDMA_WRITE_WITH_IMM,
-            None => ibv_wr_opcode::IBV_WR_RDMA_WRITE,
-        };
-        let operation = Operation {
-            opcode,
-            remote_address: remote.address,
-            remote_key: remote.key,
-            immediate: immediate.unwrap_or_default(),
-        };
-        self.post(operation, payload, signal)
-    }
-
-    fn read(
-        &mut self,
-        into: &[Sge<'_, RdmaRegion>],
-        remote: RemoteAddress,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        let operation = Operation {
-            opcode: ibv_wr_opcode::IBV_WR_RDMA_READ,
-            remote_address: remote.address,
-            remote_key: remote.key,
-            immediate: 0,
-        };
-        self.post(operation, Payload::Gather(into), signal)
+        let (remote_address, remote_key) = (remote.address, remote.key);
+        self.hand_over(Operation { opcode, remote_address, remote_key, immediate }, payload, signal)
     }
 
     fn ring(&mut self) -> Result<(), PostError> {

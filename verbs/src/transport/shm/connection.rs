@@ -22,7 +22,7 @@ use super::{
 use crate::{
     memory::copy::{from_shared, to_shared},
     transport::{
-        Connection, ConnectionId, MAX_INLINE, MAX_SGE, Payload, PostError, Region, RemoteAddress,
+        Connection, ConnectionId, MAX_INLINE, MAX_SGE, Payload, Post, PostError, Region, RemoteAddress,
         RemoteRegion, Sge, WorkError,
     },
 };
@@ -223,44 +223,6 @@ impl ShmConnection {
             Payload::Gather(pieces) => Self::gather(pieces),
         }
     }
-}
-
-/// Hands each piece of a payload, and its place in the message, to `each`. The pointers are readable for the
-/// length; the lengths have been checked by [`ShmConnection::length`].
-#[inline]
-fn pieces(payload: &Payload<'_, ShmRegion>, mut each: impl FnMut(usize, *const u8, usize)) {
-    match payload {
-        Payload::Inline(bytes) => each(0, bytes.as_ptr(), bytes.len()),
-        Payload::Gather(pieces) => {
-            let mut at = 0;
-            for piece in *pieces {
-                each(at, start(piece), piece.length);
-                at += piece.length;
-            }
-        }
-    }
-}
-
-/// First byte of a piece, readable and writable for its length.
-#[inline]
-fn start(piece: &Sge<'_, ShmRegion>) -> *mut u8 {
-    let memory = piece.region.memory();
-    memory.check(piece.offset, piece.length);
-    // SAFETY: `offset <= offset + length <= len` (just checked), so the pointer stays in the mapping.
-    unsafe { memory.as_ptr().add(piece.offset) }
-}
-
-impl Connection for ShmConnection {
-    type Region = ShmRegion;
-    type View = ShmView;
-
-    fn id(&self) -> ConnectionId {
-        self.link.id
-    }
-
-    fn provider(&self) -> &'static str {
-        "shm"
-    }
 
     fn send(
         &mut self,
@@ -361,6 +323,53 @@ impl Connection for ShmConnection {
         }
         self.finish(signal);
         Ok(())
+    }
+}
+
+/// Hands each piece of a payload, and its place in the message, to `each`. The pointers are readable for the
+/// length; the lengths have been checked by [`ShmConnection::length`].
+#[inline]
+fn pieces(payload: &Payload<'_, ShmRegion>, mut each: impl FnMut(usize, *const u8, usize)) {
+    match payload {
+        Payload::Inline(bytes) => each(0, bytes.as_ptr(), bytes.len()),
+        Payload::Gather(pieces) => {
+            let mut at = 0;
+            for piece in *pieces {
+                each(at, start(piece), piece.length);
+                at += piece.length;
+            }
+        }
+    }
+}
+
+/// First byte of a piece, readable and writable for its length.
+#[inline]
+fn start(piece: &Sge<'_, ShmRegion>) -> *mut u8 {
+    let memory = piece.region.memory();
+    memory.check(piece.offset, piece.length);
+    // SAFETY: `offset <= offset + length <= len` (just checked), so the pointer stays in the mapping.
+    unsafe { memory.as_ptr().add(piece.offset) }
+}
+
+impl Connection for ShmConnection {
+    type Region = ShmRegion;
+    type View = ShmView;
+
+    fn id(&self) -> ConnectionId {
+        self.link.id
+    }
+
+    fn provider(&self) -> &'static str {
+        "shm"
+    }
+
+    #[inline]
+    fn post(&mut self, post: Post<'_, ShmRegion>) -> Result<(), PostError> {
+        match post {
+            Post::Send { payload, immediate, signal } => self.send(payload, immediate, signal),
+            Post::Write { payload, to, immediate, signal } => self.write(payload, to, immediate, signal),
+            Post::Read { into, from, signal } => self.read(into, from, signal),
+        }
     }
 
     fn ring(&mut self) -> Result<(), PostError> {

@@ -15,7 +15,7 @@ use crate::{
     address::Address,
     error::Error,
     transport::{
-        self, Completion, ConnectionId, MAX_INLINE, MAX_REPLY_DATA, MAX_SGE, Payload, PostError,
+        self, Completion, ConnectionId, MAX_INLINE, MAX_REPLY_DATA, MAX_SGE, Payload, Post, PostError,
         ReceiveBuffer, RemoteAddress, RemoteRegion, Sge,
     },
 };
@@ -151,7 +151,7 @@ impl Connection {
             .collect()
     }
 
-    fn post(
+    fn queue(
         &mut self,
         kind: Kind,
         payload: Payload<'_, Region>,
@@ -200,32 +200,19 @@ impl transport::Connection for Connection {
         "sim"
     }
 
-    fn send(
-        &mut self,
-        payload: Payload<'_, Region>,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        self.post(Kind::Send, payload, RemoteAddress { address: 0, key: 0 }, immediate, signal)
-    }
-
-    fn write(
-        &mut self,
-        payload: Payload<'_, Region>,
-        remote: RemoteAddress,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        self.post(Kind::Write, payload, remote, immediate, signal)
-    }
-
-    fn read(
-        &mut self,
-        into: &[Sge<'_, Region>],
-        remote: RemoteAddress,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        self.post(Kind::Read, Payload::Gather(into), remote, None, signal)
+    fn post(&mut self, post: Post<'_, Region>) -> Result<(), PostError> {
+        let none = RemoteAddress { address: 0, key: 0 };
+        match post {
+            Post::Send { payload, immediate, signal } => {
+                self.queue(Kind::Send, payload, none, immediate, signal)
+            }
+            Post::Write { payload, to, immediate, signal } => {
+                self.queue(Kind::Write, payload, to, immediate, signal)
+            }
+            Post::Read { into, from, signal } => {
+                self.queue(Kind::Read, Payload::Gather(into), from, None, signal)
+            }
+        }
     }
 
     fn ring(&mut self) -> Result<(), PostError> {

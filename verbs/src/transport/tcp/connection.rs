@@ -9,7 +9,7 @@ use super::{
     wire::{Frame, Kind, MAX_LENGTH},
 };
 use crate::transport::{
-    Connection, ConnectionId, MAX_INLINE, MAX_SGE, NoView, Payload, PostError, Region, RemoteAddress,
+    Connection, ConnectionId, MAX_INLINE, MAX_SGE, NoView, Payload, Post, PostError, Region, RemoteAddress,
     RemoteRegion, Sge,
 };
 
@@ -46,7 +46,7 @@ impl TcpConnection {
         length
     }
 
-    fn post(
+    fn queue(
         &mut self,
         kind: Kind,
         payload: Payload<'_, TcpRegion>,
@@ -73,40 +73,8 @@ impl TcpConnection {
         self.news = true;
         Ok(())
     }
-}
 
-impl Connection for TcpConnection {
-    type Region = TcpRegion;
-    type View = NoView;
-
-    fn id(&self) -> ConnectionId {
-        self.link.id
-    }
-
-    fn provider(&self) -> &'static str {
-        "tcp"
-    }
-
-    fn send(
-        &mut self,
-        payload: Payload<'_, TcpRegion>,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        self.post(Kind::Send, payload, RemoteAddress { address: 0, key: 0 }, immediate, signal)
-    }
-
-    fn write(
-        &mut self,
-        payload: Payload<'_, TcpRegion>,
-        remote: RemoteAddress,
-        immediate: Option<u32>,
-        signal: Option<u64>,
-    ) -> Result<(), PostError> {
-        self.post(Kind::Write, payload, remote, immediate, signal)
-    }
-
-    fn read(
+    fn queue_read(
         &mut self,
         into: &[Sge<'_, TcpRegion>],
         remote: RemoteAddress,
@@ -122,6 +90,31 @@ impl Connection for TcpConnection {
         self.link.post(&frame, Posted { signal, read: Some(target) }, |_| ())?;
         self.news = true;
         Ok(())
+    }
+}
+
+impl Connection for TcpConnection {
+    type Region = TcpRegion;
+    type View = NoView;
+
+    fn id(&self) -> ConnectionId {
+        self.link.id
+    }
+
+    fn provider(&self) -> &'static str {
+        "tcp"
+    }
+
+    fn post(&mut self, post: Post<'_, TcpRegion>) -> Result<(), PostError> {
+        match post {
+            Post::Send { payload, immediate, signal } => {
+                self.queue(Kind::Send, payload, RemoteAddress { address: 0, key: 0 }, immediate, signal)
+            }
+            Post::Write { payload, to, immediate, signal } => {
+                self.queue(Kind::Write, payload, to, immediate, signal)
+            }
+            Post::Read { into, from, signal } => self.queue_read(into, from, signal),
+        }
     }
 
     fn ring(&mut self) -> Result<(), PostError> {

@@ -17,7 +17,7 @@ use crate::{
     memory::Memory,
     transport::{
         Access, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, ReceiveBuffer, Region,
-        Request, Sge, Transport, WorkError,
+        Request, Sge, Transport, WorkError, conformance::Posts,
     },
 };
 

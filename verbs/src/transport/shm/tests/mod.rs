@@ -11,7 +11,7 @@ use std::{
 use super::*;
 use crate::transport::{
     Attach, Completion, Connection, Endpoint, Listener, Payload, PostError, Region, RemoteAddress,
-    RemoteRegion, Request, Sge, WorkError,
+    RemoteRegion, Request, Sge, WorkError, conformance::Posts,
 };
 
 mod files;

@@ -15,7 +15,7 @@ use crate::{
     transport::{
         Access, Connection, EndpointConfig, Payload, Region, Runtime,
         conformance::{
-            self, Effort, Rig, Role, Side,
+            self, Effort, Posts, Rig, Role, Side,
             pair::{Pair, piece},
         },
     },

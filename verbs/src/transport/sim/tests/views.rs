@@ -16,7 +16,7 @@ use crate::{
     transport::{
         Access, Connection as _, Endpoint as _, EndpointConfig, Export as _, Listener as _, Payload,
         PostError, Region as _, RemoteRegion, Request as _, View as _,
-        conformance::pair::Pair,
+        conformance::{Posts, pair::Pair},
         faulty::{Fault, Plan},
     },
 };

@@ -14,7 +14,7 @@ use super::SimRig;
 use crate::transport::{
     Access, Completion, Connection, Endpoint, EndpointConfig, Payload, Region, Runtime, WorkError,
     conformance::{
-        Rig, Side,
+        Posts, Rig, Side,
         pair::{Background, Pair, RegionOf, bytes, piece},
     },
 };
