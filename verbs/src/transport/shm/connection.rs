@@ -363,7 +363,8 @@ impl Connection for ShmConnection {
         "shm"
     }
 
-    #[inline]
+    // The kind is known where it is posted.
+    #[inline(always)]
     fn post(&mut self, post: Post<'_, ShmRegion>) -> Result<(), PostError> {
         match post {
             Post::Send { payload, immediate, signal } => self.send(payload, immediate, signal),

@@ -32,13 +32,18 @@ use super::{
     file::{self, SEALS},
     mapping::Mapping,
     view::ShmView,
-    wire::{MAX_REGION_BYTES, MAX_REGIONS},
 };
 use crate::{
     error::Error,
     memory::{Exclusive, Memory},
     transport::{Access, Export, Region, RemoteAddress, RemoteRegion, WorkError},
 };
+
+/// Most regions that a peer may offer. A server has one for each shard, of which a job has 256, and a client has two. So this
+/// is for a process whose clients share a transport: two thousand of them.
+pub(super) const MAX_REGIONS: u32 = 1 << 12;
+/// Most bytes of them together: more than any host has memory, and an eighth of what a process can address.
+pub(super) const MAX_REGION_BYTES: u64 = 1 << 44;
 
 /// The live registrations of a transport.
 #[derive(Debug, Default)]

@@ -38,7 +38,7 @@ use rustix::{
     },
 };
 
-use super::region::Offer;
+use super::region::{MAX_REGION_BYTES, MAX_REGIONS, Offer};
 use crate::{
     error::Error,
     transport::{MAX_REPLY_DATA, MAX_REQUEST_DATA},
@@ -48,11 +48,6 @@ use crate::{
 const MAGIC: u64 = u64::from_le_bytes(*b"FERVORSH");
 const VERSION: u32 = 2;
 
-/// Most regions that a peer may offer. A server has one for each shard, of which a job has 256, and a client has two. So this
-/// is for a process whose clients share a transport: two thousand of them.
-pub(super) const MAX_REGIONS: u32 = 1 << 12;
-/// Most bytes of them together: more than any host has memory, and an eighth of what a process can address.
-pub(super) const MAX_REGION_BYTES: u64 = 1 << 44;
 /// Longest receive buffer, bytes: 64 of the longest messages of Fervor's protocol. Bounds the rings, of which each holds two of them.
 pub(super) const MAX_RECEIVE_SIZE: u64 = 1 << 22;
 

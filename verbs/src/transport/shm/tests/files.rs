@@ -203,7 +203,7 @@ fn a_transport_that_offers_too_much_says_so() {
     let transport = Shm::new().unwrap();
     let memory = Memory::new("test", 64).unwrap();
     let register = || transport.register(&memory, Access::RemoteWrite).unwrap();
-    let mut regions: Vec<_> = (0..wire::MAX_REGIONS).map(|_| register()).collect();
+    let mut regions: Vec<_> = (0..region::MAX_REGIONS).map(|_| register()).collect();
     assert_eq!(transport.0.registry.offers().unwrap().len(), 4096);
     regions.push(register());
     let error = transport.0.registry.offers().err().unwrap();

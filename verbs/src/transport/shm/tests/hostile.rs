@@ -12,8 +12,9 @@ use crate::transport::shm::{
     bell::Bell,
     hear::{Progress, hear},
     mapping::{Mapping, Mappings, PAGE},
+    region::MAX_REGIONS,
     strangers::MAX_STRANGERS,
-    wire::{Kind, MAX_REGIONS, Opening, RegionRecord},
+    wire::{Kind, Opening, RegionRecord},
 };
 
 /// What a good client says first, if it has so many regions of 64 bytes.
