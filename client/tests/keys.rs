@@ -3,13 +3,19 @@
 mod support;
 
 use fervor_client::{Client, ClientOptions, Error, Model};
-use fervor_server::{Config, Server};
+use fervor_protocol::wire::{Hello, Welcome};
+use fervor_server::{Config, Server, checked};
 use fervor_verbs::{
-    Address,
+    Address, Memory,
     session::{Key, KeyRing},
-    transport::any::Host,
+    transport::{
+        Access, Completion, Connection, Endpoint, EndpointConfig, Payload, Post, RemoteRegion, Runtime, Sge,
+        Transport, WorkError,
+        any::{Host, HostConnection, HostEndpoint, HostRegion},
+    },
 };
-use support::config;
+use support::{config, raw::PATIENCE};
+use zerocopy::IntoBytes;
 
 fn key(name: &str, rules: &str) -> Key {
     format!("{name} {} {rules}", "5a".repeat(32)).parse().unwrap()
@@ -18,7 +24,7 @@ fn key(name: &str, rules: &str) -> Key {
 /// A server on this host, at a free port.
 fn serve(keys: &[Key], via: &str, change: impl Fn(&mut Config)) -> Server<Host> {
     let address: Address = format!("fervor://127.0.0.1:0{via}").parse().unwrap();
-    let ring: KeyRing = keys.iter().cloned().collect();
+    let ring = checked(keys.iter().cloned().collect()).unwrap();
     let host = Host::with_keys(std::slice::from_ref(&address), ring).unwrap();
     let mut config = config(&address, 2);
     change(&mut config);
@@ -117,4 +123,121 @@ fn one_client_reads_in_place_here_and_copies_from_beyond_a_wire() {
     drop(worker);
     client.close().unwrap();
     assert!(near.stop() && far.stop());
+}
+
+/// A READ lane made by hand, for what an honest client does not ask for.
+struct Spy {
+    host: Host,
+    endpoint: HostEndpoint,
+    connection: HostConnection,
+    local: HostRegion,
+    rows: RemoteRegion,
+}
+
+impl Spy {
+    fn new(key: &Key, address: &Address, shard: u16) -> Self {
+        let host = Host::with_keys(std::slice::from_ref(address), KeyRing::from_iter([key.clone()])).unwrap();
+        let endpoint = host.endpoint(&EndpointConfig::default()).unwrap();
+        let local = host.register(&Memory::new("spy", 1 << 20).unwrap(), Access::Local).unwrap();
+        let hello = Hello::reader(shard);
+        let made = host.connect(&endpoint.attach(), address, hello.as_bytes(), PATIENCE);
+        let (connection, welcome) = made.unwrap();
+        let Welcome { address, length, key, .. } = Welcome::parse(&welcome).unwrap();
+        Self { host, endpoint, connection, local, rows: RemoteRegion { address, length, key } }
+    }
+
+    /// Posts, and says what comes of it.
+    fn post(
+        &mut self,
+        length: usize,
+        post: impl for<'a> FnOnce(&'a [Sge<'a, HostRegion>]) -> Post<'a, HostRegion>,
+    ) -> Result<(), WorkError> {
+        let pieces = [Sge { region: &self.local, offset: 0, length }];
+        self.connection.post(post(&pieces).with_signal(Some(1))).unwrap();
+        self.connection.ring().unwrap();
+        let (mut completions, end) = (Vec::new(), self.host.now() + PATIENCE);
+        loop {
+            self.endpoint.poll(&mut completions);
+            for completion in completions.drain(..) {
+                if let Completion::Work { result, .. } = completion {
+                    return result;
+                }
+            }
+            assert!(self.host.now() < end, "the request does not complete");
+            self.host.relax(0);
+        }
+    }
+
+    fn read(&mut self, offset: u64, length: usize) -> Result<Vec<u8>, WorkError> {
+        let from = self.rows.at(offset);
+        self.post(length, |into| Post::Read { into, from, signal: None })?;
+        let mut bytes = vec![0; length];
+        fervor_verbs::transport::Region::memory(&self.local).read(0, &mut bytes);
+        Ok(bytes)
+    }
+
+    /// Where four of `value` lie one behind another.
+    fn find(&mut self, value: f32) -> Option<u64> {
+        let row = [value; 4].map(f32::to_le_bytes).concat();
+        let pieces = (0..self.rows.length).step_by(1 << 19);
+        let length = self.rows.length;
+        pieces.into_iter().find_map(|at| {
+            let bytes = self.read(at, (length - at).min(1 << 19) as usize).unwrap();
+            Some(at + bytes.windows(row.len()).position(|window| window == row)? as u64)
+        })
+    }
+}
+
+/// Adds `value` to row 3 of a table, and says in which shard it then lies, and where.
+fn place(client: &Client, key: &Key, address: &Address, table: &str, value: f32) -> (u16, u64) {
+    let table = client.table::<f32>(table, 64, 4, Model::Ssp { staleness: 0 }).unwrap();
+    let mut worker = client.worker().unwrap();
+    worker.inc(&table, 3, &[value; 4]).unwrap();
+    worker.clock().unwrap();
+    worker.get(&table, 3, &mut [0.0; 4]).unwrap();
+    let found = |shard| Some((shard, Spy::new(key, address, shard).find(value)?));
+    (0..2).find_map(found).expect("whoever is not limited can READ all")
+}
+
+#[test]
+fn whoever_is_limited_to_tables_can_read_no_others_by_any_request() {
+    let keys = [key("all", ""), key("tenant", "tables=b/*")];
+    let server = serve(&keys, "", |_| {});
+    let address = server.address();
+    let client = connect(&keys[0], &[&server], false).unwrap();
+    let place = |table, value| place(&client, &keys[0], address, table, value);
+    let (other, own) = (place("a/L", 1234.5), place("b/L", 4321.25));
+    let look = |(shard, at): (u16, u64), length| Spy::new(&keys[1], address, shard).read(at, length);
+    let four = |value: f32| Ok([value; 4].map(f32::to_le_bytes).concat());
+    assert_eq!(look(own, 16), four(4321.25));
+    assert_eq!(look(other, 16), Err(WorkError::RemoteAccess));
+    // Neither the shard's own words, nor what lies beside its table.
+    assert_eq!(look((own.0, 0), 8), Err(WorkError::RemoteAccess));
+    assert_eq!(look(own, 1 << 16), Err(WorkError::RemoteAccess));
+    // A table that comes later, by a connection that was there before.
+    let mut spies = [0, 1].map(|shard| Spy::new(&keys[1], address, shard));
+    let (shard, at) = place("b/M", 77.5);
+    assert_eq!(spies[usize::from(shard)].read(at, 16), four(77.5));
+    let (shard, at) = place("a/M", 99.5);
+    assert_eq!(spies[usize::from(shard)].read(at, 16), Err(WorkError::RemoteAccess));
+    // Nobody may WRITE.
+    let mut spy = Spy::new(&keys[1], address, own.0);
+    let to = spy.rows.at(own.1);
+    let wrote = spy.post(8, |pieces| Post::Write {
+        payload: Payload::Gather(pieces),
+        to,
+        immediate: None,
+        signal: None,
+    });
+    assert_eq!(wrote, Err(WorkError::RemoteAccess));
+
+    // It comes by the way on which the server can look at what it asks for, or not at all.
+    let tenant = connect(&keys[1], &[&server], false).unwrap();
+    assert!(tenant.ways().iter().all(|(_, way)| *way == "tcp"), "{:?}", tenant.ways());
+    let options = ClientOptions { key: Some(keys[1].clone()), ..ClientOptions::default() };
+    let error = Client::connect_with(&[format!("{address}?via=shm")], options).unwrap_err().to_string();
+    assert!(error.contains("shm") && error.contains("does not"), "{error}");
+    drop(tenant);
+    client.close().unwrap();
+    assert!(server.stop());
 }

@@ -19,7 +19,7 @@ use fervor_protocol::{
 use fervor_verbs::transport::{Attach, Listener, RemoteRegion, Request, Transport};
 use zerocopy::IntoBytes;
 
-use crate::{access::Grant, config::Config, share::Share};
+use crate::{access::Grant, config::Config, reach::Reaches, share::Share};
 
 /// A connection for a poller.
 pub struct Mail<C> {
@@ -36,6 +36,7 @@ pub struct Door<T: Transport> {
     pub post: Sender<Mail<T::Connection>>,
     pub share: Arc<Share>,
     pub region: RemoteRegion,
+    pub reaches: Arc<Reaches>,
 }
 
 /// The control thread's state.
@@ -72,7 +73,7 @@ impl<T: Transport> Control<T> {
         }
     }
 
-    fn answer(&self, request: <T::Listener as Listener>::Request) {
+    fn answer(&self, mut request: <T::Listener as Listener>::Request) {
         let (hello, role, door) = match self.check(request.private_data()) {
             Ok(checked) => checked,
             Err(refusal) => return request.reject(&refusal.encode()),
@@ -81,6 +82,10 @@ impl<T: Transport> Control<T> {
             Ok(grant) => grant,
             Err(error) => return request.reject(&Refusal::new(&error.to_string()).encode()),
         };
+        if grant.is_limited() && !request.limit(&door.reaches.of(&grant)) {
+            let text = "a key that is limited to tables comes by TCP alone: connect with ?via=tcp";
+            return request.reject(&Refusal::new(text).encode());
+        }
         let mut welcome = Welcome::new();
         welcome.shards = self.doors.len() as u16;
         welcome.server = self.id;

@@ -9,13 +9,15 @@
 //! **What this keeps.** A client opens and updates what it may, and nothing else; what it asks for besides is refused with the reason.
 //! Whoever connects is a client of the job like any other: it is counted, holds the clock back, and takes memory for the tables that it
 //! opens.
-//! **What it does not keep.** Rows of all tables of a shard lie in one region, which every client of the shard may READ, since it READs
-//! without an instruction of the server. A client that goes round the library can read tables that it may not open. Where that matters,
-//! give each tenant a server of its own.
+//!
+//! **READs.** Rows of all tables of a shard lie in one region. Over RDMA a client READs it without an instruction of the server, and in shared
+//! memory it maps it as a whole: whoever is let in can reach every row, if he goes round the library. So a key with `tables=` comes
+//! by TCP alone, where the server's transport looks at each READ and refuses what is not a row of these tables ([`reach`](crate::reach)).
+//! Tenants that must not read each other, and want RDMA, need servers of their own.
 
 use std::fmt;
 
-use fervor_verbs::session::Key;
+use fervor_verbs::session::{Key, KeyRing};
 
 /// What a client may do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,6 +70,11 @@ impl Grant {
         Ok(grant)
     }
 
+    /// Whether it may use some tables alone.
+    pub fn is_limited(&self) -> bool {
+        !self.tables.is_empty()
+    }
+
     /// Whether it may update tables.
     pub fn updates(&self) -> bool {
         self.updates
@@ -92,6 +99,16 @@ impl Grant {
     pub fn no_updates(&self) -> String {
         format!("the key `{}` may read (role=read), and this is an update", self.key)
     }
+}
+
+/// The keys of a server: their rules are checked, and who is limited to tables comes by TCP alone.
+///
+/// # Errors
+/// A rule that is none.
+pub fn checked(mut keys: KeyRing) -> Result<KeyRing, BadRule> {
+    keys.keys().iter().try_for_each(|key| Grant::of(key).map(drop))?;
+    keys.limit(|key| Grant::of(key).is_ok_and(|grant| grant.is_limited()));
+    Ok(keys)
 }
 
 /// Whether `text` fits `glob`, in which `*` stands for any characters.

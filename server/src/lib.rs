@@ -18,13 +18,14 @@
 //! | [`staging`] | the memory that pushes are sent from |
 //! | [`poller`] | the loop of a polling thread, and how it idles |
 //! | [`access`] | what the holder of a key may do; pure |
+//! | [`reach`] | what he may READ, where that is not everything |
 //! | [`accept`] | the control thread: handshakes, and mail to the pollers |
 //! | [`share`] | the atomics that the two share |
 //! | [`config`], [`budget`] | what a server is made for; how much memory that takes, term by term |
 //!
 //! **Invariants.** Only a shard's own thread writes its images. A batch is checked as a whole before any of it is
 //! applied. Nothing here blocks, locks or makes a system call between two messages; the control thread and the
-//! pollers share one mail queue and three atomics each. A peer's fault ends that peer's connection and nothing else.
+//! pollers share one mail queue and a few atomics each, and a lock that a poller takes only when a table is made or dropped. A peer's fault ends that peer's connection and nothing else.
 
 #![forbid(unsafe_code)]
 
@@ -53,10 +54,11 @@ mod outbound;
 mod peer;
 mod poller;
 mod posting;
+mod reach;
 mod share;
 mod staging;
 
-pub use access::{BadRule, Grant};
+pub use access::{BadRule, Grant, checked};
 pub use budget::Budget;
 pub use config::Config;
 pub use core::Origin;
@@ -104,7 +106,8 @@ impl<T: Transport> Server<T> {
         let mut pollers = Vec::new();
         for shard in 0..config.cores.len() {
             let rows = Exclusive::new(&format!("fervor-rows-{shard}"), config.region_bytes())?;
-            let export = transport.export(&rows)?;
+            let export: Arc<dyn Export> = Arc::new(transport.export(&rows)?);
+            let reaches = Arc::new(reach::Reaches::new(export.clone()));
             let endpoint = transport.endpoint(&config.endpoint(shard))?;
             let staging = staging::Staging::new(transport, config.staging)?;
             let share = Arc::new(Share {
@@ -124,15 +127,16 @@ impl<T: Transport> Server<T> {
                 post,
                 share: share.clone(),
                 region: export.remote(),
+                reaches: reaches.clone(),
             });
             pollers.push(poller::Poller::new(
                 transport.clone(),
                 endpoint,
                 mail,
-                core::ShardCore::new(rows, config.origin, config.limits()),
+                core::ShardCore::new(rows, config.origin, config.limits()).with_reaches(reaches),
                 posting::Posting::new(staging, config.quota()),
                 share,
-                Box::new(export),
+                export,
             ));
         }
         for (shard, (poller, core)) in pollers.into_iter().zip(&config.cores).enumerate() {

@@ -189,8 +189,18 @@ fn keys(arguments: &Arguments) -> anyhow::Result<KeyRing> {
     };
     let keys = arguments.key_file.as_deref().map_or_else(environment, KeyRing::read);
     let keys = keys.map_err(|error| anyhow!("{error}"))?;
-    for key in keys.keys() {
-        Grant::of(key).map_err(|error| anyhow!("{error}"))?;
+    let keys = fervor_server::checked(keys).map_err(|error| anyhow!("{error}"))?;
+    let limited = |key: &&Key| Grant::of(key).is_ok_and(|grant| grant.is_limited());
+    if let Address::Session { via: Some(via), .. } = &arguments.listen
+        && !via.limits()
+        && let Some(key) = keys.keys().iter().find(limited)
+    {
+        bail!(
+            "key `{}` is limited to tables, so its holder comes by TCP alone; but {} has ?via={via}: leave that out, or give each tenant a \
+             server",
+            key.name(),
+            arguments.listen
+        );
     }
     Ok(keys)
 }

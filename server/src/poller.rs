@@ -77,7 +77,7 @@ pub struct Poller<T: Transport> {
     /// When a budget allows the next continuous push, if images wait for that.
     next_push: Option<Duration>,
     /// Registration of the shard's rows: lives as long as the connections through which they are read.
-    _export: Box<dyn Export>,
+    _export: Arc<dyn Export>,
 }
 
 impl<T: Transport> Poller<T> {
@@ -88,7 +88,7 @@ impl<T: Transport> Poller<T> {
         core: ShardCore,
         posting: Posting<T>,
         share: Arc<Share>,
-        export: Box<dyn Export>,
+        export: Arc<dyn Export>,
     ) -> Self {
         Self {
             absent: Absent::new(share.lease),

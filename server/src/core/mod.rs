@@ -32,7 +32,7 @@
 //! **Who writes, who reads.** Only the poller has a `ShardCore`, and it writes through `&mut`. Peers may look
 //! at the [`region`] at any time.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use fervor_protocol::{
     ack::Admit,
@@ -68,7 +68,7 @@ pub use ranking::Next;
 use region::Region;
 use table::Table;
 
-use crate::access::Grant;
+use crate::{access::Grant, reach::Reaches};
 
 /// Bytes of a shard's region before the tables, with so many seats.
 pub fn region_header(seats: usize) -> usize {
@@ -160,6 +160,8 @@ pub struct ShardCore {
     round_lsn: u64,
     bounded_lsn: u64,
     next_number: u64,
+    /// What the holders of limited keys may READ, where there are such.
+    reaches: Option<Arc<Reaches>>,
     /// Kept for its memory.
     batch: Batch,
     scratch: Scratch,
@@ -193,9 +195,16 @@ impl ShardCore {
             round_lsn: origin.lsn,
             bounded_lsn: origin.lsn,
             next_number: 1,
+            reaches: None,
             batch: Batch::default(),
             scratch: Scratch::default(),
         }
+    }
+
+    /// Tells `reaches` which tables there are.
+    pub fn with_reaches(mut self, reaches: Arc<Reaches>) -> Self {
+        self.reaches = Some(reaches);
+        self
     }
 
     /// The shard clock.

@@ -100,6 +100,9 @@ impl ShardCore {
     /// There is no memory for it, with the cure.
     fn make(&mut self, open: &OpenTable) -> Result<TableId, String> {
         let (bytes, images) = extent(open);
+        for place in self.reaches.as_ref().map_or_else(Vec::new, |reaches| reaches.freed()) {
+            self.region.give_back(place.start, place.len());
+        }
         let offset = usize::try_from(bytes).ok().and_then(|bytes| self.region.allocate(bytes));
         let offset = offset.ok_or_else(|| {
             format!(
@@ -120,6 +123,9 @@ impl ShardCore {
         let place = self.tables.iter().position(Option::is_none).unwrap_or(self.tables.len());
         if place == self.tables.len() {
             self.tables.push(None);
+        }
+        if let Some(reaches) = &self.reaches {
+            reaches.made(&open.schema.name, offset..offset + bytes as usize);
         }
         self.tables[place] = Some(table);
         Ok(place as TableId)
@@ -282,7 +288,9 @@ impl ShardCore {
         }
         let place: Range<usize> = table.offset..table.offset + table.bytes();
         let (images, bounded) = (table.images, table.value_bounded());
-        self.region.give_back(place.start, place.len());
+        if self.reaches.as_ref().is_none_or(|reaches| reaches.dropped(&place)) {
+            self.region.give_back(place.start, place.len());
+        }
         self.ledger.refund(Bitmap::bytes(images));
         self.value_bounded -= usize::from(bounded);
         self.tables[id as usize] = None;

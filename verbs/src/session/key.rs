@@ -17,6 +17,7 @@ use rustix::{
     rand::{GetRandomFlags, getrandom},
 };
 
+use super::wire::Way;
 use crate::error::Error;
 
 /// Longest name of a key, bytes.
@@ -32,6 +33,8 @@ pub struct Key {
     name: String,
     secret: [u8; 32],
     rules: Vec<String>,
+    /// See [`KeyRing::limit`].
+    limited: bool,
 }
 
 impl Key {
@@ -43,7 +46,7 @@ impl Key {
         check_name(name).map_err(Error::BadKey)?;
         let mut secret = [0; 32];
         random(&mut secret)?;
-        Ok(Self { name: name.to_owned(), secret, rules: Vec::new() })
+        Ok(Self { name: name.to_owned(), secret, rules: Vec::new(), limited: false })
     }
 
     /// The key in the environment: the first of [`KeyRing::from_environment`].
@@ -62,6 +65,11 @@ impl Key {
     /// The words after the secret.
     pub fn rules(&self) -> &[String] {
         &self.rules
+    }
+
+    /// Whether it can go by this way.
+    pub(crate) fn goes(&self, way: Way) -> bool {
+        !self.limited || way.limits()
     }
 
     pub(crate) fn secret(&self) -> &[u8; 32] {
@@ -140,7 +148,8 @@ impl FromStr for Key {
             let pair = str::from_utf8(pair).expect("hexadecimal digits");
             *byte = u8::from_str_radix(pair, 16).expect("hexadecimal digits");
         }
-        Ok(Self { name: name.to_owned(), secret, rules: words.map(str::to_owned).collect() })
+        let rules = words.map(str::to_owned).collect();
+        Ok(Self { name: name.to_owned(), secret, rules, limited: false })
     }
 }
 
@@ -184,6 +193,14 @@ impl KeyRing {
             return Err(bad("there is no key in it; `fervor-server keygen` makes one".to_owned()));
         }
         Ok(Self(keys))
+    }
+
+    /// Has the holders of the keys for which `which` is true come by those ways alone whose connections can be
+    /// [limited](crate::transport::Request::limit): by TCP.
+    pub fn limit(&mut self, which: impl Fn(&Key) -> bool) {
+        for key in &mut self.0 {
+            key.limited = which(key);
+        }
     }
 
     /// The keys in the environment: that in [`KEY_VARIABLE`], else those of the file that [`KEY_FILE_VARIABLE`] names. A variable that is

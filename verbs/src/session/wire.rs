@@ -54,6 +54,11 @@ impl Way {
         }
     }
 
+    /// Whether its lanes can be [limited](crate::transport::Request::limit): where this process looks at each request of the peer.
+    pub fn limits(self) -> bool {
+        self == Way::Tcp
+    }
+
     /// The way of that name.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|way| way.name() == name)

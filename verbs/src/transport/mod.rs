@@ -58,6 +58,8 @@
 //! was made. It reaches later ones only if the provider can do that. A memory has one remote right: a provider
 //! may refuse to register for WRITE what it once registered for READ alone, or the other way round. An access
 //! out of bounds, or without the right, is an error at the initiator: nothing is read or written, and the connection is broken.
+//! A listener can [limit](Request::limit) what a peer may READ to parts of what is exported, where the provider looks at each request
+//! in software.
 //! [`Connection::view`] gives a view of what a connection may READ, if both ends are on one host and the
 //! provider can map memory. The view outlives the connection.
 //!
@@ -140,7 +142,7 @@
 //! }
 //! ```
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use crate::{
     address::Address,
@@ -158,6 +160,7 @@ pub mod host;
 mod post;
 #[cfg(feature = "rdma")]
 pub mod rdma;
+mod reach;
 mod runtime;
 pub mod shm;
 pub mod sim;
@@ -166,6 +169,7 @@ mod view;
 
 pub use completion::{Completion, ConnectionId, PostError, ReceiveBuffer, WorkError};
 pub use post::{Payload, Post, Sge};
+pub use reach::Reach;
 pub use runtime::{Runtime, Signal, Thread};
 pub use view::{NoView, View};
 
@@ -229,6 +233,12 @@ pub trait Region: Clone + Send + Sync + fmt::Debug + 'static {
 pub trait Export: Send + Sync + fmt::Debug + 'static {
     /// What to tell peers.
     fn remote(&self) -> RemoteRegion;
+
+    /// `length` bytes of it from `offset` on, for the [`Reach`] of limited connections.
+    fn part(&self, offset: u64, length: u64) -> RemoteRegion {
+        let RemoteRegion { address, key, .. } = self.remote();
+        RemoteRegion { address: address + offset, length, key }
+    }
 }
 
 /// What an endpoint is made for. All of it is allocated at once.
@@ -421,6 +431,13 @@ pub trait Request: Send + 'static {
     /// The key by which the peer has proved who it is; `None` where there are no keys.
     fn key(&self) -> Option<&Key> {
         None
+    }
+
+    /// Limits the connection before it is accepted: of all memory of this side the peer can READ what is in `reach` when it asks, and WRITE
+    /// none. `false`: this provider cannot do that, and nothing has changed.
+    #[must_use = "where the provider cannot limit it, the peer may READ everything"]
+    fn limit(&mut self, _reach: &Arc<Reach>) -> bool {
+        false
     }
 
     /// Accepts, as a connection of `endpoint`; it can be posted to at once. Completions of it may be polled

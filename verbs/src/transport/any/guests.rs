@@ -33,7 +33,7 @@ use crate::{
         Key,
         key::random,
         noise::{Cipher, MAX_MESSAGE, Piece, piece},
-        wire::{Message, Token},
+        wire::{Message, Offer, Token},
     },
 };
 
@@ -88,10 +88,17 @@ impl Guest {
         match message {
             Message::Hello { .. } if self.unproven.is_some() => {
                 self.unproven = None;
-                let (boot, offers) = (shared.host.0.boot, shared.offers.clone());
+                let boot = shared.host.0.boot;
+                let goes = |offer: &&Offer| self.key.as_ref().is_none_or(|key| key.goes(offer.way));
+                let offers = shared.offers.iter().filter(goes).cloned().collect();
                 self.session.say(&Message::Welcome { boot, offers })
             }
             Message::Lane { number, way, regions, data } if self.unproven.is_none() => {
+                if !self.key.as_ref().is_none_or(|key| key.goes(way)) {
+                    return Err(format!(
+                        "its key is limited, and it asks for a lane over {way}, which cannot be"
+                    ));
+                }
                 let mut token = Token::default();
                 random(&mut token).map_err(|error| error.to_string())?;
                 let (session, key, since) = (self.session.clone(), self.key.clone(), Instant::now());

@@ -247,7 +247,7 @@ impl fmt::Debug for HostRegion {
 pub struct HostExport {
     remote: RemoteRegion,
     _named: Option<Arc<Named>>,
-    _tcp: Option<TcpExport>,
+    tcp: Option<TcpExport>,
     #[cfg(feature = "rdma")]
     _rdma: Option<RdmaExport>,
     _shm: Option<ShmExport>,
@@ -272,7 +272,7 @@ impl HostExport {
         Ok(Self {
             remote: remote(host, called, named.as_ref(), memory.len()),
             _named: named,
-            _tcp: tcp,
+            tcp,
             #[cfg(feature = "rdma")]
             _rdma: rdma,
             _shm: shm,
@@ -283,6 +283,12 @@ impl HostExport {
 impl Export for HostExport {
     fn remote(&self) -> RemoteRegion {
         self.remote
+    }
+
+    fn part(&self, offset: u64, length: u64) -> RemoteRegion {
+        // Only lanes of `tcp` can be limited. Where there are none, this is a part that no lane reaches.
+        let tcp = self.tcp.as_ref().map(|tcp| tcp.part(offset, length));
+        tcp.unwrap_or(RemoteRegion { address: 0, length: 0, key: 0 })
     }
 }
 

@@ -1,6 +1,6 @@
 //! A peer that wants to connect: by a provider's own handshake, or announced by its session.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use super::{HostAttach, HostConnection, announced::Expected, connection::Lane, region::PeerRegions};
 #[cfg(feature = "rdma")]
@@ -8,7 +8,7 @@ use crate::transport::rdma::RdmaRequest;
 use crate::{
     error::Error,
     session::{Key, Way},
-    transport::{MAX_REPLY_DATA, Request, host::check_private_data, shm::ShmRequest, tcp::TcpRequest},
+    transport::{MAX_REPLY_DATA, Reach, Request, host::check_private_data, shm::ShmRequest, tcp::TcpRequest},
 };
 
 /// A peer that wants to connect, as a provider knows it.
@@ -83,6 +83,11 @@ impl Request for HostRequest {
 
     fn key(&self) -> Option<&Key> {
         self.expected.as_ref()?.key.as_deref()
+    }
+
+    fn limit(&mut self, reach: &Arc<Reach>) -> bool {
+        let caller = self.caller.as_mut().expect("it is answered once, and then consumed");
+        on!(caller, Caller, caller => caller.limit(reach))
     }
 
     fn accept_with(

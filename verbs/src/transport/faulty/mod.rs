@@ -64,8 +64,8 @@ use crate::{
     memory::{Exclusive, Memory},
     session::Key,
     transport::{
-        self, Access, Connection as _, ConnectionId, EndpointConfig, Payload, Post, PostError, Region as _,
-        RemoteRegion, Sge, Transport,
+        self, Access, Connection as _, ConnectionId, EndpointConfig, Payload, Post, PostError, Reach,
+        Region as _, RemoteRegion, Sge, Transport,
     },
 };
 
@@ -350,6 +350,10 @@ impl<T: Transport> transport::Request for Request<T> {
 
     fn key(&self) -> Option<&Key> {
         self.inner.key()
+    }
+
+    fn limit(&mut self, reach: &Arc<Reach>) -> bool {
+        self.inner.limit(reach)
     }
 
     fn accept_with(

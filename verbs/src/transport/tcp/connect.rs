@@ -22,7 +22,7 @@ use crate::{
     address::Address,
     error::Error,
     transport::{
-        Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request,
+        Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Reach, Request,
         host::{check_private_data, strangers::Door},
     },
 };
@@ -115,7 +115,7 @@ pub(super) fn connect_to(
         OpeningKind::Hello => return Err(unreachable("it wants to connect, too".to_owned())),
     }
     prepare(&socket)?;
-    let link = seat.occupy(socket, depth, answer.send_depth);
+    let link = seat.occupy(socket, depth, answer.send_depth, None);
     Ok((TcpConnection::new(shared.clone(), link), answer.private_data))
 }
 
@@ -189,6 +189,8 @@ pub struct TcpRequest {
     /// `None` once it has been answered.
     socket: Option<TcpStream>,
     opening: Opening,
+    /// What the peer may reach, if not everything.
+    reach: Option<Arc<Reach>>,
 }
 
 impl TcpRequest {
@@ -196,7 +198,7 @@ impl TcpRequest {
     pub(in crate::transport) fn new(socket: TcpStream, opening: &[u8; OPENING]) -> Option<Self> {
         let opening = Opening::decode(opening).ok()?;
         let good = opening.kind == OpeningKind::Hello && opening.private_data.len() <= MAX_REQUEST_DATA;
-        good.then_some(Self { socket: Some(socket), opening })
+        good.then_some(Self { socket: Some(socket), opening, reach: None })
     }
 
     /// Says the answer. The socket has sent nothing yet, so it has room for that.
@@ -223,6 +225,11 @@ impl Request for TcpRequest {
         &self.opening.private_data
     }
 
+    fn limit(&mut self, reach: &Arc<Reach>) -> bool {
+        self.reach = Some(reach.clone());
+        true
+    }
+
     fn accept_with(
         mut self,
         endpoint: &TcpAttach,
@@ -238,7 +245,7 @@ impl Request for TcpRequest {
         prepare(&socket)?;
         Self::answer(&socket, &opening(OpeningKind::Accept, shared, depth, private_data))
             .map_err(Error::io("send(the acceptance)"))?;
-        let link = seat.occupy(socket, depth, self.opening.send_depth);
+        let link = seat.occupy(socket, depth, self.opening.send_depth, self.reach.take());
         Ok(TcpConnection::new(shared.clone(), link))
     }
 

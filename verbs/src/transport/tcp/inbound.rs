@@ -212,8 +212,13 @@ impl Inbound {
         frame: &Frame,
         events: &mut Vec<Event>,
     ) -> Result<bool, Stop> {
-        let find =
-            |write| shared.registry.find(frame.key, frame.address, frame.length, write).map_err(Stop::Refuse);
+        let find = |write: bool| {
+            let Frame { key, address, length, .. } = *frame;
+            if link.reach.as_ref().is_some_and(|reach| write || !reach.covers(key, address, length)) {
+                return Err(Stop::Refuse(WorkError::RemoteAccess));
+            }
+            shared.registry.find(key, address, length, write).map_err(Stop::Refuse)
+        };
         match frame.kind {
             Kind::Read => {
                 let (memory, offset) = find(false)?;

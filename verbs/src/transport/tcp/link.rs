@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     memory::Memory,
-    transport::{ConnectionId, MAX_SGE, PostError, Region, WorkError},
+    transport::{ConnectionId, MAX_SGE, PostError, Reach, Region, WorkError},
 };
 
 /// Bytes that are copied for the socket before it takes them.
@@ -60,6 +60,8 @@ pub(super) struct Link {
     used: AtomicUsize,
     /// Nothing is to be posted any more.
     broken: AtomicBool,
+    /// What the peer may reach, if not everything.
+    pub(super) reach: Option<Arc<Reach>>,
     sending: Mutex<Sending>,
 }
 
@@ -240,7 +242,12 @@ impl Sending {
 }
 
 impl Link {
-    pub(super) fn new(id: ConnectionId, socket: TcpStream, depth: usize, peer_depth: u64) -> Self {
+    pub(super) fn new(
+        id: ConnectionId,
+        socket: TcpStream,
+        (depth, peer_depth): (usize, u64),
+        reach: Option<Arc<Reach>>,
+    ) -> Self {
         Self {
             id,
             socket,
@@ -248,6 +255,7 @@ impl Link {
             peer_depth,
             used: AtomicUsize::new(0),
             broken: AtomicBool::new(false),
+            reach,
             sending: Mutex::default(),
         }
     }

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     error::Error,
-    transport::{ConnectionId, EndpointConfig, Signal, host::HostSignal},
+    transport::{ConnectionId, EndpointConfig, Reach, Signal, host::HostSignal},
 };
 
 /// Events, and buffers for more of them.
@@ -238,9 +238,15 @@ impl Seat {
     }
 
     /// Hands the connection to the engine.
-    pub(super) fn occupy(mut self, socket: TcpStream, depth: usize, peer_depth: u64) -> Arc<Link> {
+    pub(super) fn occupy(
+        mut self,
+        socket: TcpStream,
+        depth: usize,
+        peer_depth: u64,
+        reach: Option<Arc<Reach>>,
+    ) -> Arc<Link> {
         self.occupied = true;
-        let link = Arc::new(Link::new(self.id, socket, depth, peer_depth));
+        let link = Arc::new(Link::new(self.id, socket, (depth, peer_depth), reach));
         let mut orders = self.shared.orders();
         if orders.closed {
             // Nobody will poll its end.
