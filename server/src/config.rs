@@ -198,6 +198,31 @@ impl Config {
     }
 }
 
+/// A size in bytes, as it stands on a command line: a number with an optional K, M, G or T (powers of 1024).
+///
+/// # Errors
+/// It is none, and what one looks like.
+pub fn parse_size(text: &str) -> Result<usize, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, unit)) if !unit.is_ascii_digit() => {
+            let shift = match unit.to_ascii_uppercase() {
+                'K' => 10,
+                'M' => 20,
+                'G' => 30,
+                'T' => 40,
+                _ => return Err(format!("`{text}` is not a size: the unit is K, M, G or T, as in 512M")),
+            };
+            (&text[..at], shift)
+        }
+        _ => (text, 0),
+    };
+    let number: usize = digits.parse().map_err(|_| format!("`{text}` is not a size: write 512M or 4G"))?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|bytes| *bytes <= isize::MAX as usize)
+        .ok_or_else(|| format!("`{text}` is more than this machine can address: write a smaller size"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

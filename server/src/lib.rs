@@ -61,7 +61,7 @@ mod start;
 
 pub use access::{BadRule, Grant};
 pub use budget::Budget;
-pub use config::Config;
+pub use config::{Config, parse_size};
 pub use core::Origin;
 pub use error::ServerError;
 pub use placement::Placement;
