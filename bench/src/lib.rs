@@ -9,6 +9,7 @@
 //! | [`check`] | the guarantee of the consistency models, at scale |
 //! | [`connect`] | how all of these connect to servers |
 //! | [`connecting`] | how long it takes until all are connected |
+//! | [`start`] | how long it takes until a server's memory is there |
 //! | [`data`] | ratings: read, recognised, generated |
 //! | [`job`] | processes and threads of a training job |
 //! | [`lda`] | topics of documents, with the parameter server and without |
@@ -47,4 +48,5 @@ pub mod perftest;
 pub mod report;
 pub mod scaling;
 pub mod server;
+pub mod start;
 pub mod throughput;

@@ -5,6 +5,7 @@ mod common;
 use std::fs;
 
 use common::{Folder, fail, number, succeed};
+use fervor_verbs::memory::HugePage;
 
 #[test]
 fn scaling_runs_every_setting_beside_plain_threads() {
@@ -67,6 +68,39 @@ fn scaling_fails_above_its_bound_and_refuses_nonsense() {
         let said = fail(&[&["scaling", "--workers=1"][..], arguments].concat());
         assert!(said.contains(message), "{arguments:?}: {said}");
     }
+}
+
+#[test]
+fn a_start_is_timed_beside_filling_as_much_memory() {
+    let folder = Folder::new();
+    let json = format!("--json={}", folder.file("start.json"));
+    let tiny = ["start", "--memory=3M", "--shards=2", "--rounds=2"];
+    let out = succeed(&[&tiny[..], &[&json]].concat());
+    assert!(out.contains("3.0 MiB in 2 shards, ordinary pages; medians of 2 rounds"), "{out}");
+    let started = folder.json("start.json");
+    assert!(
+        ["start", "heap", "shared", "again"].iter().all(|what| number(&started[*what]) > 0.0),
+        "{started}"
+    );
+
+    let said = fail(&[&tiny[..], &["--max-ratio=0.000001"]].concat());
+    assert!(said.contains("times as long as filling as much memory, more than 0.000001"), "{said}");
+    let said = fail(&[&tiny[..], &["--max-ratio=0"]].concat());
+    assert!(said.contains("--max-ratio 0: a ratio is a number above 0"), "{said}");
+    let said = fail(&[&tiny[..], &["--huge-pages=3M"]].concat());
+    assert!(said.contains("`3M` is no size of huge pages"), "{said}");
+}
+
+/// Figures of ordinary pages are never taken for those of huge ones.
+#[test]
+fn a_start_on_huge_pages_that_are_not_there_has_no_figures() {
+    let page = HugePage::Mib2;
+    let more = page.pool().map_or(0, |pool| pool.total) + 1;
+    let said = fail(&["start", "--huge-pages=2M", "--rounds=1", &format!("--memory={}M", 2 * more)]);
+    assert!(
+        said.contains("huge pages of 2 MiB") && said.contains("shard 0 lies on ordinary pages"),
+        "{said}"
+    );
 }
 
 #[test]

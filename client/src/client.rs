@@ -27,7 +27,7 @@ use zerocopy::IntoBytes;
 
 use crate::{
     cache::Cache,
-    connect::{connect_one, find_shards, main_hello},
+    connect::{connect_one, find_shards, main_hello, next_completion_vector},
     error::Error,
     lane::Lanes,
     options::ClientOptions,
@@ -135,7 +135,7 @@ impl<T: Transport> Client<T> {
             read_depth: 1,
             // Some that are made again while others that were given up have not ended.
             connections: shards.len() + shards.len().min(SPARE_CONNECTIONS),
-            completion_vector: 0,
+            completion_vector: next_completion_vector(),
         };
         let endpoint = transport.endpoint(&config)?;
         let controls = (shards.len() * CONTROL_BYTES).next_multiple_of(4096);

@@ -1,6 +1,9 @@
 //! Finding the shards of a job, and connecting to one.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use fervor_protocol::{
     limits::{CLIENT_RECEIVES, CONTROL_BYTES, MAX_SHARDS},
@@ -29,7 +32,7 @@ pub fn find_shards<T: Transport>(
         send_depth: 16,
         read_depth: 1,
         connections: addresses.len(),
-        completion_vector: 0,
+        completion_vector: next_completion_vector(),
     };
     let endpoint = transport.endpoint(&config)?;
     let mut servers: Vec<(u64, &Address, u16)> = Vec::new();
@@ -55,6 +58,13 @@ pub fn find_shards<T: Transport>(
         )));
     }
     Ok(shards)
+}
+
+/// The completion vector of the next endpoint: each endpoint of this process has its interrupts at another processor, and another process
+/// begins elsewhere.
+pub fn next_completion_vector() -> usize {
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+    (std::process::id() as usize).wrapping_add(MADE.fetch_add(1, Ordering::Relaxed))
 }
 
 /// The handshake of a client's main connection to a shard, with its identity and the memory that the shard may write.
@@ -130,4 +140,16 @@ fn attempt<T: Transport>(
             error => Unmade::Refused(error.into()),
         })?;
     Ok((connection, Welcome::parse(&answer).map_err(refused)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn endpoints_that_follow_each_other_have_different_vectors() {
+        let vectors: Vec<_> = (0..4).map(|_| next_completion_vector() % 1024).collect();
+        let different: std::collections::BTreeSet<_> = vectors.iter().collect();
+        assert_eq!(different.len(), 4, "{vectors:?}");
+    }
 }

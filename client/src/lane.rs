@@ -70,7 +70,7 @@ mod seat;
 pub use seat::{Left, Seat};
 
 use crate::{
-    connect::{Unmade, connect_lane},
+    connect::{Unmade, connect_lane, next_completion_vector},
     error::Error,
     options::{ClientOptions, ReadLanes},
     session::core::{Core, For, lock},
@@ -210,7 +210,7 @@ impl<T: Transport> Lane<T> {
             send_depth: depth,
             read_depth: places.min(16),
             connections: core.links.len(),
-            completion_vector: 0,
+            completion_vector: next_completion_vector(),
         })?;
         Ok(Self {
             lines: core.links.iter().map(|_| OnceLock::new()).collect(),

@@ -8,7 +8,7 @@ use std::fmt;
 use fervor_protocol::limits::MESSAGE_BYTES;
 use fervor_verbs::{Address, session::Way};
 
-use crate::{Config, core::region_header};
+use crate::{Config, Placement};
 
 /// Bytes of each kind of memory, over all shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,14 +28,14 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// Of a server with this configuration.
-    pub fn of(config: &Config) -> Self {
+    /// Of a server with this configuration, whose rows lie so.
+    pub fn of(config: &Config, placement: &Placement) -> Self {
         let shards = config.cores.len();
         let buffers = config.clients * config.credits;
         let ways =
             if matches!(config.listen, Address::Session { via: None, .. }) { Way::ALL.len() } else { 1 };
         Self {
-            rows: config.memory + shards * region_header(config.clients),
+            rows: placement.shards.iter().map(|shard| shard.bytes).sum(),
             receive: ways * shards * buffers * MESSAGE_BYTES,
             staging: shards * config.staging,
             bookkeeping: config.bookkeeping,

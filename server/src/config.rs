@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use fervor_protocol::limits::{ACK_RING, MAX_CREDITS, MAX_ROW_BYTES, MESSAGE_BYTES, ROW_HEADER};
-use fervor_verbs::{Address, transport::EndpointConfig};
+use fervor_verbs::{
+    Address,
+    memory::{HugePage, Pages},
+    transport::EndpointConfig,
+};
 
 use crate::{
     core::{Limits, Origin, region_header},
@@ -30,6 +34,12 @@ pub struct Config {
     pub cores: Vec<Option<usize>>,
     /// Bytes of rows, over all shards.
     pub memory: usize,
+    /// Which pages rows lie on. With [huge ones](Pages::Huge), where there are enough of them, each shard has as many whole pages as its part
+    /// of [`memory`](Self::memory) needs, and the first of these has the header of its region, too.
+    pub pages: Pages,
+    /// Rows are touched before the server starts: by all processors near each shard, and then registered, for all shards at once. Otherwise a page
+    /// is taken when a row on it is first written, or when it is registered with a device that pins it.
+    pub touch: bool,
     /// Most bytes of what is remembered of tables and clients, over all shards: who holds which rows, and what has changed.
     pub bookkeeping: usize,
     /// Most clients at a time. Each costs a shard [`credits`](Self::credits) receive buffers of 64 KiB, 512 bytes of announcements, and at
@@ -61,6 +71,8 @@ impl Config {
             listen,
             cores: vec![None],
             memory,
+            pages: Pages::Any,
+            touch: false,
             bookkeeping: Self::default_bookkeeping(memory),
             clients,
             lanes: 3,
@@ -107,12 +119,22 @@ impl Config {
         self.memory / self.cores.len() / PAGE * PAGE
     }
 
-    /// Bytes of a shard's exported region.
-    pub(crate) fn region_bytes(&self) -> usize {
-        region_header(self.clients) + self.rows_per_shard()
+    /// Bytes of a shard's exported region, on such pages.
+    pub(crate) fn region_bytes(&self, page: Option<HugePage>) -> usize {
+        let header = region_header(self.clients);
+        match page {
+            Some(page) if self.pages == Pages::Huge(page) => {
+                self.rows_per_shard().max(header + PAGE).next_multiple_of(page.bytes())
+            }
+            _ => header + self.rows_per_shard(),
+        }
     }
 
-    pub(crate) fn check(&self) -> Result<(), ServerError> {
+    /// Whether it makes sense.
+    ///
+    /// # Errors
+    /// What does not, with the option that changes it.
+    pub fn check(&self) -> Result<(), ServerError> {
         let bad = |text: String| Err(ServerError::Config(text));
         if self.cores.is_empty() || self.cores.len() > usize::from(u16::MAX) {
             return bad(format!(
@@ -174,6 +196,31 @@ impl Config {
             completion_vector: shard,
         }
     }
+}
+
+/// A size in bytes, as it stands on a command line: a number with an optional K, M, G or T (powers of 1024).
+///
+/// # Errors
+/// It is none, and what one looks like.
+pub fn parse_size(text: &str) -> Result<usize, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, unit)) if !unit.is_ascii_digit() => {
+            let shift = match unit.to_ascii_uppercase() {
+                'K' => 10,
+                'M' => 20,
+                'G' => 30,
+                'T' => 40,
+                _ => return Err(format!("`{text}` is not a size: the unit is K, M, G or T, as in 512M")),
+            };
+            (&text[..at], shift)
+        }
+        _ => (text, 0),
+    };
+    let number: usize = digits.parse().map_err(|_| format!("`{text}` is not a size: write 512M or 4G"))?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|bytes| *bytes <= isize::MAX as usize)
+        .ok_or_else(|| format!("`{text}` is more than this machine can address: write a smaller size"))
 }
 
 #[cfg(test)]

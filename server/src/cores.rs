@@ -1,4 +1,4 @@
-//! Which processors the polling threads get when nobody says.
+//! Which processors the polling threads get when nobody says, and how many completion vectors there are.
 
 use fervor_verbs::{Error, transport::any::Host};
 
@@ -22,4 +22,15 @@ pub fn default(transport: &Host) -> Result<Vec<Option<usize>>, Error> {
     }
     let _ = transport;
     Ok(vec![None; (allowed.len() / 2).max(1)])
+}
+
+/// Completion vectors of the RDMA device, if there is one.
+pub fn completion_vectors(transport: &Host) -> Option<usize> {
+    #[cfg(feature = "rdma")]
+    return transport.rdma().map(|rdma| rdma.completion_vectors());
+    #[cfg(not(feature = "rdma"))]
+    {
+        let _ = transport;
+        None
+    }
 }

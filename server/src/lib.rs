@@ -22,6 +22,8 @@
 //! | [`accept`] | the control thread: handshakes, and mail to the pollers |
 //! | [`share`] | the atomics that the two share |
 //! | [`config`], [`budget`] | what a server is made for; how much memory that takes, term by term |
+//! | [`placement`] | where each shard runs, and where its memory lies |
+//! | [`start`] | making the shards: memory taken, touched and registered, for all of them at once |
 //!
 //! **Invariants.** Only a shard's own thread writes its images. A batch is checked as a whole before any of it is
 //! applied. Nothing here blocks, locks or makes a system call between two messages; the control thread and the
@@ -33,14 +35,13 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-        mpsc,
+        atomic::{AtomicBool, Ordering},
     },
 };
 
 use fervor_verbs::{
-    Address, Exclusive,
-    transport::{Attach, Endpoint, Export, Listener, Thread, Transport},
+    Address,
+    transport::{Attach, Listener, Thread, Transport},
 };
 
 mod accept;
@@ -52,24 +53,30 @@ pub mod counts;
 mod error;
 mod outbound;
 mod peer;
+pub mod placement;
 mod poller;
 mod posting;
 mod reach;
 mod share;
 mod staging;
+mod start;
 
 pub use access::{BadRule, Grant, checked};
 pub use budget::Budget;
-pub use config::Config;
+pub use config::{Config, parse_size};
 pub use core::Origin;
 pub use error::ServerError;
+pub use placement::Placement;
+pub use start::Progress;
 
 use share::Share;
+use start::Watch;
 
 /// A running server. Dropped, it stops.
 pub struct Server<T: Transport> {
     address: Address,
     budget: Budget,
+    placement: Placement,
     stop: Arc<AtomicBool>,
     control: Option<T::Thread>,
     pollers: Vec<T::Thread>,
@@ -90,12 +97,25 @@ impl<T: Transport> Server<T> {
     /// A configuration that makes no sense; memory that cannot be had or pinned; an address in use; a core that
     /// this process may not use. Nothing runs then.
     pub fn start(transport: &T, config: &Config) -> Result<Self, ServerError> {
+        Self::start_watched(transport, config, |_| ())
+    }
+
+    /// As [`start`](Self::start). `watch` is told again and again how much memory has been [touched](Config::touch), by several threads.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_watched(
+        transport: &T,
+        config: &Config,
+        watch: impl Fn(Progress) + Send + Sync + 'static,
+    ) -> Result<Self, ServerError> {
         config.check()?;
-        let budget = Budget::of(config);
+        let placement = Placement::of(config);
         let mut listener = transport.listen(&config.listen)?;
         let mut server = Self {
             address: listener.address().clone(),
-            budget,
+            budget: Budget::of(config, &placement),
+            placement,
             stop: Arc::new(AtomicBool::new(false)),
             control: None,
             pollers: Vec::new(),
@@ -104,41 +124,16 @@ impl<T: Transport> Server<T> {
         };
         let mut doors: Vec<accept::Door<T>> = Vec::new();
         let mut pollers = Vec::new();
-        for shard in 0..config.cores.len() {
-            let rows = Exclusive::new(&format!("fervor-rows-{shard}"), config.region_bytes())?;
-            let export: Arc<dyn Export> = Arc::new(transport.export(&rows)?);
-            let reaches = Arc::new(reach::Reaches::new(export.clone()));
-            let endpoint = transport.endpoint(&config.endpoint(shard))?;
-            let staging = staging::Staging::new(transport, config.staging)?;
-            let share = Arc::new(Share {
-                clock: AtomicU64::new(config.origin.clock),
-                stop: AtomicBool::new(false),
-                clients: AtomicUsize::new(0),
-                lanes: AtomicUsize::new(0),
-                credits: config.credits,
-                lease: config.lease,
-                resumptions: AtomicU64::new(0),
-            });
-            let (post, mail) = mpsc::channel();
-            server.shares.push(share.clone());
-            server.wakers.push(endpoint.attach());
-            doors.push(accept::Door {
-                attach: endpoint.attach(),
-                post,
-                share: share.clone(),
-                region: export.remote(),
-                reaches: reaches.clone(),
-            });
-            pollers.push(poller::Poller::new(
-                transport.clone(),
-                endpoint,
-                mail,
-                core::ShardCore::new(rows, config.origin, config.limits()).with_reaches(reaches),
-                posting::Posting::new(staging, config.quota()),
-                share,
-                export,
-            ));
+        for start::Made { poller, door, .. } in
+            start::shards(transport, config, &mut server.placement, &(Arc::new(watch) as Watch))?
+        {
+            server.shares.push(door.share.clone());
+            server.wakers.push(door.attach.clone());
+            doors.push(door);
+            pollers.push(poller);
         }
+        // With what the memory has become.
+        server.budget = Budget::of(config, &server.placement);
         for (shard, (poller, core)) in pollers.into_iter().zip(&config.cores).enumerate() {
             let name = format!("fervor-poll-{shard}");
             server.pollers.push(transport.spawn(&name, *core, move || poller.run())?);
@@ -156,6 +151,11 @@ impl<T: Transport> Server<T> {
     /// The memory that it has taken.
     pub fn budget(&self) -> &Budget {
         &self.budget
+    }
+
+    /// Where its shards run, and where their memory lies.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     /// How often clients came back after their connection to a shard had broken.

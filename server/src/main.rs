@@ -3,20 +3,25 @@
 #![forbid(unsafe_code)]
 
 mod cores;
+mod touching;
 
 use std::{
     io::Write,
     net::ToSocketAddrs,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::mpsc,
+    thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Parser, Subcommand};
-use fervor_server::{Budget, Config, Grant, Server};
+use fervor_server::{Budget, Config, Grant, Placement, Server, ServerError, parse_size};
 use fervor_verbs::{
     Address,
+    memory::Pages,
     session::{KEY_FILE_VARIABLE, Key, KeyRing},
     transport::any::Host,
 };
@@ -24,6 +29,7 @@ use signal_hook::{
     consts::{SIGINT, SIGTERM},
     iterator::Signals,
 };
+use touching::Shown;
 
 /// Serves tables of parameters to the workers of a job
 ///
@@ -63,6 +69,15 @@ struct Arguments {
     /// Memory for the rows of all shards together, as in 512M or 4G
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256M")]
     memory: usize,
+
+    /// Lay rows on huge pages of this size, 2M or 1G, which the administrator has to have set aside. Where there are not enough the server says how
+    /// many are needed, and uses ordinary pages. `none`: ordinary pages at once [default: 2M if there are enough]
+    #[arg(long, value_name = "SIZE")]
+    huge_pages: Option<Pages>,
+
+    /// Print where each shard would run and where its memory would lie, and the memory that the server would take; then exit
+    #[arg(long)]
+    plan: bool,
 
     /// Most memory, in all shards together, for records of who holds which rows and of what has changed [default: half
     /// of --memory]
@@ -112,40 +127,27 @@ enum Command {
     },
 }
 
-/// A size in bytes: a number with an optional K, M, G or T (powers of 1024).
-fn parse_size(text: &str) -> Result<usize, String> {
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, unit)) if !unit.is_ascii_digit() => {
-            let shift = match unit.to_ascii_uppercase() {
-                'K' => 10,
-                'M' => 20,
-                'G' => 30,
-                'T' => 40,
-                _ => return Err(format!("`{text}` is not a size: the unit is K, M, G or T, as in 512M")),
-            };
-            (&text[..at], shift)
-        }
-        _ => (text, 0),
-    };
-    let number: usize = digits.parse().map_err(|_| format!("`{text}` is not a size: write 512M or 4G"))?;
-    number
-        .checked_mul(1 << shift)
-        .ok_or_else(|| format!("`{text}` is more than this machine can address: write a smaller size"))
-}
-
 /// Refuses a budget that the machine cannot have: better now than by the out-of-memory killer later.
-fn check_memory(budget: &Budget) -> anyhow::Result<()> {
+fn check_memory(budget: &Budget, placement: &Placement) -> anyhow::Result<()> {
     let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib: Option<usize> = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok());
     let available = kib.context("/proc/meminfo has no MemAvailable")? << 10;
-    if budget.total() > available {
+    // Huge pages are set aside, and not among what is available.
+    if budget.total() - placement.huge_bytes().min(budget.rows) > available {
         bail!(
             "{budget}\nthe machine has {} MiB available: ask for less --memory or --staging, fewer --clients or fewer --credits",
             available >> 20
         );
     }
     Ok(())
+}
+
+fn print_plan(budget: &Budget, placement: &Placement) {
+    println!("{budget}\n\n{placement}");
+    for warning in placement.warnings() {
+        eprintln!("fervor-server: {warning}");
+    }
 }
 
 /// Refuses to listen where strangers can come in, unless there is a key or the user insists.
@@ -205,22 +207,16 @@ fn keys(arguments: &Arguments) -> anyhow::Result<KeyRing> {
     Ok(keys)
 }
 
-fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    if let Some(Command::Keygen { out, name }) = &arguments.command {
-        return keygen(out, name);
-    }
-    let keys = keys(&arguments)?;
-    check_exposure(&arguments, &keys)?;
-    // These errors say all that there is to say; their sources are part of it.
-    let listen = std::slice::from_ref(&arguments.listen);
-    let transport = Host::with_keys(listen, keys).map_err(|error| anyhow!("{error}"))?;
+fn configure(arguments: &Arguments, transport: &Host) -> anyhow::Result<Config> {
     let mut config = Config::new(arguments.listen.clone());
-    config.cores = match (arguments.cores, arguments.shards) {
-        (Some(cores), _) => cores.into_iter().map(Some).collect(),
+    config.cores = match (&arguments.cores, arguments.shards) {
+        (Some(cores), _) => cores.iter().copied().map(Some).collect(),
         (None, Some(shards)) => vec![None; shards.into()],
-        (None, None) => cores::default(&transport)?,
+        (None, None) => cores::default(transport)?,
     };
     config.memory = arguments.memory;
+    config.pages = arguments.huge_pages.unwrap_or_default();
+    config.touch = true;
     config.clients = arguments.clients;
     config.lanes = arguments.lanes;
     config.credits = arguments.credits;
@@ -231,14 +227,75 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     // Servers of one job are told apart by this; two that start in the same nanosecond differ by process.
     let time = SystemTime::now().duration_since(UNIX_EPOCH)?.as_nanos() as u64;
     config.id = time ^ u64::from(std::process::id()).rotate_left(40);
-    check_memory(&Budget::of(&config))?;
+    Ok(config)
+}
+
+/// What the main thread waits for.
+enum Event {
+    Started(Box<Result<Server<Host>, ServerError>>),
+    Panicked,
+    Stop,
+}
+
+/// Runs a server until it is told to stop: returns it then, still running. `None`: it was told before it had started.
+fn serve(transport: &Host, config: Config, vectors: Option<usize>) -> anyhow::Result<Option<Server<Host>>> {
+    let (started, events) = mpsc::channel();
+    let stop = started.clone();
     // Before the server starts: a signal that comes early is not lost.
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot take signals")?;
-    let server = Server::start(&transport, &config).map_err(|error| anyhow!("{error}"))?;
-    println!("{}", server.budget());
-    println!("fervor-server ready at {}", server.address());
-    std::io::stdout().flush()?;
-    signals.forever().next();
+    thread::spawn(move || signals.forever().try_for_each(|_| stop.send(Event::Stop)));
+    let (shown, transport) = (Shown::new(), transport.clone());
+    // By another thread, since it can take long, and stops for no signal.
+    thread::spawn(move || {
+        // Nothing that it leaves behind is used.
+        let start = AssertUnwindSafe(|| {
+            Server::start_watched(&transport, &config, move |progress| shown.show(progress))
+        });
+        started.send(catch_unwind(start).map_or(Event::Panicked, |server| Event::Started(Box::new(server))))
+    });
+    let mut server = None;
+    loop {
+        match events.recv().context("nobody is left to say that the server is to stop")? {
+            Event::Stop => return Ok(server),
+            Event::Panicked => bail!("the start of the server panicked: its message is above"),
+            Event::Started(result) => {
+                let started = result.map_err(|error| anyhow!("{error}"))?;
+                print_plan(started.budget(), &started.placement().clone().with_vectors(vectors));
+                println!("fervor-server ready at {}", started.address());
+                std::io::stdout().flush()?;
+                server = Some(started);
+            }
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    if let Some(Command::Keygen { out, name }) = &arguments.command {
+        return keygen(out, name);
+    }
+    let keys = keys(&arguments)?;
+    if !arguments.plan {
+        check_exposure(&arguments, &keys)?;
+    }
+    // These errors say all that there is to say; their sources are part of it.
+    let listen = std::slice::from_ref(&arguments.listen);
+    let transport = Host::with_keys(listen, keys).map_err(|error| anyhow!("{error}"))?;
+    let config = configure(&arguments, &transport)?;
+    let vectors = cores::completion_vectors(&transport);
+    config.check().map_err(|error| anyhow!("{error}"))?;
+    let placement = Placement::of(&config).with_vectors(vectors);
+    let budget = Budget::of(&config, &placement);
+    if arguments.plan {
+        print_plan(&budget, &placement);
+    }
+    check_memory(&budget, &placement)?;
+    if arguments.plan {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(server) = serve(&transport, config, vectors)? else {
+        println!("fervor-server stopped before it had started");
+        return Ok(ExitCode::SUCCESS);
+    };
     if !server.stop() {
         bail!("a thread of the server panicked: its message is above");
     }

@@ -10,7 +10,10 @@ use std::{
 };
 
 use fervor_client::{Client, ClientOptions, Error, Model};
-use fervor_verbs::Address;
+use fervor_verbs::{
+    Address,
+    memory::{HugePage, Nodes},
+};
 use support::{Folder, Random};
 
 #[path = "../../client/tests/support/mod.rs"]
@@ -37,7 +40,11 @@ impl Program {
 
     /// Starts it, and waits until it is ready.
     fn start(address: &Address, arguments: &[&str]) -> Self {
-        let mut child = Self::command(address, arguments).spawn().unwrap();
+        Self::started(Self::command(address, arguments))
+    }
+
+    fn started(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
         let mut output = BufReader::new(child.stdout.take().unwrap());
         let mut text = String::new();
         while !text.contains("ready at") {
@@ -109,6 +116,52 @@ fn a_server_that_cannot_start_says_why_and_what_to_do() {
     assert!(!output.status.success() && errors.contains("the scheme is unknown"), "{errors}");
     // The one that runs has lost nothing by it.
     connect(&address, 1).close().unwrap();
+}
+
+#[test]
+fn a_plan_says_where_shards_would_run_and_starts_nothing() {
+    let folder = Folder::new("plan");
+    let address = folder.address("s.sock");
+    let arguments = ["--plan", "--cores", "0,0", "--memory", "8M", "--huge-pages", "none"];
+    let output = Program::command(&address, &arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("receive buffers") && !text.contains("ready"), "{text}");
+    let shards: Vec<Vec<_>> =
+        text.lines().rev().take(2).map(|line| line.split_whitespace().collect()).collect();
+    let node = Nodes::this().of_core(0).map_or("any".to_owned(), |node| node.to_string());
+    for (shard, number) in shards.iter().zip(["1", "0"]) {
+        // With the header for 16 clients.
+        assert_eq!(shard[..], [number, "0", &node, "4.0", "MiB", "ordinary", "-"], "{text}");
+    }
+    assert!(Client::connect(&[address.to_string()]).is_err());
+}
+
+#[test]
+fn huge_pages_that_are_not_there_are_a_warning_with_their_number() {
+    let folder = Folder::new("huge");
+    let address = folder.address("s.sock");
+    let page = HugePage::Mib2;
+    // More than there are, whatever the machine has: one, where nobody has set any aside.
+    let needed = page.pool().map_or(0, |pool| pool.total) + 1;
+    let memory = format!("{}M", 2 * needed);
+    let mut command =
+        Program::command(&address, &["--memory", &memory, "--huge-pages", "2M", "--shards", "1"]);
+    command.stderr(Stdio::piped());
+    let mut server = Program::started(command);
+    connect(&address, 1).close().unwrap();
+    server.signal("-TERM");
+    assert!(server.end(Duration::from_secs(20)).0.success());
+    let mut errors = String::new();
+    server.child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+    let expected = match page.pool() {
+        Some(_) => format!("{needed} huge pages of 2 MiB are needed, and "),
+        None => "this machine has no huge pages of 2 MiB".to_owned(),
+    };
+    assert!(errors.contains(&expected), "{errors}");
+    assert!(
+        errors.contains("the system said") && errors.contains("shard 0 lies on ordinary pages"),
+        "{errors}"
+    );
 }
 
 #[test]

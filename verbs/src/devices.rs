@@ -193,7 +193,7 @@ fn gid(port: &Path, index: u32) -> Option<GidInfo> {
 }
 
 /// The processors of a list such as `0-3,8`.
-fn cores(list: &str) -> Vec<usize> {
+pub(crate) fn cores(list: &str) -> Vec<usize> {
     let range = |part: &str| {
         let (from, to) = part.split_once('-').unwrap_or((part, part));
         Some(from.parse().ok()?..=to.parse().ok()?)

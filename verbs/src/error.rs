@@ -5,6 +5,8 @@
 
 use std::io;
 
+use crate::memory::Shortage;
+
 /// A call of the transport that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -107,6 +109,9 @@ pub enum Error {
         /// The limit in force.
         limit: u64,
     },
+    /// Memory was to lie on huge pages, and there are not enough.
+    #[error("{0}")]
+    HugePages(Shortage),
     /// A value is beyond what the provider or the device can do.
     #[error("{what} is {value}, but at most {limit} is possible{cure}")]
     Limit {

@@ -23,11 +23,15 @@
 //! | module | what it is |
 //! |---|---|
 //! | `copy` | the copy that keeps words whole |
+//! | `pages` | ordinary pages and huge ones, and how many of these there are |
+//! | `touch` | taking all pages when a memory is made, in parallel, near the processors that will use them |
+//! | `nodes` | NUMA nodes |
 //! | `exclusive` | [`Exclusive`]: how one writer tells its readers what is whole |
 //! | `seqlock` | the sequence lock between [`Exclusive::rewrite`] and [`View::snapshot`](crate::transport::View::snapshot) |
 //! | `atomic` | atomic words, for the model checker and for use |
 
 use std::{
+    ffi::CStr,
     fmt,
     fs::File,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
@@ -37,45 +41,53 @@ use std::{
     },
 };
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
+use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::error::Error;
 
 pub(crate) mod atomic;
 pub(crate) mod copy;
 mod exclusive;
+mod nodes;
+mod pages;
 pub(crate) mod seqlock;
+mod touch;
 
 pub use exclusive::{Exclusive, Piece};
+pub use nodes::{Nodes, allowed_cores};
+pub use pages::{HugePage, Pages, Pool, Shortage};
+pub use touch::Touch;
 
-/// Bytes of a huge page on the machines that Fervor runs on.
-const HUGE_PAGE: usize = 2 << 20;
+/// How a memory is made.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MemoryOptions<'a> {
+    /// Which pages it lies on.
+    pub pages: Pages,
+    /// How all of it is touched at once. `None`: ordinary pages are taken when each is first touched; huge ones are taken at once,
+    /// so that none is missing then, by the calling thread.
+    pub touch: Option<Touch<'a>>,
+}
 
 struct Mapping {
     map: MmapRaw,
     file: File,
     len: usize,
-    huge: bool,
+    huge: Option<HugePage>,
 }
 
 /// A piece of memory that can be registered, shared and written from outside. Cheap to clone; freed with
-/// the last clone. Zeroed at first, page-aligned, on huge pages when the machine has some free.
+/// the last clone. Zeroed at first, page-aligned.
 #[derive(Clone)]
 pub struct Memory(Arc<Mapping>);
 
 impl Memory {
-    /// Allocates `len` bytes. `name` shows in `/proc/PID/maps`.
+    /// Allocates `len` bytes, on huge pages when the machine has enough free. `name` shows in `/proc/PID/maps`.
     ///
     /// # Errors
     /// The system's, when it has no such memory.
     pub fn new(name: &str, len: usize) -> Result<Self, Error> {
-        let len = len.max(1);
-        if len >= HUGE_PAGE
-            && let Ok(memory) = Self::map(name, len.next_multiple_of(HUGE_PAGE), len, libc::MFD_HUGETLB)
-        {
-            return Ok(memory);
-        }
-        Self::map(name, len, len, 0)
+        Self::with(name, len, &MemoryOptions::default())
     }
 
     /// As [`Memory::new`], on small pages, each taken when it is first touched: for memory of which perhaps little is used.
@@ -83,11 +95,57 @@ impl Memory {
     /// # Errors
     /// The system's.
     pub fn sparse(name: &str, len: usize) -> Result<Self, Error> {
-        Self::map(name, len.max(1), len.max(1), 0)
+        Self::with(name, len, &MemoryOptions { pages: Pages::Ordinary, touch: None })
     }
 
-    fn map(name: &str, file_len: usize, len: usize, flags: libc::c_uint) -> Result<Self, Error> {
+    /// Allocates `len` bytes as `options` say.
+    ///
+    /// # Errors
+    /// [`Error::HugePages`], when there are not as many as were asked for; the system's.
+    pub fn with(name: &str, len: usize, options: &MemoryOptions<'_>) -> Result<Self, Error> {
+        let len = len.max(1);
         let name = std::ffi::CString::new(name.replace('\0', "?")).expect("no NUL is left");
+        if let Some(page) = options.pages.huge(len) {
+            match Self::on_huge_pages(&name, len, page, options.touch) {
+                Err(Error::HugePages(_)) if options.pages == Pages::Any => (),
+                made => return made,
+            }
+        }
+        let memory = Self::map(&name, len, len, None)?;
+        if let Some(touch) = options.touch {
+            // A wish: where the administrator does not allow it, or the kernel cannot, pages are small.
+            let _ = memory.0.map.advise(Advice::HugePage);
+            touch.all_of(&memory)?;
+        }
+        Ok(memory)
+    }
+
+    fn on_huge_pages(
+        name: &CStr,
+        len: usize,
+        page: HugePage,
+        touch: Option<Touch<'_>>,
+    ) -> Result<Self, Error> {
+        let short = |said: Error| Error::HugePages(Shortage::met(page, len, said));
+        let file_len = len.checked_next_multiple_of(page.bytes()).ok_or_else(|| Error::Limit {
+            what: "the size of a memory".to_owned(),
+            value: len as u64,
+            limit: (usize::MAX - page.bytes()) as u64,
+            cure: String::new(),
+        })?;
+        // The mapping reserves its pages, or fails.
+        let memory = Self::map(name, file_len, len, Some(page)).map_err(short)?;
+        // A reservation does not hold against a limit of a container: a missing page would be a SIGBUS at first touch.
+        match touch {
+            Some(touch) => touch.all_of(&memory)?,
+            None => fallocate(memory.as_fd(), FallocateFlags::empty(), 0, file_len as u64)
+                .map_err(|e| short(Error::io(format!("fallocate(memfd, {file_len})"))(e.into())))?,
+        }
+        Ok(memory)
+    }
+
+    fn map(name: &CStr, file_len: usize, len: usize, huge: Option<HugePage>) -> Result<Self, Error> {
+        let flags = huge.map_or(0, HugePage::memfd_flags);
         // SAFETY: `name` is a NUL-terminated string that outlives the call.
         let fd =
             unsafe { libc::memfd_create(name.as_ptr(), flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
@@ -102,11 +160,6 @@ impl Memory {
             return Err(Error::last_os("fchmod(memfd, 0600)"));
         }
         file.set_len(file_len as u64).map_err(Error::io(format!("ftruncate(memfd, {file_len})")))?;
-        // `fallocate` reserves huge pages now: a missing one would otherwise be a SIGBUS at first touch.
-        // SAFETY: plain system call on a descriptor that `file` keeps open.
-        if flags != 0 && unsafe { libc::fallocate(file.as_raw_fd(), 0, 0, file_len as i64) } != 0 {
-            return Err(Error::last_os(format!("fallocate(memfd, {file_len})")));
-        }
         // A peer maps this file, and would get a SIGBUS if it shrank: it never does, and the peer can check that.
         let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
         // SAFETY: plain system call on a descriptor that `file` keeps open.
@@ -117,7 +170,7 @@ impl Memory {
             .len(file_len)
             .map_raw(&file)
             .map_err(Error::io(format!("mmap({file_len} bytes)")))?;
-        Ok(Self(Arc::new(Mapping { map, file, len, huge: flags != 0 })))
+        Ok(Self(Arc::new(Mapping { map, file, len, huge })))
     }
 
     /// The same bytes, mapped at another place: for a thread of this process that reads, as a peer would, what an [`Exclusive`] owns.
@@ -146,7 +199,18 @@ impl Memory {
 
     /// Whether it lies on huge pages.
     pub fn huge_pages(&self) -> bool {
+        self.0.huge.is_some()
+    }
+
+    /// The size of the huge pages that it lies on, if it does.
+    pub fn huge_page(&self) -> Option<HugePage> {
         self.0.huge
+    }
+
+    /// Bytes on each NUMA node, as far as they have been touched; empty if the kernel does not say. It looks at each page of this
+    /// process.
+    pub fn spread(&self) -> Vec<(usize, usize)> {
+        nodes::spread(self)
     }
 
     /// Whether `self` and `other` are clones of one memory.
@@ -230,6 +294,49 @@ impl fmt::Debug for Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As many as there are, and one more, are asked for: where nobody has set any aside, that is one.
+    #[test]
+    fn too_few_huge_pages_are_an_error_with_the_numbers_or_none_where_any_will_do() {
+        for page in [HugePage::Mib2, HugePage::Gib1] {
+            let needed = page.pool().map_or(0, |pool| pool.total) + 1;
+            let bytes = needed * page.bytes();
+            let options = MemoryOptions { pages: Pages::Huge(page), touch: None };
+            let Err(Error::HugePages(shortage)) = Memory::with("test", bytes, &options) else {
+                panic!("there are {needed} huge pages of {page}")
+            };
+            assert_eq!((shortage.page, shortage.needed), (page, needed));
+            assert!(shortage.said.is_some(), "{shortage}");
+            let text = Error::HugePages(shortage).to_string();
+            assert!(text.contains(&format!("huge pages of {page}")), "{text}");
+            let any = MemoryOptions { pages: Pages::Any, touch: None };
+            if page == HugePage::Mib2 {
+                assert!(!Memory::with("test", bytes, &any).unwrap().huge_pages());
+            }
+        }
+    }
+
+    /// Where huge pages are free, and untouched or touched.
+    #[test]
+    fn huge_pages_that_are_there_are_taken() {
+        let page = HugePage::Mib2;
+        let free = || page.pool().map_or(0, |pool| pool.free);
+        let touch = Touch { threads: 2.try_into().unwrap(), cores: &[], progress: &|_| () };
+        for touch in [None, Some(touch)] {
+            let options = MemoryOptions { pages: Pages::Huge(page), touch };
+            let mut memory = match Exclusive::with("test", page.bytes() + 1, &options) {
+                // None have been set aside, or other tests have them just now.
+                Err(Error::HugePages(_)) if free() < 2 => {
+                    return eprintln!("left out: there are no two free huge pages of {page}");
+                }
+                made => made.unwrap(),
+            };
+            assert_eq!((memory.huge_page(), memory.len()), (Some(page), page.bytes() + 1));
+            let stat = rustix::fs::fstat(memory.memory().as_fd()).unwrap();
+            assert_eq!(stat.st_blocks as usize * 512, 2 * page.bytes());
+            memory.bytes_mut().fill(3);
+        }
+    }
 
     #[test]
     fn copies_of_every_length_and_alignment() {

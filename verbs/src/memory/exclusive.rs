@@ -20,7 +20,7 @@ use std::{
 
 use memmap2::MmapOptions;
 
-use super::{Mapping, Memory, seqlock};
+use super::{HugePage, Mapping, Memory, MemoryOptions, seqlock};
 use crate::error::Error;
 
 /// Memory with one writer in this program, and remote readers only: what a shard's rows live in.
@@ -44,6 +44,14 @@ impl Exclusive {
         Memory::sparse(name, len).map(Self)
     }
 
+    /// As [`Memory::with`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with(name: &str, len: usize, options: &MemoryOptions<'_>) -> Result<Self, Error> {
+        Memory::with(name, len, options).map(Self)
+    }
+
     /// Size in bytes.
     pub fn len(&self) -> usize {
         self.0.len()
@@ -57,6 +65,16 @@ impl Exclusive {
     /// Whether it lies on huge pages.
     pub fn huge_pages(&self) -> bool {
         self.0.huge_pages()
+    }
+
+    /// As [`Memory::huge_page`].
+    pub fn huge_page(&self) -> Option<HugePage> {
+        self.0.huge_page()
+    }
+
+    /// As [`Memory::spread`].
+    pub fn spread(&self) -> Vec<(usize, usize)> {
+        self.0.spread()
     }
 
     /// The bytes, to read.
