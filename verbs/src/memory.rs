@@ -279,6 +279,12 @@ impl Memory {
         self.0.map.as_mut_ptr()
     }
 
+    /// Bytes `offset..offset + len` as the kernel's calls name them: for providers whose payloads it reads.
+    pub(crate) fn piece(&self, offset: usize, len: usize) -> libc::iovec {
+        self.check(offset, len);
+        libc::iovec { iov_base: self.as_ptr().wrapping_add(offset).cast(), iov_len: len }
+    }
+
     /// The memfd behind the mapping, for providers that pass it to a peer.
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.file.as_fd()

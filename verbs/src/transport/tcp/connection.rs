@@ -63,10 +63,10 @@ impl TcpConnection {
         };
         let frame = Frame { kind, immediate, key: remote.key, length, address: remote.address };
         self.link.post(&frame, Posted { signal, read: None }, |queue| match payload {
-            Payload::Inline(bytes) => queue.bytes(bytes),
+            Payload::Inline(bytes) => queue.put_bytes(bytes),
             Payload::Gather(pieces) => {
                 for piece in pieces {
-                    queue.place(piece.region.memory(), piece.offset, piece.length);
+                    queue.put_place(piece.region.memory(), piece.offset, piece.length);
                 }
             }
         })?;

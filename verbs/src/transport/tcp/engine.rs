@@ -1,8 +1,14 @@
 //! The thread that serves the sockets of one endpoint: it stands in for a NIC.
 //!
 //! It sleeps on an `epoll` of all of them. What a socket brings is executed at once (`inbound`), whether the endpoint is polled or not;
-//! what that completes is published when the bytes at hand are taken in, and the peer is told once for all of them. It waits for
-//! nobody: a socket that takes no more is tried again when it says so, one without receive buffers when the bell rings.
+//! what that completes is published when the bytes at hand are taken in. It waits for nobody: a socket that takes no more is tried again
+//! when it says so, one without receive buffers when the bell rings.
+//!
+//! **What the peer is told, and when.** What it READs goes out at once. That its requests have been executed can wait: as long as more
+//! comes, but for no more than [`UNSAID`] bytes, or a quarter of its send queue. Else each look at the socket would cost both sides a
+//! message, and who sends fast is looked at often. So a connection of which something was read is looked at once more before its peer is
+//! told: with the `epoll` that comes next anyway. A read that gets less than it could take has emptied the socket: what comes after it
+//! makes the `epoll` say so.
 //!
 //! **The end** of a connection is published here and nowhere else. So after it nothing of the connection changes memory: whatever does
 //! is this thread. The socket is kept for [`FAREWELL`] more, unread bytes thrown away: were it closed with some left, the kernel would
@@ -33,6 +39,10 @@ use crate::{
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 256 << 10;
+/// Bytes that one connection sends before the others are served.
+const SERVED: usize = 1 << 20;
+/// Bytes after which a peer is told that they have been taken.
+const UNSAID: usize = 512 << 10;
 /// How long a peer may take to take the last words.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Longest sleep while some peer does.
@@ -51,6 +61,15 @@ struct Served {
     carry: Vec<u8>,
     /// It is in `ready`.
     listed: bool,
+    /// There may be something to send now.
+    flush: bool,
+    /// It is in `unsaid`: its peer is to be told what has been executed.
+    late: bool,
+    /// Requests of which the peer was told, or is about to be, and bytes that have come since.
+    said: u64,
+    unsaid: usize,
+    /// The turn in which something was read.
+    read_in: u64,
     /// The peer sends nothing more, says the kernel.
     ended: bool,
     phase: Phase,
@@ -80,6 +99,8 @@ pub(super) struct Engine {
     epoll: OwnedFd,
     served: BTreeMap<u64, Served>,
     ready: VecDeque<u64>,
+    unsaid: Vec<u64>,
+    turn: u64,
     buffer: Vec<u8>,
     events: Vec<Event>,
     /// When the peers are to be said something.
@@ -100,6 +121,8 @@ impl Engine {
             epoll,
             served: BTreeMap::new(),
             ready: VecDeque::new(),
+            unsaid: Vec::new(),
+            turn: 0,
             buffer: vec![0; CHUNK],
             events: Vec::new(),
             beat: Instant::now(),
@@ -114,6 +137,7 @@ impl Engine {
     fn run(mut self) {
         let mut space = [MaybeUninit::<epoll::Event>::uninit(); 64];
         loop {
+            self.turn += 1;
             let Ok((events, _)) = epoll::wait(&self.epoll, &mut space, self.patience().as_ref()) else {
                 continue; // a signal
             };
@@ -131,6 +155,7 @@ impl Engine {
                 let Some(token) = self.ready.pop_front() else { break };
                 self.visit(token);
             }
+            self.speak();
             self.bid_farewell();
             self.keep_alive();
         }
@@ -140,7 +165,7 @@ impl Engine {
     fn patience(&self) -> Option<rustix::fs::Timespec> {
         let closing = || self.served.values().any(|served| served.phase != Phase::Open);
         let time = match () {
-            () if !self.ready.is_empty() => Duration::ZERO,
+            () if !self.ready.is_empty() || !self.unsaid.is_empty() => Duration::ZERO,
             () if self.served.is_empty() => return None,
             () if closing() => FAREWELL_LOOK,
             () => self.beat.saturating_duration_since(Instant::now()),
@@ -164,8 +189,10 @@ impl Engine {
         let over = matches!(served.phase, Phase::Over(_));
         served.ended |=
             flags.intersects(epoll::EventFlags::RDHUP | epoll::EventFlags::HUP | epoll::EventFlags::ERR);
-        let more = flags.contains(epoll::EventFlags::OUT) && !over && served.link.flush() == Flush::More;
-        if more || flags.intersects(!epoll::EventFlags::OUT) {
+        if flags.contains(epoll::EventFlags::OUT) && !over {
+            served.flush |= served.link.has_room(SERVED) == Flush::More;
+        }
+        if served.flush || flags.intersects(!epoll::EventFlags::OUT) {
             list(&mut self.ready, token, served);
         }
     }
@@ -191,6 +218,7 @@ impl Engine {
         }
         for ConnectionId(id) in sending {
             if let Some(served) = self.served.get_mut(&id.into()) {
+                served.flush = true;
                 list(&mut self.ready, id.into(), served);
             }
         }
@@ -215,6 +243,11 @@ impl Engine {
             inbound: Inbound::new(),
             carry: Vec::new(),
             listed: false,
+            flush: false,
+            late: false,
+            said: 0,
+            unsaid: 0,
+            read_in: 0,
             ended: false,
             phase: Phase::Open,
         };
@@ -249,7 +282,14 @@ impl Engine {
         let Some(served) = self.served.get_mut(&token) else { return };
         served.listed = false;
         let visit = match served.phase {
-            Phase::Open => served.read(&self.shared, &mut self.buffer, &mut self.events),
+            Phase::Open => {
+                let before = served.unsaid;
+                let visit = served.read(&self.shared, &mut self.buffer, &mut self.events);
+                if served.unsaid > before {
+                    served.read_in = self.turn;
+                }
+                visit
+            }
             // Thrown away.
             Phase::Refusing(_) | Phase::Over(_) => {
                 read_some(&served.link, &mut self.buffer).map_or_else(|v| v, |_| Visit::More)
@@ -259,11 +299,20 @@ impl Engine {
     }
 
     fn after(&mut self, token: u64, visit: Visit) {
-        let Some(served) = self.served.get_mut(&token) else { return };
-        if served.phase == Phase::Open && served.link.tell() == Flush::More {
-            list(&mut self.ready, token, served);
-        }
         self.shared.publish(&mut self.events);
+        let Some(served) = self.served.get_mut(&token) else { return };
+        if served.phase == Phase::Open {
+            served.flush |= std::mem::take(&mut served.inbound.replied);
+            if served.flush || served.is_to_be_told() {
+                served.tell();
+            } else if served.said != served.link.executed_so_far() && !served.late {
+                served.late = true;
+                self.unsaid.push(token);
+            }
+            if served.flush {
+                list(&mut self.ready, token, served);
+            }
+        }
         match (visit, served.phase) {
             (Visit::Idle, _) => {}
             (Visit::More, _) => list(&mut self.ready, token, served),
@@ -277,6 +326,24 @@ impl Engine {
             (Visit::Stop(Stop::Refused(error)), _) => self.end(token, error, Some(error)),
             (Visit::Stop(Stop::Corrupt), _) => self.end(token, WorkError::RemoteInvalid, None),
         }
+    }
+
+    /// Tells the peers of which nothing more has come.
+    fn speak(&mut self) {
+        let (turn, served, ready) = (self.turn, &mut self.served, &mut self.ready);
+        self.unsaid.retain(|token| {
+            let Some(served) = served.get_mut(token).filter(|served| served.phase == Phase::Open) else {
+                return false;
+            };
+            served.late = served.read_in == turn && served.said != served.link.executed_so_far();
+            if !served.late {
+                served.tell();
+                if served.flush {
+                    list(ready, *token, served);
+                }
+            }
+            served.late
+        });
     }
 
     /// Publishes the end of a connection.
@@ -304,7 +371,7 @@ impl Engine {
         for (token, served) in &mut self.served {
             match served.phase {
                 Phase::Open => {}
-                Phase::Refusing(until) => match served.link.flush() {
+                Phase::Refusing(until) => match served.link.flush(SERVED) {
                     Flush::Done => told.push(*token),
                     _ if now >= until => told.push(*token),
                     Flush::More => list(&mut self.ready, *token, served),
@@ -332,6 +399,18 @@ impl Engine {
 }
 
 impl Served {
+    /// Whether so much has been executed that its peer is to hear of it.
+    fn is_to_be_told(&self) -> bool {
+        let requests = self.link.executed_so_far() - self.said;
+        requests > 0 && (self.unsaid >= UNSAID || requests >= self.link.peer_depth / 4)
+    }
+
+    /// Sends what waits, and how many requests have been executed.
+    fn tell(&mut self) {
+        (self.said, self.unsaid) = (self.link.executed_so_far(), 0);
+        self.flush = self.link.flush(SERVED) == Flush::More;
+    }
+
     fn read(&mut self, shared: &Shared, buffer: &mut [u8], events: &mut Vec<Event>) -> Visit {
         if self.inbound.is_full() {
             // It is visited again when there is a receive buffer, or at its end: what it has not read is not executed then.
@@ -344,12 +423,14 @@ impl Served {
             Err(visit) => return visit,
         };
         let bytes = &buffer[..kept + count];
+        self.unsaid += count;
+        let emptied = kept + count < buffer.len() && !self.ended;
         match self.inbound.take(shared, &self.link, bytes, events) {
             Ok(taken) => {
                 self.carry.clear();
                 self.carry.extend_from_slice(&bytes[taken..]);
                 debug_assert!(self.carry.len() < FRAME);
-                Visit::More
+                if emptied { Visit::Idle } else { Visit::More }
             }
             Err(stop) => Visit::Stop(stop),
         }

@@ -71,11 +71,13 @@ pub(super) struct Inbound {
     resumed: usize,
     /// Requests wait for a receive buffer.
     waiting: bool,
+    /// Something was put that the peer READs.
+    pub(super) replied: bool,
 }
 
 impl Inbound {
     pub(super) fn new() -> Self {
-        Self { state: State::Head, parked: Vec::new(), resumed: 0, waiting: false }
+        Self { state: State::Head, parked: Vec::new(), resumed: 0, waiting: false, replied: false }
     }
 
     /// Whether requests wait for a receive buffer.
@@ -223,6 +225,7 @@ impl Inbound {
             Kind::Read => {
                 let (memory, offset) = find(false)?;
                 link.reply(&memory, offset, frame.length as usize)?;
+                self.replied = true;
             }
             Kind::Write => {
                 find(true)?;

@@ -1,29 +1,45 @@
 //! A connection as its two threads share it: the one that posts, and the one that serves its socket (`engine`).
 //!
 //! ```text
-//!  post ──▶ inflight, staged (or items, when much waits) ──flush──▶ socket      by either thread, under the lock
-//!  engine: Executed, Reply ──▶ inflight ──▶ events of the endpoint
-//!  engine: a request of the peer is executed ──▶ `executed` ──▶ Executed, Reply ──▶ staged ──flush──▶ socket
+//!  post ──▶ in flight, outgoing ──flush──▶ socket                               by either thread, under the lock
+//!  engine: Executed, Reply ──▶ in flight ──▶ events of the endpoint
+//!  engine: a request of the peer is executed ──▶ `executed` ──▶ Executed, Reply ──▶ outgoing ──flush──▶ socket
 //! ```
 //!
-//! **What goes out goes in the order in which it came**, whole frame after whole frame. Bytes are copied to `staged` at the post as
-//! long as there is room; else the place is noted in `items`, and copied when its turn comes. So a peer that does not read makes
-//! this side keep [`STAGE`] bytes and the places, of which there are at most the send queue's of both sides.
+//! **What goes out goes in the order in which it came**, whole frame after whole frame ([`Outgoing`]).
 //!
-//! **Whole words.** What a READ asks for is copied out of its region by [`Memory::read`], in pieces that end between two words. The
-//! kernel promises no such thing of what it copies itself.
+//! | what | written by | read by | under |
+//! |---|---|---|---|
+//! | `sending` | whoever posts, answers or flushes | the same | its lock, also during the call that hands bytes to the kernel |
+//! | `flying` | the posting thread adds, the engine takes away | the engine | its lock, which is held for a moment |
+//! | `offered`, `taken` | whoever flushes, before and after that call | the engine | the lock of `sending` to write; atomic to read |
+//! | `executed` | the engine | whoever flushes | atomic |
+//! | `blocked` | whoever flushes | the engine | the lock of `sending` to write; atomic to read |
+//!
+//! So the engine takes answers while the posting thread is in a call of the kernel: those to what earlier calls have taken.
+//!
+//! **When a request completes.** The peer says how many it has executed. It can only have executed what it was sent: a claim beyond
+//! `offered` is no answer. But a request of which the kernel is still taking the payload must not complete, since the user may change
+//! the payload then. So a claim beyond `taken` waits for the lock: then no call is under way, and `taken` says it all. (Only a READ,
+//! which has no payload, may complete by `offered`: its reply is quick.) The engine has the answer from a socket to which `offered`
+//! was written before the request, so it sees that.
+//!
+//! **A full socket.** Whoever finds it full says `blocked`, and tries once more. The kernel reports room only after that second try, if
+//! it fails, and the engine looks at `blocked` only after such a report. So the engine sees it, and flushes. Without it reports of room
+//! are not heeded: each report of bytes that have come is one, too.
 
 use std::{
     collections::VecDeque,
-    io::{ErrorKind, Write},
+    io::ErrorKind,
     net::{Shutdown, TcpStream},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
 use super::{
+    outgoing::Outgoing,
     region::TcpRegion,
     wire::{FRAME, Frame, Kind, encode_refusal},
 };
@@ -32,10 +48,8 @@ use crate::{
     transport::{ConnectionId, MAX_SGE, PostError, Reach, Region, WorkError},
 };
 
-/// Bytes that are copied for the socket before it takes them.
-const STAGE: usize = 256 << 10;
-/// Bytes that one call hands to the kernel, about: others wait for the lock, and the engine has other connections.
-const TURN: usize = 1 << 20;
+/// Bytes that one call of `ring` hands to the kernel, about. The engine sends the rest.
+const RUNG: usize = 4 << 20;
 
 /// What is left after a flush.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,14 +69,22 @@ pub(super) struct Link {
     pub(super) socket: TcpStream,
     depth: usize,
     /// Requests of the peer's send queue.
-    peer_depth: u64,
+    pub(super) peer_depth: u64,
     /// Requests in the send queue. The posting thread adds to it.
     used: AtomicUsize,
     /// Nothing is to be posted any more.
     broken: AtomicBool,
     /// What the peer may reach, if not everything.
     pub(super) reach: Option<Arc<Reach>>,
+    /// Bytes of the stream: those that the kernel was offered, and those that it has taken.
+    offered: AtomicU64,
+    taken: AtomicU64,
+    /// Requests of the peer that have been executed.
+    executed: AtomicU64,
+    /// The socket was full.
+    blocked: AtomicBool,
     sending: Mutex<Sending>,
+    flying: Mutex<Flying>,
 }
 
 /// Where the bytes of a READ go.
@@ -98,33 +120,21 @@ pub(super) struct Posted {
     pub(super) read: Option<Target>,
 }
 
-/// What waits behind `staged`.
-#[derive(Debug)]
-enum Item {
-    Bytes(Vec<u8>),
-    /// Bytes of a payload of this side's.
-    Place(Memory, usize, usize),
-    /// Bytes that the peer READs.
-    Reply(Memory, usize, usize),
-    /// All before it belongs to earlier requests of this side or to the one that was posted then.
-    Mark,
+/// Requests of this side.
+#[derive(Debug, Default)]
+struct Flying {
+    /// Those that are not known to have been executed, each with the place in the stream where it ends.
+    requests: VecDeque<(u64, Posted)>,
+    /// How many are.
+    done: u64,
 }
 
 /// What is on its way out.
 #[derive(Debug, Default)]
-pub(super) struct Sending {
-    staged: Vec<u8>,
-    sent: usize,
-    items: VecDeque<Item>,
-    inflight: VecDeque<Posted>,
-    /// Requests of this side that are known to have been executed, and marks among the items: requests that cannot have been.
-    done: u64,
-    marks: u64,
-    /// Requests of the peer that have been executed, and of how many it was told.
-    executed: u64,
+struct Sending {
+    out: Outgoing,
+    /// Of how many requests the peer was told that they have been executed.
     told: u64,
-    /// Replies among the items: no more than the peer's send queue holds.
-    replies: u64,
     /// Bytes were handed to the kernel since the last [`Link::beat`].
     alive: bool,
     /// Why the socket takes nothing any more.
@@ -164,79 +174,11 @@ pub(super) enum Event {
 pub(super) struct Corrupt;
 
 impl Sending {
-    fn put(&mut self, bytes: &[u8]) {
-        if self.items.is_empty() && self.staged.len() < STAGE {
-            return self.staged.extend_from_slice(bytes);
-        }
-        match self.items.back_mut() {
-            Some(Item::Bytes(tail)) => tail.extend_from_slice(bytes),
-            _ => self.items.push_back(Item::Bytes(bytes.to_vec())),
-        }
-    }
-
-    fn put_place(&mut self, memory: &Memory, offset: usize, length: usize) {
-        let now = if self.items.is_empty() { self.stage_place(memory, offset, length) } else { 0 };
-        if now < length {
-            self.items.push_back(Item::Place(memory.clone(), offset + now, length - now));
-        }
-    }
-
-    /// As [`Sending::put_place`], for a reply, of which a place is noted also if it has no bytes.
-    fn put_reply(&mut self, memory: &Memory, offset: usize, length: usize) {
-        let behind = !self.items.is_empty();
-        let now = if behind { 0 } else { self.stage_place(memory, offset, length) };
-        if behind || now < length {
-            self.replies += 1;
-            self.items.push_back(Item::Reply(memory.clone(), offset + now, length - now));
-        }
-    }
-
-    /// Copies as many bytes of the place as there is room for, up to the end of a word. How many.
-    fn stage_place(&mut self, memory: &Memory, offset: usize, length: usize) -> usize {
-        let room = STAGE.saturating_sub(self.staged.len());
-        let whole = ((offset + room) / 8 * 8).saturating_sub(offset);
-        let count = if length <= room { length } else { whole };
-        let start = self.staged.len();
-        self.staged.resize(start + count, 0);
-        memory.read(offset, &mut self.staged[start..]);
-        count
-    }
-
-    /// Fills `staged`, which is empty.
-    fn refill(&mut self) {
-        while self.staged.len() < STAGE {
-            match self.items.pop_front() {
-                None => return self.tell(),
-                Some(Item::Bytes(bytes)) => self.staged.extend_from_slice(&bytes),
-                Some(Item::Place(memory, offset, length)) => {
-                    let count = self.stage_place(&memory, offset, length);
-                    if count < length {
-                        return self.items.push_front(Item::Place(memory, offset + count, length - count));
-                    }
-                }
-                Some(Item::Reply(memory, offset, length)) => {
-                    let count = self.stage_place(&memory, offset, length);
-                    if count < length {
-                        return self.items.push_front(Item::Reply(memory, offset + count, length - count));
-                    }
-                    self.replies -= 1;
-                }
-                Some(Item::Mark) => self.marks -= 1,
-            }
-        }
-    }
-
-    /// Requests of this side that the peer can have executed.
-    fn handed_over(&self) -> u64 {
-        self.done + self.inflight.len() as u64 - self.marks
-    }
-
     /// Says how many requests have been executed, unless much waits: then it is said behind that.
-    fn tell(&mut self) {
-        if self.executed != self.told && self.items.is_empty() && self.staged.len() < STAGE {
-            self.told = self.executed;
-            let frame = Frame::answer(Kind::Executed, self.executed, 0).encode();
-            self.staged.extend_from_slice(&frame);
+    fn tell(&mut self, executed: u64) {
+        if executed != self.told && !self.out.is_long() {
+            self.told = executed;
+            self.out.put_bytes(&Frame::answer(Kind::Executed, executed, 0).encode());
         }
     }
 }
@@ -256,13 +198,24 @@ impl Link {
             used: AtomicUsize::new(0),
             broken: AtomicBool::new(false),
             reach,
+            offered: AtomicU64::new(0),
+            taken: AtomicU64::new(0),
+            executed: AtomicU64::new(0),
+            blocked: AtomicBool::new(false),
             sending: Mutex::default(),
+            flying: Mutex::default(),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Sending> {
         // A panic while it is held is a bug of this provider, and the connection is of no more use than before.
         self.sending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Taken behind that of `sending` by whoever has both.
+    fn flying(&self) -> MutexGuard<'_, Flying> {
+        // As for the other.
+        self.flying.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn room(&self) -> usize {
@@ -279,7 +232,7 @@ impl Link {
         &self,
         frame: &Frame,
         posted: Posted,
-        payload: impl FnOnce(&mut Payload<'_>),
+        payload: impl FnOnce(&mut Outgoing),
     ) -> Result<(), PostError> {
         if self.broken.load(Ordering::Acquire) {
             return Err(PostError::Disconnected);
@@ -292,13 +245,10 @@ impl Link {
             return Err(PostError::Disconnected);
         }
         self.used.fetch_add(1, Ordering::AcqRel);
-        sending.inflight.push_back(posted);
-        sending.put(&frame.encode());
-        payload(&mut Payload(&mut sending));
-        if !sending.items.is_empty() {
-            sending.marks += 1;
-            sending.items.push_back(Item::Mark);
-        }
+        sending.out.put_bytes(&frame.encode());
+        payload(&mut sending.out);
+        // No byte of it goes before this lock is let go of.
+        self.flying().requests.push_back((sending.out.put(), posted));
         Ok(())
     }
 
@@ -310,32 +260,35 @@ impl Link {
         if self.broken.load(Ordering::Acquire) {
             return Err(PostError::Disconnected);
         }
-        Ok(if news { self.flush() } else { Flush::Done })
+        Ok(if news { self.flush(RUNG) } else { Flush::Done })
     }
 
-    /// Hands to the kernel what it takes. Of a socket that fails, the engine sees the end.
-    pub(super) fn flush(&self) -> Flush {
+    /// Hands to the kernel what it takes, about `most` bytes at most. Of a socket that fails, the engine sees the end.
+    pub(super) fn flush(&self, most: usize) -> Flush {
         let mut sending = self.lock();
-        let mut handed = 0;
+        let (mut handed, mut full) = (0, false);
         loop {
-            if sending.sent == sending.staged.len() {
-                sending.staged.clear();
-                sending.sent = 0;
-                sending.refill();
-                if sending.staged.is_empty() {
-                    return Flush::Done;
-                }
+            sending.tell(self.executed.load(Ordering::Relaxed));
+            if sending.out.is_empty() {
+                return Flush::Done;
             }
-            if handed >= TURN {
+            if handed >= most {
                 return Flush::More;
             }
-            match (&self.socket).write(&sending.staged[sending.sent..]) {
-                Ok(count) => {
-                    sending.sent += count;
+            // SYNC POINT: an answer to these bytes is taken by the engine after this.
+            match sending.out.hand_over(&self.socket, |offer| self.offered.store(offer, Ordering::Release)) {
+                Ok((count, of)) => {
+                    self.taken.store(sending.out.taken(), Ordering::Release);
                     sending.alive = true;
                     handed += count;
+                    full = count < of;
+                    self.blocked.store(full, Ordering::SeqCst);
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock && !full => {
+                    full = true;
+                    self.blocked.store(true, Ordering::SeqCst);
+                }
                 Err(error) => {
                     if error.kind() != ErrorKind::WouldBlock {
                         // The socket tells it once.
@@ -347,54 +300,53 @@ impl Link {
         }
     }
 
+    /// The kernel reports that the socket has room. It does so now and then, also if nobody waits for that.
+    pub(super) fn has_room(&self, most: usize) -> Flush {
+        if self.blocked.load(Ordering::SeqCst) { self.flush(most) } else { Flush::Done }
+    }
+
     /// Says something to a peer to which nothing was said for a while: its kernel answers, or its host is gone.
     pub(super) fn beat(&self) {
         let mut sending = self.lock();
-        if !std::mem::take(&mut sending.alive)
-            && sending.sent == sending.staged.len()
-            && sending.items.is_empty()
-        {
+        if !std::mem::take(&mut sending.alive) && sending.out.is_empty() {
             let frame = Frame::answer(Kind::Executed, sending.told, 0).encode();
-            sending.put(&frame);
+            sending.out.put_bytes(&frame);
             drop(sending);
-            self.flush();
+            self.flush(FRAME);
             self.lock().alive = false;
         }
     }
 
-    /// A request of the peer is executed.
+    /// A request of the peer is executed: by the engine.
     pub(super) fn executed(&self) {
-        self.lock().executed += 1;
+        self.executed.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Tells the peer how many of its requests are, and flushes.
-    pub(super) fn tell(&self) -> Flush {
-        self.lock().tell();
-        self.flush()
+    /// How many are.
+    pub(super) fn executed_so_far(&self) -> u64 {
+        self.executed.load(Ordering::Relaxed)
     }
 
-    /// Answers a READ of the peer.
+    /// Answers a READ of the peer: by the engine.
     ///
     /// # Errors
     /// The peer has more READs out than its send queue holds.
     pub(super) fn reply(&self, memory: &Memory, offset: usize, length: usize) -> Result<(), Corrupt> {
         let mut sending = self.lock();
-        if sending.replies >= self.peer_depth {
+        if sending.out.replies() as u64 >= self.peer_depth {
             return Err(Corrupt);
         }
-        let frame = Frame::answer(Kind::Reply, sending.executed, length as u64);
-        sending.put(&frame.encode());
-        sending.put_reply(memory, offset, length);
-        sending.executed += 1;
-        sending.told = sending.executed;
+        let before = self.executed.fetch_add(1, Ordering::Relaxed);
+        sending.out.put_bytes(&Frame::answer(Kind::Reply, before, length as u64).encode());
+        sending.out.put_reply(memory, offset, length);
+        sending.told = before + 1;
         Ok(())
     }
 
     /// Tells the peer that its next request is refused.
     pub(super) fn refuse(&self, error: WorkError) {
-        let mut sending = self.lock();
-        let frame = Frame::answer(Kind::Refused, sending.executed, 0);
-        sending.put(&Frame { key: encode_refusal(error), ..frame }.encode());
+        let frame = Frame::answer(Kind::Refused, self.executed.load(Ordering::Relaxed), 0);
+        self.lock().out.put_bytes(&Frame { key: encode_refusal(error), ..frame }.encode());
     }
 
     /// The peer has executed `executed` requests. Completes them.
@@ -403,23 +355,33 @@ impl Link {
         executed: u64,
         events: &mut Vec<Event>,
     ) -> Result<(), Corrupt> {
-        let mut sending = self.lock();
-        if executed > sending.handed_over() {
-            return Err(Corrupt);
-        }
-        while sending.done < executed {
-            match sending.inflight.front() {
-                // It completes with its reply.
-                None | Some(Posted { read: Some(_), .. }) => return Err(Corrupt),
-                Some(_) => self.complete(&mut sending, events),
+        let mut flying = self.flying();
+        let count = executed.checked_sub(flying.done).ok_or(Corrupt)?;
+        let Some(last) = count.checked_sub(1) else { return Ok(()) };
+        let (end, _) =
+            *usize::try_from(last).ok().and_then(|last| flying.requests.get(last)).ok_or(Corrupt)?;
+        if end > self.taken.load(Ordering::Acquire) {
+            drop(flying);
+            // The call that takes it is over then.
+            drop(self.lock());
+            flying = self.flying();
+            if end > self.taken.load(Ordering::Acquire) {
+                return Err(Corrupt);
             }
         }
-        if sending.done == executed { Ok(()) } else { Err(Corrupt) }
+        for _ in 0..count {
+            match flying.requests.front() {
+                // It completes with its reply.
+                None | Some((_, Posted { read: Some(_), .. })) => return Err(Corrupt),
+                Some(_) => self.complete(&mut flying, events),
+            }
+        }
+        Ok(())
     }
 
-    fn complete(self: &Arc<Self>, sending: &mut Sending, events: &mut Vec<Event>) {
-        let posted = sending.inflight.pop_front().expect("the caller has seen it");
-        sending.done += 1;
+    fn complete(self: &Arc<Self>, flying: &mut Flying, events: &mut Vec<Event>) {
+        let (_, posted) = flying.requests.pop_front().expect("the caller has seen it");
+        flying.done += 1;
         match posted.signal {
             // It leaves the queue when its completion is polled.
             Some(id) => events.push(Event::Work { link: self.clone(), id, result: Ok(()) }),
@@ -434,21 +396,23 @@ impl Link {
 
     /// Whether the first request in flight is a READ of this length.
     pub(super) fn expects_reply(&self, length: u64) -> bool {
-        let sending = self.lock();
-        let target = sending.inflight.front().and_then(|posted| posted.read.as_ref());
-        sending.done < sending.handed_over() && target.is_some_and(|target| target.len() as u64 == length)
+        self.flying().requests.front().is_some_and(|(end, posted)| {
+            let target = posted.read.as_ref();
+            *end <= self.offered.load(Ordering::Acquire)
+                && target.is_some_and(|target| target.len() as u64 == length)
+        })
     }
 
     /// Bytes of that READ, from `at` on.
     pub(super) fn replied(&self, at: usize, bytes: &[u8]) {
-        let sending = self.lock();
-        let target = sending.inflight.front().and_then(|posted| posted.read.as_ref());
+        let flying = self.flying();
+        let target = flying.requests.front().and_then(|(_, posted)| posted.read.as_ref());
         target.expect("it was expected").write(at, bytes);
     }
 
     /// All of them are there.
     pub(super) fn reply_complete(self: &Arc<Self>, events: &mut Vec<Event>) {
-        self.complete(&mut self.lock(), events);
+        self.complete(&mut self.flying(), events);
     }
 
     /// The end: whatever is in flight completes in error, the first one for `refused` if the peer refused it. Then nothing more
@@ -462,14 +426,17 @@ impl Link {
         self.broken.store(true, Ordering::Release);
         let mut sending = self.lock();
         sending.over = true;
-        sending.items.clear();
-        (sending.marks, sending.replies) = (0, 0);
+        // What one call takes may go; then the peer is told that nothing follows. It may be gone.
+        if !sending.out.is_empty() {
+            let _ = sending.out.hand_over(&self.socket, |_| ());
+        }
+        sending.out.clear();
         let cause = match (cause, sending.failed) {
             (WorkError::Disconnected, Some(failed)) => failed,
             (cause, _) => cause,
         };
         let mut first = refused;
-        for posted in std::mem::take(&mut sending.inflight) {
+        for (_, posted) in std::mem::take(&mut self.flying().requests) {
             let error = first.take().unwrap_or(WorkError::Flushed);
             match posted.signal {
                 Some(id) => events.push(Event::Work { link: self.clone(), id, result: Err(error) }),
@@ -477,9 +444,6 @@ impl Link {
             }
         }
         events.push(Event::End { connection: self.id, cause });
-        // What was copied may go; then the peer is told that nothing follows. It may be gone.
-        let rest = sending.sent;
-        let _ = (&self.socket).write(&sending.staged[rest..]);
         let _ = self.socket.shutdown(Shutdown::Write);
     }
 }
@@ -493,18 +457,3 @@ pub(super) fn cause(error: &std::io::Error) -> WorkError {
         _ => WorkError::Disconnected,
     }
 }
-
-/// Where the payload of a request goes.
-pub(super) struct Payload<'a>(&'a mut Sending);
-
-impl Payload<'_> {
-    pub(super) fn bytes(&mut self, bytes: &[u8]) {
-        self.0.put(bytes);
-    }
-
-    pub(super) fn place(&mut self, memory: &Memory, offset: usize, length: usize) {
-        self.0.put_place(memory, offset, length);
-    }
-}
-
-const _: () = assert!(FRAME < STAGE);

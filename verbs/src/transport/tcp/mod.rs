@@ -11,7 +11,8 @@
 //! | file | what it is |
 //! |---|---|
 //! | `wire` | openings and frames |
-//! | `link` | a connection as its two threads share it: what is on its way out, what is in flight |
+//! | `link` | a connection as its two threads share it: what is in flight, who hands what to the socket |
+//! | `outgoing` | what is on its way out, and from where the kernel takes it |
 //! | `inbound` | what comes in: requests are executed, answers complete |
 //! | `engine` | the thread of an endpoint that serves its sockets |
 //! | `shared` | what an endpoint's handles and its engine share |
@@ -51,6 +52,7 @@ mod endpoint;
 mod engine;
 mod inbound;
 mod link;
+mod outgoing;
 mod region;
 mod shared;
 #[cfg(test)]
