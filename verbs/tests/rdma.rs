@@ -10,6 +10,7 @@ use std::{
     marker::PhantomData,
     net::{IpAddr, SocketAddr, TcpStream},
     process::Command,
+    sync::OnceLock,
 };
 
 use fervor_verbs::{
@@ -114,7 +115,9 @@ fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
     /// Bytes of an opening.
     const MESSAGE: usize = 168;
     let Address::Rdma { host, port, .. } = address else { panic!("{address} is not of this provider") };
-    let client = Rdma::on_device("rxe0").expect("rxe0");
+    // One for all strangers of this process.
+    static STRANGERS: OnceLock<Rdma> = OnceLock::new();
+    let client = STRANGERS.get_or_init(|| Rdma::on_device("rxe0").expect("rxe0"));
     let endpoint = client.endpoint(&EndpointConfig::default()).expect("endpoint");
     let own: IpAddr = CLIENT.parse().expect("an address");
     let joining = client.join(&endpoint.attach(), own).expect("join");

@@ -56,8 +56,8 @@ pub(super) fn stalled_strangers<R: Rig>(rig: &R) {
     let mut strangers: Vec<Box<dyn Send>> = Vec::new();
     let mut connections = Vec::new();
     for turn in 0..OTHERS {
-        let more = if turn == 0 { STRANGERS } else { steps };
-        strangers.extend((0..more).filter_map(|step| rig.stalled(&address, step % steps.max(1))));
+        let more = if turn == 0 { 0..STRANGERS } else { turn..turn + 1 };
+        strangers.extend(more.filter_map(|step| rig.stalled(&address, step % steps.max(1))));
         let name = [turn as u8; NAME];
         let attach = client.endpoint.attach();
         let (mut connection, reply) =

@@ -93,14 +93,9 @@ impl<R: Rig, P: Planned> Rig for FaultyRig<R, P> {
     }
 
     fn effort(&self) -> Effort {
-        // What travels is the same as without: that is where thousands are looked for.
+        // What travels is the same as without a plan: that is where thousands are looked for.
         let effort = self.inner.effort();
-        let usual = Effort::default();
-        Effort {
-            connects: effort.connects.min(usual.connects),
-            deaths: effort.deaths.min(usual.deaths),
-            ..effort
-        }
+        Effort { connects: effort.connects.min(100), deaths: effort.deaths.min(32), ..effort }
     }
 
     /// A bare one: what travels is the same.

@@ -49,6 +49,8 @@ mod connect;
 mod connection;
 mod endpoint;
 mod engine;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzed;
 mod inbound;
 mod link;
 mod region;
