@@ -19,6 +19,8 @@ mod capabilities;
 pub mod devices;
 pub mod error;
 pub mod fabric;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod memory;
 pub mod session;
 pub mod transport;

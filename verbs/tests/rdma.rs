@@ -4,85 +4,168 @@
 //!
 //! Run by `ci/soft-roce-suite`. A plain `cargo test` leaves it out; where it runs and there is no device, it fails.
 
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::{
+    fs,
+    io::Write,
+    marker::PhantomData,
+    net::{IpAddr, SocketAddr, TcpStream},
+    process::Command,
+    sync::OnceLock,
+};
 
 use fervor_verbs::{
     Address,
     transport::{
-        Transport,
+        Endpoint, EndpointConfig, Transport,
         any::Host,
-        conformance::{Effort, Rig, Role, Side, VictimProcess},
+        conformance::{Effort, Holdings, ProcessRig, Side, Subject},
         faulty::suite::{FaultyRig, Late, Nothing},
         rdma::Rdma,
     },
 };
 
+/// The client's address, and the server's.
+const CLIENT: &str = "10.7.0.1";
+const SERVER: &str = "10.7.0.2";
+
 /// The provider, or what holds it.
-trait Subject: Transport {
+trait Over: Transport {
     fn of(rdma: Rdma) -> Self;
 }
 
-impl Subject for Rdma {
+impl Over for Rdma {
     fn of(rdma: Rdma) -> Self {
         rdma
     }
 }
 
-impl Subject for Host {
+impl Over for Host {
     fn of(rdma: Rdma) -> Self {
         Host::from(rdma)
     }
 }
 
-struct RdmaRig<T> {
-    client: T,
-    server: T,
-    port: u16,
-}
+type RdmaRig<T> = ProcessRig<Hosts<T>>;
 
-impl<T: Subject> Rig for RdmaRig<T> {
+/// Two of them, one on each device.
+struct Hosts<T>(PhantomData<T>);
+
+impl<T: Over> Subject for Hosts<T> {
     type Transport = T;
-    type Victim = VictimProcess;
+    const MODULE: &'static str = module_path!();
+    const VIEWS: bool = false;
+    const LOOPBACK: bool = false;
 
-    fn new(_: &'static str, _: u64) -> Self {
-        static PORT: AtomicU16 = AtomicU16::new(20_000);
-        let on = |device| T::of(Rdma::on_device(device).unwrap_or_else(|error| panic!("{device}: {error}")));
-        Self { client: on("rxe0"), server: on("rxe1"), port: PORT.fetch_add(8, Ordering::Relaxed) }
+    fn host(side: Side) -> T {
+        let device = if side == Side::Client { "rxe0" } else { "rxe1" };
+        T::of(Rdma::on_device(device).unwrap_or_else(|error| panic!("{device}: {error}")))
     }
 
-    fn host(&self, side: Side) -> T {
-        match side {
-            Side::Client => self.client.clone(),
-            Side::Server => self.server.clone(),
-        }
+    fn address(rig: u32, number: u32) -> Address {
+        let port = u16::try_from(20_000 + rig % 1000 * 8 + number).expect("few addresses");
+        Address::Rdma { host: SERVER.to_owned(), port, from: None }
     }
 
-    fn address(&self, number: u32) -> Address {
-        let port = self.port + u16::try_from(number).expect("few addresses");
-        Address::Rdma { host: "10.7.0.2".to_owned(), port, from: None }
-    }
-
-    fn dial(&self, listening: &Address) -> Address {
+    fn dial(listening: &Address) -> Address {
         let Address::Rdma { host, port, .. } = listening else {
             panic!("{listening} is not of this provider")
         };
-        Address::Rdma { host: host.clone(), port: *port, from: Some("10.7.0.1".to_owned()) }
+        Address::Rdma { host: host.clone(), port: *port, from: Some(CLIENT.to_owned()) }
     }
 
-    fn views(&self) -> bool {
-        false
+    fn effort() -> Effort {
+        let deaths = std::env::var("FERVOR_TEST_DEATHS").map_or(200, |text| text.parse().expect("a number"));
+        Effort { rounds: 100, connects: 300, deaths, message: 1 << 20, ..Effort::default() }
     }
 
-    fn effort(&self) -> Effort {
-        Effort { rounds: 100, in_flight: 10_000 }
+    fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
+        stalled(address, step)
     }
 
-    fn start(&self, role: Role, address: &Address) -> VictimProcess {
-        VictimProcess::start("victim", role, address)
+    fn cut() -> Option<Box<dyn Send>> {
+        Some(Box::new(Network::new("loss 100%")))
     }
 
-    fn kill(&self, victim: VictimProcess) {
-        victim.kill();
+    /// To register memory is to pin all of it, and both hosts have some here.
+    fn no_far_memory() -> Option<String> {
+        let text = fs::read_to_string("/proc/meminfo").expect("read /proc/meminfo");
+        let line = text.lines().find(|line| line.starts_with("MemAvailable:")).expect("MemAvailable");
+        let kib: u64 = line.split_whitespace().nth(1).expect("a number").parse().expect("a number");
+        (kib < 9 << 20).then(|| format!("two of them would be pinned, and there are {} MiB", kib >> 10))
+    }
+
+    fn holdings() -> Holdings {
+        let mut holdings = Holdings::of_this_process();
+        let output = Command::new("rdma").args(["resource", "show"]).output().expect("run rdma");
+        assert!(output.status.success(), "rdma resource show: {}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).expect("text");
+        let words: Vec<&str> = text.split_whitespace().collect();
+        for name in ["qp", "cq", "mr", "pd"] {
+            let numbers = words.windows(2).filter(|pair| pair[0] == name);
+            let numbers: Vec<u64> = numbers.map(|pair| pair[1].parse().expect("a number")).collect();
+            assert_eq!(numbers.len(), 2, "of each of two devices: {text}");
+            holdings.counts.push((name, numbers.iter().sum()));
+        }
+        holdings
+    }
+}
+
+/// See [`Subject::stalled`].
+fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
+    /// Bytes of an opening.
+    const MESSAGE: usize = 168;
+    let Address::Rdma { host, port, .. } = address else { panic!("{address} is not of this provider") };
+    // One for all strangers of this process.
+    static STRANGERS: OnceLock<Rdma> = OnceLock::new();
+    let client = STRANGERS.get_or_init(|| Rdma::on_device("rxe0").expect("rxe0"));
+    let endpoint = client.endpoint(&EndpointConfig::default()).expect("endpoint");
+    let own: IpAddr = CLIENT.parse().expect("an address");
+    let joining = client.join(&endpoint.attach(), own).expect("join");
+    let mut request = vec![0; MESSAGE];
+    request[..8].copy_from_slice(b"FVR\x02\x01\0\x08\0");
+    request[8..40].copy_from_slice(&joining.offer());
+    request[40..48].copy_from_slice(b"stranger");
+    // In the magic number, in the offer, before the last byte; and after it: then it is accepted, and never says that it is ready.
+    let said = *[0, 3, 20, MESSAGE - 1, MESSAGE].get(step)?;
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None);
+    let socket = socket.expect("socket");
+    rustix::net::bind(&socket, &SocketAddr::new(own, 0)).expect("bind");
+    let server: IpAddr = host.parse().expect("an address");
+    rustix::net::connect(&socket, &SocketAddr::new(server, *port)).expect("connect");
+    let mut socket = TcpStream::from(socket);
+    // It may have been shown the door by now.
+    let _ = socket.write_all(&request[..said]);
+    Some(Box::new((socket, joining, endpoint)))
+}
+
+/// A rule of netem for both ends of the wire, for as long as this lives.
+struct Network;
+
+impl Network {
+    fn new(rule: &str) -> Self {
+        // From here on it is taken away again, even if only one end has it.
+        let network = Self;
+        for end in ["v0", "v1"] {
+            let rule = rule.split(' ');
+            let status = Command::new("tc")
+                .args(["qdisc", "replace", "dev", end, "root", "netem"])
+                .args(rule)
+                .status()
+                .expect("run tc");
+            assert!(status.success(), "tc: {status}");
+        }
+        network
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for end in ["v0", "v1"] {
+            let status = Command::new("tc").args(["qdisc", "del", "dev", end, "root"]).status();
+            if !status.as_ref().is_ok_and(|status| status.success()) {
+                eprintln!("{end} stays as it was made: {status:?}");
+            }
+        }
     }
 }
 

@@ -28,6 +28,8 @@
 
 use std::fmt;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzed;
 pub mod key;
 pub(crate) mod noise;
 pub(crate) mod wire;

@@ -1,73 +1,77 @@
 //! The conformance suite over sessions: by the best way, which is shared memory here, and by TCP.
 
 use std::{
-    marker::PhantomData,
-    sync::atomic::{AtomicU32, Ordering},
+    io::{Read, Write},
+    net::{Ipv4Addr, TcpStream},
 };
 
 use super::Host;
 use crate::{
     address::Address,
-    session::{Key, KeyRing, Way},
-    transport::conformance::{Rig, Role, Side, VictimProcess},
+    session::{
+        Key, KeyRing, Way,
+        noise::{Initiator, Piece, piece},
+        wire::Message,
+    },
+    transport::conformance::{ProcessRig, Side, Subject, loopback},
 };
 
-/// A way to go, and the `victim` test of its instance of the suite.
-trait Subject: Send + Sync + 'static {
-    const VICTIM: &'static str;
-    const VIA: Option<Way>;
-}
-
-/// Two hosts with a key, and an address of this machine that no other rig has.
-struct LocalRig<S> {
-    number: u32,
-    client: Host,
-    server: Host,
-    subject: PhantomData<S>,
+/// The same for a victim in a process of its own.
+fn key() -> Key {
+    format!("suite {}", "5a".repeat(32)).parse().unwrap()
 }
 
 fn host(via: Option<Way>) -> Host {
     let address = Address::Session { host: "127.0.0.1".to_owned(), port: 0, via };
-    // The same for a victim in a process of its own.
-    let key: Key = format!("suite {}", "5a".repeat(32)).parse().unwrap();
-    Host::with_keys(&[address], [key].into_iter().collect::<KeyRing>()).unwrap()
+    Host::with_keys(&[address], [key()].into_iter().collect::<KeyRing>()).unwrap()
 }
 
-impl<S: Subject> Rig for LocalRig<S> {
-    type Transport = Host;
-    type Victim = VictimProcess;
+fn address(rig: u32, number: u32, via: Option<Way>) -> Address {
+    // The port is below those that the system picks from.
+    Address::Session { host: loopback(rig), port: 17_471 + number as u16, via }
+}
 
-    fn new(_: &'static str, _: u64) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self { number, client: host(S::VIA), server: host(S::VIA), subject: PhantomData }
+/// The next frame of a session, if there is one.
+fn frame(socket: &mut TcpStream) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; 2];
+    socket.read_exact(&mut bytes).ok()?;
+    let length = usize::from(u16::from_le_bytes([bytes[0], bytes[1]]));
+    bytes.resize(2 + length, 0);
+    socket.read_exact(&mut bytes[2..]).ok()?;
+    matches!(piece(&bytes), Piece::Frame(found) if found == length).then(|| bytes.split_off(2))
+}
+
+/// See [`Subject::stalled`].
+fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
+    /// Steps within the opening, and then those of a session that is made.
+    const WITHIN: [usize; 4] = [0, 9, 60, 167];
+    const MADE: usize = 4;
+    let Address::Session { host, port, .. } = address else { panic!("{address} is of no session") };
+    if step >= WITHIN.len() + MADE {
+        return None;
     }
-
-    fn host(&self, side: Side) -> Host {
-        match side {
-            Side::Client => self.client.clone(),
-            Side::Server => self.server.clone(),
+    let at = (host.parse::<Ipv4Addr>().expect("an address of this machine"), *port);
+    let mut socket = TcpStream::connect(at).expect("connect");
+    let (initiator, opening) = Initiator::start(Some(&key()));
+    if let Some(&said) = WITHIN.get(step) {
+        let _ = socket.write_all(&opening[..said]);
+        return Some(Box::new(socket));
+    }
+    // All of the opening; a cipher, and nothing said in it; a hello; a lane that nobody takes.
+    socket.write_all(&opening).expect("say the opening");
+    let steps = step - WITHIN.len();
+    if steps > 0 {
+        let Ok(mut cipher) = initiator.finish(&frame(&mut socket).expect("an answer")) else {
+            panic!("its answer is no Noise")
+        };
+        let lane =
+            Message::Lane { number: 1, way: Way::Tcp, regions: Vec::new(), data: b"stranger".to_vec() };
+        for message in [Message::Hello { boot: [1; 16] }, lane].iter().take(steps - 1) {
+            socket.write_all(&cipher.seal(&message.encode())).expect("say it");
+            frame(&mut socket).expect("an answer");
         }
     }
-
-    fn address(&self, number: u32) -> Address {
-        // All of 127.0.0.0/8 is this machine. The port is below those that the system picks from.
-        let process = std::process::id();
-        let host = format!("127.{}.{}.{}", 1 + process % 250, process / 250 % 250, 1 + self.number % 250);
-        Address::Session { host, port: 17_471 + number as u16, via: S::VIA }
-    }
-
-    fn views(&self) -> bool {
-        S::VIA != Some(Way::Tcp)
-    }
-
-    fn start(&self, role: Role, address: &Address) -> VictimProcess {
-        VictimProcess::start(S::VICTIM, role, address)
-    }
-
-    fn kill(&self, victim: VictimProcess) {
-        victim.kill();
-    }
+    Some(Box::new(socket))
 }
 
 mod best {
@@ -75,11 +79,26 @@ mod best {
 
     struct Best;
     impl Subject for Best {
-        const VICTIM: &'static str = "transport::any::suite::best::victim";
-        const VIA: Option<Way> = None;
+        type Transport = Host;
+        const MODULE: &'static str = module_path!();
+        const VIEWS: bool = true;
+        // By shared memory, which has no network that could be gone.
+        const LOOPBACK: bool = false;
+
+        fn host(_: Side) -> Host {
+            super::host(None)
+        }
+
+        fn address(rig: u32, number: u32) -> Address {
+            super::address(rig, number, None)
+        }
+
+        fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
+            super::stalled(address, step)
+        }
     }
 
-    crate::conformance!(LocalRig<Best>);
+    crate::conformance!(ProcessRig<Best>);
 }
 
 mod via_tcp {
@@ -87,9 +106,23 @@ mod via_tcp {
 
     struct ViaTcp;
     impl Subject for ViaTcp {
-        const VICTIM: &'static str = "transport::any::suite::via_tcp::victim";
-        const VIA: Option<Way> = Some(Way::Tcp);
+        type Transport = Host;
+        const MODULE: &'static str = module_path!();
+        const VIEWS: bool = false;
+        const LOOPBACK: bool = true;
+
+        fn host(_: Side) -> Host {
+            super::host(Some(Way::Tcp))
+        }
+
+        fn address(rig: u32, number: u32) -> Address {
+            super::address(rig, number, Some(Way::Tcp))
+        }
+
+        fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
+            super::stalled(address, step)
+        }
     }
 
-    crate::conformance!(LocalRig<ViaTcp>);
+    crate::conformance!(ProcessRig<ViaTcp>);
 }

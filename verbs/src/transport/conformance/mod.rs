@@ -18,26 +18,57 @@
 //! a limit by [`Runtime::now`](crate::transport::Runtime::now), so a case that cannot end fails and says what it waited for.
 //!
 //! **Process death** is the one thing that a thread cannot do to itself: [`Rig::start`] starts a *victim*
-//! ([`victim()`]) in a process (or a simulated node) of its own, [`Rig::kill`] ends it abruptly.
-//! [`VictimProcess`] does that for providers of real processes: it runs the test program again.
+//! ([`victim()`]) in a process (or a simulated node) of its own, [`Rig::kill`] ends it abruptly, [`Rig::stop`]
+//! stops it for a while. [`VictimProcess`] does that for providers of real processes: it runs the test program again.
+//! A case that counts what the whole process has, or that cuts its network, runs in a process of its own, too ([`Apart`]).
+//! [`ProcessRig`] is the rig of all providers of real processes.
+//!
+//! # What proves what
+//!
+//! | of the [contract](crate::transport) | cases |
+//! |---|---|
+//! | memory rule 1: words are whole | `order_words_…`: read and written, from and into odd places, in lists that cut them |
+//! | rules 2 and 3: what a completion proves | `order_writes_are_visible_…`, `order_a_completed_read_…`, `order_the_last_write_wins` |
+//! | rule 4: READs in flight together | gives no promise; `sim::tests::weakness` shows that the simulation keeps none |
+//! | rule 5: what did not complete | `faults_outstanding_…`, `faults_dead_…`, `faults_a_network_…` |
+//! | rule 6: who learns of a post sees what was written before | `order_a_third_party_…`; by a view `views_show_what_a_message_announced` |
+//! | rule 7: views | `views_…` |
+//! | work requests: order, queues, signals | `queues_…`, `order_messages_…` |
+//! | buffers, receiving | `payloads_…`, `queues_receive_…`, `queues_late_…`, `queues_immediates_…`, `queues_a_sender_seconds_ahead_…`, `holdings_killed_senders_…` |
+//! | remote access | `rights_…`, `payloads_beyond_4_gib`, `views_bounds_and_rights` |
+//! | errors and ends | `faults_…`: disconnects, drops, deaths, processes that are stopped, a network that is gone for a second |
+//! | threads and time | `threads_…`; that a case ends at all |
+//! | connecting | `handshake_…`: data, refusals, addresses, peers who stop half-way |
+//! | nothing is kept of what is over | `holdings_…`: memory, descriptors, queue pairs, receive buffers |
+//!
+//! **Not here** is what peers can do who do not keep to a provider's protocol: that is tested beside its wire format. Hostile
+//! rings, bells, descriptors, files: `shm/tests`. Frames and openings: `tcp/tests.rs`. Offers: `tests/rdma_connect.rs`.
+//! Sessions, tokens, keys: `any/tests.rs`. Any bytes at all: `src/fuzz.rs`.
 
 use std::sync::Arc;
 
 use crate::{address::Address, transport::Transport};
 
+mod absent;
+mod apart;
 mod faults;
 mod handshake;
+mod holdings;
 mod order;
 pub(crate) mod pair;
 mod payloads;
 mod posts;
+mod process_rig;
 mod queues;
+mod race;
 mod rights;
 mod threads;
 mod victim;
 mod views;
 
+pub use apart::{Apart, Holdings};
 pub use posts::Posts;
+pub use process_rig::{ProcessRig, Subject, loopback};
 pub use victim::{Role, VictimProcess, victim, victim_main};
 
 /// One of the two hosts of a case.
@@ -66,11 +97,17 @@ pub struct Effort {
     pub rounds: u32,
     /// Operations in flight together over all connections.
     pub in_flight: usize,
+    /// Connections made and ended, one after the other, of which nothing must be left.
+    pub connects: u32,
+    /// Senders that are killed.
+    pub deaths: usize,
+    /// Bytes of the messages in the midst of which they are.
+    pub message: usize,
 }
 
 impl Default for Effort {
     fn default() -> Self {
-        Self { rounds: 300, in_flight: 10_000 }
+        Self { rounds: 300, in_flight: 10_000, connects: 400, deaths: 64, message: 256 << 10 }
     }
 }
 
@@ -120,6 +157,34 @@ pub trait Rig: Sized + Send + Sync + 'static {
 
     /// Kills the victim as abruptly as the provider knows (SIGKILL), and returns when it is dead.
     fn kill(&self, victim: Self::Victim);
+
+    /// Stops the victim (SIGSTOP), and returns when it runs no more. `false`: this provider's cannot be stopped.
+    fn stop(&self, victim: &Self::Victim) -> bool;
+
+    /// Lets a victim that was stopped go on.
+    fn resume(&self, victim: &Self::Victim);
+
+    /// Somebody who has gone `step` steps into a handshake with the listener at `address` (as the client's host names it) and then
+    /// says nothing more, until what is returned is dropped. `None`: a handshake has no more steps. One of a simulation has none:
+    /// it is a single event.
+    fn stalled(&self, address: &Address, step: usize) -> Option<Box<dyn Send>>;
+
+    /// Cuts the network between the hosts, until what is returned is dropped: whatever is sent meanwhile is lost. `None`: there is no
+    /// network, or no way to cut it.
+    fn cut(&self) -> Option<Box<dyn Send>>;
+
+    /// Why no region of more than 4 GiB can be made here; `None` if one can.
+    fn no_far_memory(&self) -> Option<String> {
+        None
+    }
+
+    /// What the two hosts hold now.
+    fn holdings(&self) -> Holdings;
+
+    /// Where the case of this name has to run.
+    fn apart(_case: &str) -> Apart {
+        Apart::Not
+    }
 }
 
 /// A case of the suite.
@@ -137,11 +202,14 @@ impl<R: Rig> Case<R> {
     }
 }
 
-/// Runs the case `name` with rigs of type `R`.
+/// Runs the case `name`, the test of that name in `module`, with rigs of type `R`.
 ///
 /// # Panics
 /// When the provider does not keep the contract, or there is no such case.
-pub fn run<R: Rig>(name: &str) {
+pub fn run<R: Rig>(module: &str, name: &str) {
+    if R::apart(name).runs_elsewhere(module, name) {
+        return;
+    }
     let case = cases::<R>().into_iter().find(|case| case.name == name);
     let case = case.unwrap_or_else(|| panic!("the suite has no case `{name}`"));
     for repeat in 0..R::repeats() {
@@ -173,7 +241,8 @@ macro_rules! conformance {
             payloads_read_scattered = payloads::scattered;
             payloads_read_from_an_export = payloads::export;
             payloads_of_dropped_regions_arrive = payloads::dropped_region;
-        payloads_from_server_to_client = payloads::from_server_to_client;
+            payloads_beyond_4_gib = payloads::beyond_4_gib;
+            payloads_from_server_to_client = payloads::from_server_to_client;
             order_writes_are_visible_when_an_immediate_is_polled = order::immediates_close_writes;
             order_writes_are_visible_when_a_message_is_polled = order::messages_close_writes;
             order_a_completed_read_proves_earlier_writes = order::reads_prove_writes;
@@ -182,6 +251,8 @@ macro_rules! conformance {
             order_words_are_read_whole = order::words_are_read_whole;
             order_words_are_written_whole = order::words_are_written_whole;
             order_words_of_odd_payloads_are_whole = order::words_of_odd_payloads_are_whole;
+            order_words_in_two_pieces_are_whole = order::words_in_two_pieces_are_whole;
+            order_a_third_party_reads_what_it_learned_of = order::third_party;
             rights_reads_outside_are_refused = rights::reads_outside;
             rights_writes_outside_are_refused = rights::writes_outside;
             rights_reads_of_local_memory_are_refused = rights::reads_without_the_right;
@@ -204,6 +275,7 @@ macro_rules! conformance {
             queues_immediates_give_their_credit_back = queues::immediate_credits;
             queues_reads_beyond_the_read_depth_wait = queues::read_depth;
             queues_one_sided_operations_need_no_poller = queues::no_poller;
+            queues_a_sender_seconds_ahead_loses_nothing = absent::sender_ahead;
             handshake_private_data_of_every_length = handshake::private_data;
             handshake_refusals_of_every_length = handshake::refusals;
             handshake_dropped_request_is_refused = handshake::dropped_request;
@@ -215,17 +287,21 @@ macro_rules! conformance {
             handshake_full_endpoint_refuses = handshake::full_endpoint;
             handshake_server_posts_at_once = handshake::server_posts_at_once;
             handshake_connections_outlive_their_listener = handshake::dropped_listener;
-        handshake_many_clients_at_once = handshake::many_clients;
+            handshake_stalled_strangers_hold_up_nobody = race::stalled_strangers;
+            handshake_many_clients_at_once = handshake::many_clients;
             faults_disconnect_is_seen_by_both = faults::disconnect;
             faults_dropped_connection_disconnects = faults::dropped_connection;
             faults_dropped_endpoint_disconnects = faults::dropped_endpoint;
             faults_completed_messages_come_before_the_end = faults::messages_before_the_end;
             faults_outstanding_operations_complete = faults::outstanding;
+            faults_a_disconnect_races_with_the_first_message = race::first_message;
             faults_other_connections_go_on = faults::other_connections;
             faults_dead_client_idle = faults::dead_client_idle;
             faults_dead_client_with_operations_outstanding = faults::dead_client_busy;
             faults_dead_server_idle = faults::dead_server_idle;
             faults_dead_server_with_operations_outstanding = faults::dead_server_busy;
+            faults_a_stopped_process_is_no_dead_one = absent::stopped_process;
+            faults_a_network_that_is_gone_for_a_second = absent::flap;
             threads_wait_ends_when_something_arrives = threads::wait_ends_on_arrival;
             threads_wait_times_out = threads::wait_times_out;
             threads_wake_ends_a_wait = threads::wake;
@@ -233,6 +309,9 @@ macro_rules! conformance {
             threads_signal_wait_times_out = threads::signal_times_out;
             threads_join_tells_of_a_panic = threads::join;
             threads_time_never_goes_back = threads::time;
+            threads_many_post_while_one_polls = threads::many_post;
+            holdings_many_connections_leave_nothing = holdings::connects;
+            holdings_killed_senders_cost_no_buffer = holdings::killed_senders;
     } };
     (@list () $($name:ident = $body:path;)*) => {
         vec![$(Case { name: stringify!($name), body: $body }),*]
@@ -241,7 +320,7 @@ macro_rules! conformance {
         $(
             #[test]
             fn $name() {
-                $crate::transport::conformance::run::<$rig>(stringify!($name));
+                $crate::transport::conformance::run::<$rig>(module_path!(), stringify!($name));
             }
         )*
 

@@ -7,11 +7,11 @@ use std::sync::{
 
 use super::{
     Posts, Rig, Side,
-    pair::{Background, End, PATIENCE, Pair, RegionOf, bytes, pattern, piece},
+    pair::{Background, End, Host, PATIENCE, Pair, RegionOf, bytes, pattern, piece},
 };
 use crate::transport::{
     Access, Completion, Connection, Endpoint, EndpointConfig, Payload, PostError, Region, RemoteAddress,
-    Runtime, Signal,
+    Runtime, Sge, Signal,
 };
 
 /// Rounds in flight at once: each has a part of the target region of its own.
@@ -377,4 +377,155 @@ fn odd_payloads_read<R: Rig>(rig: &R) {
     }
     stop.store(true, Ordering::Release);
     racer.join();
+}
+
+/// Lengths of the pieces of a list. All but the last end inside a word.
+const PIECES: [usize; 4] = [3, 14, 1, 22];
+const LISTED: usize = 5;
+const _: () = assert!(PIECES[0] + PIECES[1] + PIECES[2] + PIECES[3] == LISTED * 8);
+
+/// The pieces, each at a place of its own in private memory.
+fn in_pieces<R>(region: &R) -> [Sge<'_, R>; PIECES.len()] {
+    let places = [1, 64, 150, 201];
+    std::array::from_fn(|i| piece(region, places[i], PIECES[i]))
+}
+
+/// Words are whole in the peer's memory that begin in one piece of a list and end in the next.
+pub(super) fn words_in_two_pieces_are_whole<R: Rig>(rig: &R) {
+    lists_written(rig);
+    lists_read(rig);
+}
+
+fn lists_written<R: Rig>(rig: &R) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, (LISTED + 2) * 8, Access::RemoteWrite);
+    let own = pair.region(Side::Client, 256, Access::Local);
+    pair.connect();
+    let (stop, watcher) = racer(&pair, {
+        let theirs = theirs.clone();
+        move |_| {
+            for i in 0..64 * LISTED {
+                let word = theirs.memory().load(8 + i % LISTED * 8).to_ne_bytes();
+                assert!(word.iter().all(|&byte| byte == word[0]), "the word {word:?} is torn by a WRITE");
+            }
+        }
+    });
+    for round in 0..u64::from(rig.effort().rounds) {
+        own.memory().write(0, &[(round % 251) as u8; 256]);
+        let end = pair.end(Side::Client);
+        for signal in [None, None, None, Some(round)] {
+            let payload = Payload::Gather(&in_pieces(&own));
+            end.write(payload, theirs.remote().at(8), None, signal).expect("post");
+        }
+        end.ring().expect("ring");
+        pair.work(Side::Client, round);
+    }
+    stop.store(true, Ordering::Release);
+    watcher.join();
+}
+
+fn lists_read<R: Rig>(rig: &R) {
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, (LISTED + 2) * 8, Access::RemoteRead);
+    let own = pair.region(Side::Client, 256, Access::Local);
+    pair.connect();
+    let rounds = u64::from(rig.effort().rounds);
+    let (stop, writer) = racer(&pair, {
+        let theirs = theirs.clone();
+        move |turn| {
+            for i in 0..64 * LISTED {
+                let byte = (turn + (i / LISTED) as u64) % 251;
+                theirs.memory().store(8 + i % LISTED * 8, u64::from_ne_bytes([byte as u8; 8]));
+            }
+        }
+    });
+    let (mut changed, mut last, mut round) = (0, [0; 8], 0);
+    let begun = pair.client.transport.now();
+    while round < rounds || changed < 2 {
+        assert!(pair.client.transport.now() < begun + PATIENCE, "the READs never race with the writer");
+        let end = pair.end(Side::Client);
+        end.read(&in_pieces(&own), theirs.remote().at(8), Some(round)).expect("post");
+        end.ring().expect("ring");
+        pair.work(Side::Client, round);
+        let all: Vec<u8> =
+            in_pieces(&own).iter().flat_map(|sge| bytes(&own, sge.offset, sge.length)).collect();
+        for word in all.chunks_exact(8) {
+            assert!(word.iter().all(|&byte| byte == word[0]), "the word {word:?} is torn by a READ");
+        }
+        changed += u64::from(all[..8] != last);
+        last.copy_from_slice(&all[..8]);
+        round += 1;
+    }
+    stop.store(true, Ordering::Release);
+    writer.join();
+}
+
+/// Rule 6 of three parties: an owner writes its memory and tells somebody; who is told sends a third party, which has an endpoint and a
+/// connection of its own, to READ it.
+pub(super) fn third_party<R: Rig>(rig: &R) {
+    const LEN: usize = 2000;
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let mut third = Host::new(rig.host(Side::Client), &EndpointConfig::default());
+    let theirs = pair.region(Side::Server, LEN, Access::RemoteRead);
+    let told = pair.region(Side::Client, 64, Access::RemoteWrite);
+    let own = pair.region(Side::Client, LEN, Access::Local);
+    told.memory().store(0, 0);
+    pair.connect();
+    std::mem::swap(&mut pair.client, &mut third);
+    pair.connect();
+    std::mem::swap(&mut pair.client, &mut third);
+    let (rounds, transport) = (u64::from(rig.effort().rounds.min(500)), pair.client.transport.clone());
+    let (learned, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let reader = Background::start(&transport.clone(), {
+        let (learned, done, remote) = (Arc::clone(&learned), Arc::clone(&done), theirs.remote());
+        let mut end = pair.to_server.pop().expect("the third party's connection");
+        move || {
+            let (begun, mut turn) = (transport.now(), 0);
+            for round in 1..=rounds {
+                let mut wait = || {
+                    assert!(transport.now() < begun + 3 * PATIENCE, "the third party waits in round {round}");
+                    transport.relax(turn);
+                    turn += 1;
+                };
+                while learned.load(Ordering::Acquire) < round {
+                    wait();
+                }
+                end.read(&[piece(&own, 0, LEN)], remote.at(0), Some(round)).expect("post");
+                end.ring().expect("ring");
+                while third.poll() == 0 {
+                    wait();
+                }
+                let completion = third.take();
+                assert!(
+                    matches!(completion, Some(Completion::Work { id, result: Ok(()), .. }) if id == round),
+                    "{completion:?}"
+                );
+                assert!(
+                    bytes(&own, 0, LEN) == pattern(round, LEN),
+                    "round {round}: the READ saw something older"
+                );
+                done.store(round, Ordering::Release);
+            }
+        }
+    });
+    for round in 1..=rounds {
+        theirs.memory().write(0, &pattern(round, LEN));
+        let end = pair.end(Side::Server);
+        let word = Payload::Inline(&round.to_le_bytes());
+        match round % 3 {
+            0 => end.send(word, None, None),
+            1 => end.write(word, told.remote().at(8), Some(round as u32), None),
+            _ => end.write(word, told.remote().at(0), None, None),
+        }
+        .expect("post");
+        end.ring().expect("ring");
+        match round % 3 {
+            0 => assert_eq!(pair.message(Side::Client).1, round.to_le_bytes()),
+            1 => assert_eq!(pair.immediate(Side::Client), round as u32),
+            _ => pair.until("the word that was written", |_| (told.memory().load(0) == round).then_some(())),
+        }
+        learned.store(round, Ordering::Release);
+        pair.until("the third party", |_| (done.load(Ordering::Acquire) == round).then_some(()));
+    }
+    reader.join();
 }

@@ -5,9 +5,10 @@ use super::{
     pair::{Pair, bytes, pattern, piece},
 };
 use crate::{
-    memory::Exclusive,
+    memory::{Exclusive, Memory},
     transport::{
         Access, Connection, EndpointConfig, Export, MAX_INLINE, MAX_SGE, Payload, Region, Sge, Transport,
+        View, WorkError,
     },
 };
 
@@ -248,4 +249,54 @@ pub(super) fn dropped_region<R: Rig>(rig: &R) {
         pair.work(Side::Client, 1);
         assert!(bytes(&own, 0, 8192) == data, "round {round}: what was sent is not what was in the region");
     }
+}
+
+/// Regions of more than 4 GiB, of which few pages are used: no offset, on neither side, is cut to 32 bits.
+pub(super) fn beyond_4_gib<R: Rig>(rig: &R) {
+    const LINE: usize = 4 << 30;
+    const LEN: usize = LINE + (1 << 20);
+    const SIZE: usize = 4096;
+    if let Some(why) = rig.no_far_memory() {
+        return eprintln!("NOT SHOWN: no region of more than 4 GiB: {why}");
+    }
+    let mut pair = Pair::alike(rig, &EndpointConfig::default());
+    let region = |host: &R::Transport, access| {
+        host.register(&Memory::sparse("far", LEN).expect("memory"), access).expect("register")
+    };
+    let own = region(&pair.client.transport, Access::Local);
+    let theirs = region(&pair.server.transport, Access::RemoteWrite);
+    assert_eq!(theirs.remote().length, LEN as u64);
+    pair.connect();
+    // Above the line, across it, and up to the last byte; from places that are as far.
+    for (id, at) in [LINE + 24, LINE - 1000, LEN - SIZE].into_iter().enumerate() {
+        let (data, from, into) = (pattern(id as u64, SIZE), LEN - 3 * SIZE - 5, LINE + 40_003 + at % 977);
+        own.memory().write(from, &data);
+        let end = pair.end(Side::Client);
+        let remote = theirs.remote().at(at as u64);
+        end.write(Payload::Gather(&[piece(&own, from, SIZE)]), remote, None, None).expect("post");
+        end.read(&[piece(&own, into, SIZE)], remote, Some(id as u64)).expect("post");
+        end.ring().expect("ring");
+        pair.work(Side::Client, id as u64);
+        assert!(bytes(&theirs, at, SIZE) == data, "a WRITE to offset {at:#x}");
+        assert!(bytes(&own, into, SIZE) == data, "a READ from offset {at:#x}");
+        for (side, region, place) in [("their", &theirs, at), ("own", &own, into), ("own", &own, from)] {
+            let low = place % LINE;
+            let clear = low == place || bytes(region, low, SIZE).iter().all(|&byte| byte == 0);
+            assert!(clear, "what is at {place:#x} of {side} memory is at {low:#x}, too");
+        }
+        if let Some(view) = pair.end(Side::Client).view(theirs.remote()) {
+            let mut seen = vec![0; SIZE];
+            view.copy(at, &mut seen);
+            assert!(seen == data, "a view at offset {at:#x}");
+        }
+        theirs.memory().write(at, &[0; SIZE]);
+        own.memory().write(into, &[0; SIZE]);
+    }
+    // One byte more than there is.
+    let end = pair.end(Side::Client);
+    let over = theirs.remote().at((LEN - SIZE + 1) as u64);
+    end.write(Payload::Gather(&[piece(&own, 0, SIZE)]), over, None, Some(9)).expect("post");
+    end.ring().expect("ring");
+    let client = pair.to_server[0].id();
+    assert_eq!(pair.end_of(Side::Client, client).0, [(9, Err(WorkError::RemoteAccess))]);
 }

@@ -10,10 +10,11 @@ use std::{
 
 use super::{
     Posts, Rig, Side,
-    pair::{Background, Host, PATIENCE, Pair},
+    pair::{Background, Host, PATIENCE, Pair, RegionOf, piece},
 };
 use crate::transport::{
-    Access, Attach, Connection, Endpoint, EndpointConfig, Payload, Region, Runtime, Signal, Thread, Transport,
+    Access, Attach, Completion, Connection, Endpoint, EndpointConfig, Payload, PostError, Region,
+    RemoteRegion, Runtime, Signal, Thread, Transport,
 };
 
 /// Lets this much time pass.
@@ -251,4 +252,125 @@ pub(super) fn time<R: Rig>(rig: &R) {
         assert!(turn < 1_000_000, "time stands still");
     }
     threads.into_iter().for_each(Background::join);
+}
+
+/// Threads that post, each on a connection of its own, and messages of each that may be on their way.
+const POSTERS: usize = 4;
+const CREDITS: u64 = 8;
+
+/// How far a poster's requests have come, as the polling thread sees it.
+#[derive(Default)]
+struct Progress {
+    completed: AtomicU64,
+    arrived: AtomicU64,
+}
+
+/// Several threads post on connections of one endpoint, each as fast as it can, while one other thread polls it.
+pub(super) fn many_post<R: Rig>(rig: &R) {
+    let config = EndpointConfig {
+        receive_buffers: POSTERS * CREDITS as usize,
+        receive_size: 64,
+        send_depth: 16,
+        ..EndpointConfig::default()
+    };
+    let mut pair = Pair::alike(rig, &config);
+    let theirs = pair.region(Side::Server, POSTERS * 8, Access::RemoteWrite);
+    let own = pair.region(Side::Client, POSTERS * 16, Access::Local);
+    (0..POSTERS).for_each(|_| pair.connect());
+    let sides = [Side::Client, Side::Server];
+    let ids = [
+        pair.to_server.iter().map(Connection::id).collect::<Vec<_>>(),
+        pair.to_client.iter().map(Connection::id).collect(),
+    ];
+    let progress: Arc<[Progress; POSTERS]> = Arc::default();
+    let rounds = u64::from(rig.effort().rounds.min(1000));
+    let posters: Vec<_> = std::mem::take(&mut pair.to_server)
+        .into_iter()
+        .enumerate()
+        .map(|(number, end)| {
+            let (transport, progress) = (pair.client.transport.clone(), Arc::clone(&progress));
+            let (own, remote) = (own.clone(), theirs.remote());
+            Background::start(&transport.clone(), move || {
+                poster::<R>(&transport, end, number, rounds, &own, remote, &progress[number])
+            })
+        })
+        .collect();
+    let count = |progress: &AtomicU64, found: u64, what: &str| {
+        let expected = progress.load(Ordering::Acquire);
+        assert_eq!(found, expected, "{what} of a connection are out of order, or twice, or lost");
+        progress.store(expected + 1, Ordering::Release);
+    };
+    for _ in 0..2 * rounds * POSTERS as u64 {
+        let (side, completion) = pair.until("a completion of any of the threads", |pair| {
+            sides.into_iter().find_map(|side| pair.host(side).take().map(|found| (side, found)))
+        });
+        let of =
+            |connection| ids[side as usize].iter().position(|&id| id == connection).expect("one of ours");
+        match completion {
+            Completion::Work { connection, id, result: Ok(()) } if side == Side::Client => {
+                count(&progress[of(connection)].completed, id, "completions");
+            }
+            Completion::Received { connection, buffer, .. } if side == Side::Server => {
+                let message = pair.server.endpoint.message(&buffer);
+                let found = u64::from_le_bytes(message.try_into().expect("8 bytes"));
+                count(&progress[of(connection)].arrived, found, "messages");
+                pair.server.endpoint.release(buffer);
+            }
+            other => panic!("at the {side:?}: {other:?}"),
+        }
+    }
+    // Their ends are alive until here.
+    let ends: Vec<_> = posters.into_iter().map(Background::join).collect();
+    pair.silence();
+    drop(ends);
+}
+
+/// What each of them does: a message, a WRITE of the round's number, and a READ of it, which alone has an id; each is in its place when the
+/// READ completes.
+fn poster<R: Rig>(
+    transport: &R::Transport,
+    mut end: <R::Transport as Transport>::Connection,
+    number: usize,
+    rounds: u64,
+    own: &RegionOf<R>,
+    remote: RemoteRegion,
+    progress: &Progress,
+) -> <R::Transport as Transport>::Connection {
+    let begun = transport.now();
+    let mut turn = 0;
+    let mut wait = |what: &str| {
+        assert!(transport.now() < begun + 3 * PATIENCE, "poster {number} waits for {what}");
+        transport.relax(turn);
+        turn += 1;
+    };
+    let (from, into) = (number * 16, number * 16 + 8);
+    let word = remote.at(number as u64 * 8);
+    for round in 0..rounds {
+        while round >= progress.arrived.load(Ordering::Acquire) + CREDITS {
+            wait("credits");
+        }
+        // One READ at a time: its target is looked at.
+        own.memory().store(from, round);
+        let mut step = 0;
+        while step < 3 {
+            let posted = match step {
+                0 => end.send(Payload::Inline(&round.to_le_bytes()), None, None),
+                1 => end.write(Payload::Gather(&[piece(own, from, 8)]), word, None, None),
+                _ => end.read(&[piece(own, into, 8)], word, Some(round)),
+            };
+            match posted {
+                Ok(()) => step += 1,
+                Err(PostError::Full) => wait("room"),
+                Err(PostError::Disconnected) => {
+                    panic!("poster {number}: the connection broke in round {round}")
+                }
+            }
+        }
+        end.ring().expect("ring");
+        while progress.completed.load(Ordering::Acquire) <= round {
+            wait("its READ");
+        }
+        assert_eq!(own.memory().load(into), round, "poster {number} READ another's word, or an old one");
+    }
+    end
 }

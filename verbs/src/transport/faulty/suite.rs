@@ -5,7 +5,7 @@ use std::{marker::PhantomData, time::Duration};
 use super::{Fault, Faulty, Plan, Shown};
 use crate::{
     address::Address,
-    transport::conformance::{Effort, Rig, Role, Side},
+    transport::conformance::{Apart, Effort, Holdings, Rig, Role, Side},
 };
 
 /// What goes wrong at the hosts of a rig: nothing that the suite does not take.
@@ -93,7 +93,9 @@ impl<R: Rig, P: Planned> Rig for FaultyRig<R, P> {
     }
 
     fn effort(&self) -> Effort {
-        self.inner.effort()
+        // What travels is the same as without a plan: that is where thousands are looked for.
+        let effort = self.inner.effort();
+        Effort { connects: effort.connects.min(100), deaths: effort.deaths.min(32), ..effort }
     }
 
     /// A bare one: what travels is the same.
@@ -103,5 +105,33 @@ impl<R: Rig, P: Planned> Rig for FaultyRig<R, P> {
 
     fn kill(&self, victim: R::Victim) {
         self.inner.kill(victim);
+    }
+
+    fn stop(&self, victim: &R::Victim) -> bool {
+        self.inner.stop(victim)
+    }
+
+    fn resume(&self, victim: &R::Victim) {
+        self.inner.resume(victim);
+    }
+
+    fn stalled(&self, address: &Address, step: usize) -> Option<Box<dyn Send>> {
+        self.inner.stalled(address, step)
+    }
+
+    fn cut(&self) -> Option<Box<dyn Send>> {
+        self.inner.cut()
+    }
+
+    fn no_far_memory(&self) -> Option<String> {
+        self.inner.no_far_memory()
+    }
+
+    fn holdings(&self) -> Holdings {
+        self.inner.holdings()
+    }
+
+    fn apart(case: &str) -> Apart {
+        R::apart(case)
     }
 }

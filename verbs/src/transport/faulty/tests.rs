@@ -20,7 +20,7 @@ use crate::transport::{
         self, Posts, Rig, Side,
         pair::{Pair, RegionOf, Work, piece, refused_as_disconnected},
     },
-    shm::{Shm, suite::LocalRig},
+    shm::suite::ShmRig,
     sim::{Sim, tests::SimRig},
 };
 
@@ -40,7 +40,7 @@ macro_rules! over_all {
         for seed in 0..6 {
             with::<SimRig>(seed, &$plan, move |rig| $body(rig, $($argument),*));
         }
-        with::<LocalRig<Shm>>(0, &$plan, move |rig| $body(rig, $($argument),*));
+        with::<ShmRig>(0, &$plan, move |rig| $body(rig, $($argument),*));
     };
 }
 

@@ -50,6 +50,8 @@ mod connection;
 mod device;
 mod endpoint;
 mod events;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzed;
 mod joining;
 mod keeper;
 mod library;

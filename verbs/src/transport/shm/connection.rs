@@ -15,6 +15,7 @@ use std::{fmt, sync::Arc};
 use super::{
     bell::{self, Page},
     link::Link,
+    lists,
     region::{RemoteTable, ShmRegion},
     ring::{Corrupt, Kind, Outbox},
     view::ShmView,
@@ -278,12 +279,21 @@ impl ShmConnection {
                 return Err(self.withdraw());
             }
             self.keep_payload(&payload);
-            pieces(&payload, |at, from, len| {
-                // SAFETY: `from` is readable for `len` bytes (`pieces`); `find` vouches for `length` writable
-                // bytes at `target`, and `at + len <= length`, the sum of all pieces. The target is a
-                // mapping of its own, which nothing of this process's memory overlaps.
-                unsafe { to_shared(from, target.add(at), len) }
-            });
+            // SAFETY: `find` vouches for `length` writable bytes at `target`, and `length` is that of the bytes, or the sum of
+            // all pieces, each of which is readable (`start`). The target is a mapping of its own, which nothing of this
+            // process's memory overlaps.
+            unsafe {
+                match payload {
+                    Payload::Inline(bytes) => to_shared(bytes.as_ptr(), target, length),
+                    Payload::Gather([piece]) => to_shared(start(piece), target, length),
+                    Payload::Gather(pieces) => {
+                        lists::gather(
+                            pieces.iter().map(|piece| (start(piece).cast_const(), piece.length)),
+                            target,
+                        );
+                    }
+                }
+            }
             self.outbox.leave();
         }
         if let Some(immediate) = immediate {
@@ -313,12 +323,15 @@ impl ShmConnection {
             };
             self.begin()?;
             self.keep_all(into);
-            let mut at = 0;
-            for piece in into {
-                // SAFETY: `find` vouches for `length` readable bytes at `source`, and `at + piece.length <=
-                // length`, the sum; `start` for the target, which is a mapping of its own.
-                unsafe { from_shared(source.add(at), start(piece), piece.length) }
-                at += piece.length;
+            // SAFETY: `find` vouches for `length` readable bytes at `source`, and `length` is the sum of all pieces; `start` for the
+            // targets. The source is a mapping of its own.
+            unsafe {
+                match into {
+                    [piece] => from_shared(source, start(piece), length),
+                    _ => {
+                        lists::scatter(source, length, into.iter().map(|piece| (start(piece), piece.length)))
+                    }
+                }
             }
         }
         self.finish(signal);

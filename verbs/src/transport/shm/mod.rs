@@ -17,6 +17,7 @@
 //! | `link` | what a connection and the endpoint of its own process share: completions, the end |
 //! | `claim` | that a request executes before the end is reported, or not at all |
 //! | `connection`, `endpoint` | the posting and the polling side |
+//! | `lists` | copies from and to a list of pieces, each word at once |
 //! | `region` | registered regions, own and the peer's |
 //! | `view` | the peer's regions, looked at without a request |
 //! | `connect`; `listen`, `door`, `strangers` | connecting; listening, the socket file, those who have said half |
@@ -105,6 +106,7 @@ mod gate;
 mod hear;
 mod link;
 mod listen;
+mod lists;
 mod mapping;
 mod region;
 mod ring;

@@ -50,6 +50,8 @@ mod connect;
 mod connection;
 mod endpoint;
 mod engine;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzed;
 mod inbound;
 mod link;
 mod outgoing;

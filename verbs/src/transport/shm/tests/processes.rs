@@ -76,11 +76,15 @@ impl Turnstile {
 }
 
 #[test]
-fn ten_thousand_connections_and_strangers_leave_nothing() {
+fn connections_and_strangers_with_many_descriptors_leave_nothing() {
     if argument().is_none() {
-        return run_alone("processes::ten_thousand_connections_and_strangers_leave_nothing", "alone");
+        return run_alone(
+            "processes::connections_and_strangers_with_many_descriptors_leave_nothing",
+            "alone",
+        );
     }
-    const ROUNDS: u32 = 10_000;
+    // Ten thousand connections without strangers are a case of the conformance suite.
+    const ROUNDS: u32 = 2000;
     let mut turnstile = Turnstile::new();
     let region = |t: &Shm| t.register(&Memory::new("test", 4096).unwrap(), Access::RemoteWrite).unwrap();
     let _regions = turnstile.transports.each_ref().map(region);

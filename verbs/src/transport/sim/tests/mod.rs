@@ -14,7 +14,7 @@ use crate::{
     address::Address,
     transport::{
         Thread as _,
-        conformance::{self, Rig, Role, Side},
+        conformance::{self, Holdings, Rig, Role, Side},
         faulty::suite::{FaultyRig, Late, Nothing},
     },
 };
@@ -73,7 +73,8 @@ impl Rig for SimRig {
     }
 
     fn effort(&self) -> conformance::Effort {
-        conformance::Effort { rounds: 60, in_flight: 10_000 }
+        // With each seed: together they are ten thousand connects.
+        conformance::Effort { rounds: 60, connects: 1000, deaths: 16, message: 1024, ..Default::default() }
     }
 
     fn start(&self, role: Role, address: &Address) -> Node {
@@ -81,13 +82,39 @@ impl Rig for SimRig {
         let name = format!("victim {number}");
         let node = if self.together { self.sim.node_on(&self.nodes[0], &name) } else { self.sim.node(&name) };
         let (inside, address) = (node.clone(), address.clone());
-        let body = move || conformance::victim(&inside, role, &address);
+        let message = self.effort().message;
+        let body = move || conformance::victim(&inside, role, &address, message);
         node.spawn("main", None, body).expect("spawn");
         node
     }
 
     fn kill(&self, victim: Node) {
         self.sim.kill(&victim);
+    }
+
+    /// A node lives or is dead.
+    fn stop(&self, _: &Node) -> bool {
+        false
+    }
+
+    fn resume(&self, _: &Node) {
+        unreachable!("none was stopped");
+    }
+
+    /// A request to connect is one event, and so is its answer.
+    fn stalled(&self, _: &Address, _: usize) -> Option<Box<dyn Send>> {
+        None
+    }
+
+    /// Connections break on their own, by [`faulty`](crate::transport::faulty) plans; the network as a whole does not.
+    fn cut(&self) -> Option<Box<dyn Send>> {
+        None
+    }
+
+    /// The simulation remembers all that has been: of a process it says only which connections there are.
+    fn holdings(&self) -> Holdings {
+        let [client, server] = self.nodes.each_ref().map(|node| self.sim.connections(node) as u64);
+        Holdings { counts: vec![("connections", client), ("connections", server)], memory: 0 }
     }
 }
 

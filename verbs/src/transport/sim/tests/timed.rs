@@ -15,7 +15,7 @@ use crate::{
     transport::{
         Access, Connection, EndpointConfig, Payload, Region, Runtime,
         conformance::{
-            self, Effort, Posts, Rig, Role, Side,
+            self, Effort, Holdings, Posts, Rig, Role, Side,
             pair::{Pair, piece},
         },
     },
@@ -59,7 +59,7 @@ impl Rig for TimedRig {
     }
 
     fn effort(&self) -> Effort {
-        self.0.effort()
+        Effort { connects: 400, ..self.0.effort() }
     }
 
     fn start(&self, role: Role, address: &Address) -> Node {
@@ -68,6 +68,26 @@ impl Rig for TimedRig {
 
     fn kill(&self, victim: Node) {
         self.0.kill(victim);
+    }
+
+    fn stop(&self, victim: &Node) -> bool {
+        self.0.stop(victim)
+    }
+
+    fn resume(&self, victim: &Node) {
+        self.0.resume(victim);
+    }
+
+    fn stalled(&self, address: &Address, step: usize) -> Option<Box<dyn Send>> {
+        self.0.stalled(address, step)
+    }
+
+    fn cut(&self) -> Option<Box<dyn Send>> {
+        self.0.cut()
+    }
+
+    fn holdings(&self) -> Holdings {
+        self.0.holdings()
     }
 }
 

@@ -1,0 +1,9 @@
+//! Sessions: their messages, frames and handshake. What must hold is said in `verbs/src/fuzz.rs`.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    fervor_verbs::fuzz::session(data);
+});
