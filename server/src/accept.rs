@@ -88,7 +88,8 @@ impl<T: Transport> Control<T> {
         welcome.address = door.region.address;
         welcome.length = door.region.length;
         welcome.key = door.region.key;
-        welcome.credits = door.share.credits as u32;
+        welcome.credits = door.share.credits as u16;
+        welcome.observes = grant.observes(&hello).into();
         welcome.message_bytes = MESSAGE_BYTES as u32;
         welcome.lease = u32::try_from(door.share.lease.as_millis()).unwrap_or(u32::MAX);
         welcome.origin = self.origin;

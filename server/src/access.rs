@@ -2,19 +2,20 @@
 //!
 //! | word | says |
 //! |---|---|
-//! | `role=read` | open tables and read them. (One that it makes by that, and nobody updates, is gone when it closes it) |
+//! | `role=read` | open tables and read them, as an *observer* ([`fervor_protocol::clock`]): no clock waits for it. (A table that it makes by that, and nobody updates, is gone when it closes it) |
 //! | `role=train` | update them, too; without a role as well |
 //! | `tables=GLOB` | tables whose name fits alone; `*` stands for any characters, as in `tables=team-a/*`. It may be given several times |
 //!
 //! **What this keeps.** A client opens and updates what it may, and nothing else; what it asks for besides is refused with the reason.
-//! Whoever connects is a client of the job like any other: it is counted, holds the clock back, and takes memory for the tables that it
-//! opens.
+//! Whoever connects has a place among `--clients`, and takes memory for the tables that it opens. Who may only read holds nobody's
+//! clock back.
 //! **What it does not keep.** Rows of all tables of a shard lie in one region, which every client of the shard may READ, since it READs
 //! without an instruction of the server. A client that goes round the library can read tables that it may not open. Where that matters,
 //! give each tenant a server of its own.
 
 use std::fmt;
 
+use fervor_protocol::wire::Hello;
 use fervor_verbs::session::Key;
 
 /// What a client may do.
@@ -68,9 +69,9 @@ impl Grant {
         Ok(grant)
     }
 
-    /// Whether it may update tables.
-    pub fn updates(&self) -> bool {
-        self.updates
+    /// Whether a client that says this is an observer: because it wants to be, or because it may be nothing else.
+    pub fn observes(&self, hello: &Hello) -> bool {
+        !self.updates || hello.observes == 1
     }
 
     /// Whether it may open the table of that name.
@@ -88,8 +89,12 @@ impl Grant {
         Ok(())
     }
 
-    /// Why an update is refused.
+    /// Why a batch of an observer is refused.
     pub fn no_updates(&self) -> String {
+        if self.updates {
+            return "the client said that it only reads (ClientOptions::observer), and this is an update"
+                .into();
+        }
         format!("the key `{}` may read (role=read), and this is an update", self.key)
     }
 }
@@ -148,9 +153,13 @@ mod tests {
     #[test]
     fn rules_say_what_a_key_may_do() {
         assert_eq!(Grant::default().opens("x"), Ok(()));
-        assert!(grant("").unwrap().updates() && grant("role=train").unwrap().updates());
+        let (part, mut observer) = (Hello::main(0), Hello::main(0));
+        observer.observes = 1;
+        for trainer in [grant("").unwrap(), grant("role=train").unwrap(), Grant::default()] {
+            assert!(!trainer.observes(&part) && trainer.observes(&observer));
+        }
         let reader = grant("role=read tables=a/* tables=b").unwrap();
-        assert!(!reader.updates());
+        assert!(reader.observes(&part) && reader.observes(&observer));
         assert_eq!(reader.opens("a/L"), Ok(()));
         assert_eq!(reader.opens("b"), Ok(()));
         let error = reader.opens("c").unwrap_err();

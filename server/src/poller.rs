@@ -199,7 +199,12 @@ impl<T: Transport> Poller<T> {
         if !self.absent.knows(hello.identity, id) {
             return self.condemn(id, "another client has the same identity");
         }
-        match self.core.join(id, hello.clients.into(), region) {
+        let joined = if grant.observes(hello) {
+            Ok(self.core.observe(id, region))
+        } else {
+            self.core.join(id, hello.clients.into(), region)
+        };
+        match joined {
             Ok(number) => {
                 self.core.grant(id, grant);
                 let (clock, lsn) = (self.core.clock(), self.core.round_lsn());

@@ -230,6 +230,26 @@ impl ShardCore {
                 "the running job has {expected} clients, and this one says {job}: give all the same number"
             ))
         })?;
+        self.put(id, region);
+        Ok(number)
+    }
+
+    /// Adds a client that only reads, as [`ShardCore::join`] adds one of a job: nobody waits for it
+    /// ([`fervor_protocol::clock`]).
+    pub fn observe(&mut self, id: ClientId, region: u64) -> u64 {
+        let number = self.next_number;
+        if mutant(Mutant::ObserverCounted) {
+            // Whatever size the job has.
+            let _ = (1..=u16::MAX).find(|job| self.clock.join(number, (*job).into()).is_ok());
+        }
+        self.put(id, region);
+        self.client(id).observes = true;
+        number
+    }
+
+    /// Puts a client in a place that nobody has.
+    fn put(&mut self, id: ClientId, region: u64) {
+        let number = self.next_number;
         self.next_number += 1;
         let place = id.0 as usize;
         if self.clients.len() <= place {
@@ -237,7 +257,6 @@ impl ShardCore {
         }
         let before = self.clients[place].replace(Client::new(number, region, self.origin.number));
         assert!(before.is_none(), "place {place} was taken");
-        Ok(number)
     }
 
     /// Says what a client may do.
@@ -416,7 +435,7 @@ impl ShardCore {
             let table = tables.get(table as usize)?.as_ref()?;
             (!limited || table.openers.contains_key(&id)).then(|| table.shape())
         });
-        let result = match read.and_then(|()| self.allowed(id, &batch)) {
+        let result = match read.and_then(|()| self.allowed(id)) {
             Ok(()) => self.admit(id, &batch, &values),
             Err(fault) => {
                 if mutant(Mutant::BatchByHalves) {
@@ -430,13 +449,10 @@ impl ShardCore {
         result
     }
 
-    /// Checks that a client whose key is for reading updates nothing.
-    fn allowed(&self, id: ClientId, batch: &Batch) -> Result<(), Fault> {
+    /// Checks that the client is no observer: one has no updates, and no clock to end.
+    fn allowed(&self, id: ClientId) -> Result<(), Fault> {
         let client = self.clients[id.0 as usize].as_ref().expect("it has joined");
-        if client.grant.updates() || batch.sections().next().is_none() {
-            return Ok(());
-        }
-        Err(Fault::State(client.grant.no_updates()))
+        if client.observes { Err(Fault::State(client.grant.no_updates())) } else { Ok(()) }
     }
 
     fn admit<S: Source + ?Sized>(

@@ -175,6 +175,29 @@ fn a_batch_is_refused_as_a_whole_and_changes_nothing() {
 }
 
 #[test]
+fn an_observer_holds_up_nobody_and_sends_no_batch() {
+    let mut world = World::new(4096);
+    // Of no job, and so before and beside one.
+    assert_eq!(world.core.observe(ClientId(1), REGION as u64), 1);
+    assert_eq!(world.core.join(ClientId(0), 1, REGION as u64), Ok(2));
+    assert_eq!(world.core.observe(ClientId(2), REGION as u64), 3);
+    world.open(0, &essp("t", 3), Hold::Slots).unwrap();
+    world.open(1, &essp("t", 3), Hold::Mirror(64)).unwrap();
+    world.add(0, Some(1), &[1], 5).unwrap();
+    assert_eq!((world.core.take_risen(), world.word(0)), (Some(1), 1));
+    // Neither updates nor the end of a clock: it has none.
+    for rows in [&[][..], &[1]] {
+        let fault = world.add(1, Some(2), rows, 5).unwrap_err().to_string();
+        assert!(fault.contains("it only reads"), "{fault}");
+    }
+    assert_eq!((world.value(1), world.core.take_risen()), (5, None));
+    world.core.leave(ClientId(1), Departure::Died);
+    world.core.leave(ClientId(2), Departure::Left);
+    world.add(0, Some(2), &[1], 5).unwrap();
+    assert_eq!(world.core.take_risen(), Some(2));
+}
+
+#[test]
 fn a_batch_that_comes_twice_is_acknowledged_as_it_was() {
     let mut world = World::new(4096);
     world.join(1);
