@@ -75,6 +75,9 @@ pub struct TableOptions {
 }
 
 /// A connection to all servers of a job, shared by the workers of this process.
+///
+/// [`close`](Client::close) it in the end. If it is dropped instead, with its last worker, it sends what the workers have handed over and
+/// says that it goes, for a quarter of a second at most; nobody tells whether all of it arrived.
 pub struct Client<T: Transport = Host> {
     core: Arc<Core<T>>,
     /// The part of the region that mirrors and slots lie in.

@@ -68,7 +68,8 @@
 //!
 //! **What is not resumed.** A server that stops says so, and a server that was started again does not know the client: both
 //! are errors at once. Nor is a connection resumed that cannot break without its peer (over shared memory).
-//! A dead process cannot be told from a broken link: it holds the clock back for the lease.
+//! A dead process cannot be told from a broken link: it holds the clock back for the lease. A client that is dropped says so
+//! ([`DROPPED`](crate::wire::DROPPED)).
 
 use std::{collections::VecDeque, time::Duration};
 

@@ -320,13 +320,19 @@ impl<T: Transport> Poller<T> {
         let message = self.endpoint.message(&buffer);
         let outcome = match self.posting.peer(id) {
             Some(peer) if !peer.condemned => handle(&mut self.core, id, peer, message),
-            _ => Ok(false),
+            _ => Ok(None),
         };
         // The credit goes back only now that the message has been applied.
         self.endpoint.release(buffer);
         match outcome {
             Ok(left) => {
-                if left {
+                if let Some(how) = left {
+                    if let (Departure::Died, Some(peer)) = (how, self.posting.peer(id)) {
+                        let number = peer.number;
+                        eprintln!(
+                            "fervor-server: client {number} was dropped without close(); the others go on without it"
+                        );
+                    }
                     // It sends nothing more: its receive buffers are free for another client from now on.
                     self.share.clients.fetch_sub(1, Ordering::Release);
                 }
@@ -439,13 +445,13 @@ impl<T: Transport> Poller<T> {
     }
 }
 
-/// Has a message done, and leaves word of what follows from it. Whether it was the client's last one.
+/// Has a message done, and leaves word of what follows from it. If it was the client's last one, how that goes.
 fn handle<C: Connection>(
     core: &mut ShardCore,
     id: ClientId,
     peer: &mut Peer<C>,
     message: &[u8],
-) -> Result<bool, Fault> {
+) -> Result<Option<Departure>, Fault> {
     let header = MessageHeader::parse(message)?;
     peer.outbound.admit(&header)?;
     if header.kind == Kind::Memory as u8 && peer.slabs.is_none() {
@@ -470,7 +476,7 @@ fn handle<C: Connection>(
     if closed {
         peer.outbound.close(header.sequence);
     }
-    if left {
+    if left.is_some() {
         peer.left = true;
         peer.outbound.stop();
     }

@@ -26,6 +26,7 @@ use crate::{
     session::{
         absence::Next,
         engine::{Engine, Surroundings},
+        farewell,
         link::{Link, Wish},
     },
     slab::Pool,
@@ -35,7 +36,7 @@ use crate::{
 /// Longest sleep when an event ends it.
 const SLEEP: Duration = Duration::from_millis(10);
 /// Longest sleep when only memory changes: acknowledgements are plain WRITEs.
-const NAP: Duration = Duration::from_micros(100);
+pub const NAP: Duration = Duration::from_micros(100);
 
 /// How long a worker that lost its connection waits to hear why.
 const REASON: Duration = Duration::from_millis(200);
@@ -239,7 +240,7 @@ impl<T: Transport> Core<T> {
     }
 
     /// One turn of the engine. Returns how much it did.
-    fn turn(&self, engine: &mut Engine<T>) -> usize {
+    pub fn turn(&self, engine: &mut Engine<T>) -> usize {
         self.handed_over.store(false, Ordering::SeqCst);
         for (shard, connection, welcome) in lock(&self.made).drain(..) {
             engine.attach(shard, connection, &welcome, &self.surroundings());
@@ -350,7 +351,7 @@ impl<T: Transport> Core<T> {
     /// Leaves the vector clocks of all shards, after the last batch.
     pub fn leave(&self) -> Result<(), Error> {
         for shard in 0..self.links.len() {
-            self.with_engine(For::Memory, |engine| engine.leave(shard).then_some(()))?;
+            self.with_engine(For::Memory, |engine| engine.leave(shard, 0).then_some(()))?;
         }
         self.drained()
     }
@@ -368,5 +369,11 @@ impl<T: Transport> Core<T> {
         let mut wishes = lock(&self.links[shard].wishes);
         wishes.push(wish);
         wishes.len()
+    }
+}
+
+impl<T: Transport> Drop for Core<T> {
+    fn drop(&mut self) {
+        farewell::say(self);
     }
 }

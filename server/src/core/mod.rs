@@ -39,7 +39,7 @@ use fervor_protocol::{
     batch::{Batch, Section, Source},
     clock::{Departure, VectorClock},
     mutants::{Mutant, mutant, pause},
-    wire::{self, Fault, Kind, MemoryHeader, MessageHeader, NOT_SEEN, NamedReply},
+    wire::{self, DROPPED, Fault, Kind, MemoryHeader, MessageHeader, NOT_SEEN, NamedReply},
 };
 use fervor_verbs::Exclusive;
 use zerocopy::IntoBytes;
@@ -131,8 +131,8 @@ pub struct Effects {
     pub slots: Vec<SlotEffect>,
     /// The client has given up slots, or a mirror: it is to be told when no WRITE to them is on its way.
     pub closed: bool,
-    /// The client sends nothing more.
-    pub left: bool,
+    /// The client sends nothing more, and goes like this.
+    pub left: Option<Departure>,
 }
 
 /// See the module.
@@ -372,7 +372,7 @@ impl ShardCore {
     ) -> Result<Effects, Fault> {
         let header = MessageHeader::parse(message)?;
         self.client(id).expect(&header)?;
-        let mut effects = Effects { lsn: self.lsn, slots: Vec::new(), closed: false, left: false };
+        let mut effects = Effects { lsn: self.lsn, slots: Vec::new(), closed: false, left: None };
         match header.kind()? {
             Kind::Batch | Kind::Reference => effects.lsn = self.batch(id, &header, message, slabs)?,
             Kind::Slots => {
@@ -385,8 +385,9 @@ impl ShardCore {
             Kind::Memory => self.name_memory(id, &header, message, slabs.is_some())?,
             Kind::Credit => {}
             Kind::Leave => {
-                self.leave(id, Departure::Left);
-                effects.left = true;
+                let how = if header.flags & DROPPED != 0 { Departure::Died } else { Departure::Left };
+                self.leave(id, how);
+                effects.left = Some(how);
             }
             kind @ (Kind::Table | Kind::Refused | Kind::Fault | Kind::Named | Kind::Resumed) => {
                 return Err(Fault::Kind(kind as u8));

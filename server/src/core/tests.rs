@@ -248,11 +248,15 @@ fn what_comes_out_of_order_or_after_the_farewell_is_a_fault() {
     for kind in [Kind::Table, Kind::Refused, Kind::Fault, Kind::Named] {
         assert_eq!(world.say(0, kind, 0, &[]), Err(Fault::Kind(kind as u8)));
     }
-    assert!(world.say(0, Kind::Leave, 0, &[]).unwrap().left);
+    assert_eq!(world.say(0, Kind::Leave, 0, &[]).unwrap().left, Some(Departure::Left));
     let fault = world.say(0, Kind::Credit, 0, &[]).unwrap_err().to_string();
     assert!(fault.contains("kind = 4, but the client has left"), "{fault}");
     world.core.forget(ClientId(0));
     world.core.join(ClientId(0), 3, 64).unwrap();
+    let dropped = MessageHeader::new(Kind::Leave, DROPPED, 0, 1, 0);
+    let effects = world.core.handle(ClientId(0), dropped.as_bytes(), NOBODY).unwrap();
+    assert_eq!(effects.left, Some(Departure::Died), "another may take its place in the job");
+    world.core.join(ClientId(2), 3, 64).unwrap();
     assert!(world.core.join(ClientId(1), 2, 64).unwrap_err().to_string().contains("has 3 clients"));
 }
 
