@@ -278,3 +278,56 @@ fn a_farewell_that_nobody_hears_is_not_waited_for_without_end() {
         assert_eq!(is_dropped(Plan::one(Fault::Break { connection: 1, at })).fired, [0]);
     }
 }
+
+/// Somebody with an identity that he has made up says that he comes back.
+fn stranger(host: &Host, address: &Address, identity: u64, buffers: usize) -> Raw<Host> {
+    Raw::with_buffers(host, address, buffers, |mut hello| {
+        (hello.identity, hello.attempt) = (identity, 1);
+        hello.as_bytes().to_vec()
+    })
+    .unwrap()
+}
+
+#[test]
+fn those_who_make_identities_up_keep_no_places() {
+    let process = std::process::id();
+    let address =
+        Address::Tcp { host: format!("127.{}.{}.9", 1 + process % 250, process / 250 % 250), port: 7480 };
+    let host = Host::for_addresses(std::slice::from_ref(&address)).unwrap();
+    let mut config = config(&address, 1);
+    (config.clients, config.lease) = (2, LONG);
+    let server = Server::start(&host, &config).unwrap();
+    // They take nothing of what they are told.
+    let deaf: Vec<_> = (1..=8).map(|identity| stranger(&host, &address, identity, 0)).collect();
+    let began = Instant::now();
+    // There is no place for one more. That costs him a word, and nobody else anything.
+    let mut ninth = stranger(&host, &address, 9, 16);
+    ninth.until("the end", |raw| raw.ended.then_some(()));
+    assert_eq!(ninth.fault(), "");
+    let options = || ClientOptions { clients: 2, ..ClientOptions::default() };
+    let clients =
+        [(); 2].map(|()| Client::connect_on(&host, std::slice::from_ref(&address), options()).unwrap());
+    let mut workers = clients.each_ref().map(|client| client.worker().unwrap());
+    for worker in &mut workers {
+        worker.clock().unwrap();
+    }
+    // All of them are hung up on, though they take nothing, and then the next one is told.
+    for mut one in deaf {
+        one.until("the end", |raw| raw.ended.then_some(()));
+    }
+    assert!(began.elapsed() < Duration::from_secs(20), "after {:?}", began.elapsed());
+    assert!(stranger(&host, &address, 10, 16).fault().contains("is not known"));
+    // A client that does wrong and takes nothing does not keep its place either.
+    drop(workers);
+    clients.into_iter().for_each(|client| client.close().unwrap());
+    let rude = |_| {
+        let mut raw = Raw::with_buffers(&host, &address, 0, |hello| hello.as_bytes().to_vec()).unwrap();
+        raw.send(&[0; 24]);
+        raw
+    };
+    for mut raw in [1, 2].map(rude) {
+        raw.until("the end", |raw| raw.ended.then_some(()));
+    }
+    Client::connect_on(&host, std::slice::from_ref(&address), options()).unwrap().close().unwrap();
+    assert!(server.stop());
+}

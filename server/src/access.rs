@@ -4,10 +4,11 @@
 //! |---|---|
 //! | `role=read` | open tables and read them, as an *observer* ([`fervor_protocol::clock`]): no clock waits for it. (A table that it makes by that, and nobody updates, is gone when it closes it) |
 //! | `role=train` | update them, too; without a role as well |
+//! | `clients=N` | at most so many clients with it at a time, at each server; without it as many as there are places |
 //! | `tables=GLOB` | tables whose name fits alone; `*` stands for any characters, as in `tables=team-a/*`. It may be given several times |
 //!
 //! **What this keeps.** A client opens and updates what it may, and nothing else; what it asks for besides is refused with the reason.
-//! Whoever connects has a place among `--clients`, and takes memory for the tables that it opens. Who may only read holds nobody's
+//! Whoever connects has a place among `--clients`, as many as its `clients=N` allows, and takes memory for the tables that it opens. Who may only read holds nobody's
 //! clock back.
 //! **What it does not keep.** Rows of all tables of a shard lie in one region, which every client of the shard may READ, since it READs
 //! without an instruction of the server. A client that goes round the library can read tables that it may not open. Where that matters,
@@ -23,6 +24,8 @@ use fervor_verbs::session::Key;
 pub struct Grant {
     key: String,
     updates: bool,
+    /// Most clients at a time.
+    clients: usize,
     /// Names of tables; none: all.
     tables: Vec<String>,
 }
@@ -39,7 +42,8 @@ impl fmt::Display for BadRule {
         let Self { key, rule } = self;
         write!(
             f,
-            "key `{key}`: `{rule}` is no rule; there are role=read, role=train and tables=NAME, as in tables=team-a/*"
+            "key `{key}`: `{rule}` is no rule; there are role=read, role=train, clients=N with N from 1 on, and \
+             tables=NAME, as in tables=team-a/*"
         )
     }
 }
@@ -47,7 +51,7 @@ impl fmt::Display for BadRule {
 impl Default for Grant {
     /// Everything: where there are no keys.
     fn default() -> Self {
-        Self { key: String::new(), updates: true, tables: Vec::new() }
+        Self { key: String::new(), updates: true, clients: usize::MAX, tables: Vec::new() }
     }
 }
 
@@ -62,6 +66,10 @@ impl Grant {
             match rule.split_once('=') {
                 Some(("role", "read")) => grant.updates = false,
                 Some(("role", "train")) => grant.updates = true,
+                Some(("clients", number)) => match number.parse() {
+                    Ok(number) if number > 0 => grant.clients = number,
+                    _ => return Err(BadRule { key: key.name().to_owned(), rule: rule.clone() }),
+                },
                 Some(("tables", glob)) if !glob.is_empty() => grant.tables.push(glob.to_owned()),
                 _ => return Err(BadRule { key: key.name().to_owned(), rule: rule.clone() }),
             }
@@ -72,6 +80,16 @@ impl Grant {
     /// Whether a client that says this is an observer: because it wants to be, or because it may be nothing else.
     pub fn observes(&self, hello: &Hello) -> bool {
         !self.updates || hello.observes == 1
+    }
+
+    /// The name of its key.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// Most clients that it lets in at a time.
+    pub fn clients(&self) -> usize {
+        self.clients
     }
 
     /// Whether it may open the table of that name.
@@ -164,7 +182,8 @@ mod tests {
         assert_eq!(reader.opens("b"), Ok(()));
         let error = reader.opens("c").unwrap_err();
         assert!(error.contains("`c`") && error.contains("tables=a/* tables=b"), "{error}");
-        for rule in ["role=admin", "tables=", "x", "role"] {
+        assert_eq!((reader.clients(), grant("clients=3").unwrap().clients()), (usize::MAX, 3));
+        for rule in ["role=admin", "tables=", "x", "role", "clients=0", "clients=-1", "clients="] {
             let error = grant(rule).unwrap_err().to_string();
             assert!(error.contains(&format!("`{rule}`")) && error.contains("role=read"), "{error}");
         }
