@@ -20,7 +20,8 @@ use fervor_protocol::{
 use fervor_verbs::{
     Address, Exclusive, Memory,
     transport::{
-        Access, Connection, Endpoint, EndpointConfig, Export, Region, RemoteRegion, Transport, any::Host,
+        Access, Connection, Endpoint, EndpointConfig, Export, Region, RemoteRegion, Transport, View,
+        any::Host,
     },
 };
 use zerocopy::IntoBytes;
@@ -74,6 +75,9 @@ pub struct TableOptions {
 }
 
 /// A connection to all servers of a job, shared by the workers of this process.
+///
+/// [`close`](Client::close) it in the end. If it is dropped instead, with its last worker, it sends what the workers have handed over and
+/// says that it goes, for a quarter of a second at most; nobody tells whether all of it arrived.
 pub struct Client<T: Transport = Host> {
     core: Arc<Core<T>>,
     /// The part of the region that mirrors and slots lie in.
@@ -162,12 +166,14 @@ impl<T: Transport> Client<T> {
             connections.push(connection);
             links.push(Link::new(address, shard, welcome, number * CONTROL_BYTES, lease));
         }
+        let observer = observes(&links)?;
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let space = Space::new(controls, controls + options.cache_bytes);
         let core = Core {
             transport: transport.clone(),
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             identity,
+            observer,
             router: Router::new(links.len()),
             attach: endpoint.attach(),
             engine: Mutex::new(Engine::new(transport, endpoint, memory, connections, &links)?),
@@ -429,6 +435,20 @@ impl<T: Transport> Client<T> {
         }
         self.core.drain()?;
         self.core.leave()
+    }
+}
+
+/// Whether the servers take a client for one that only reads: all of them, or none.
+fn observes<V: View>(links: &[Link<V>]) -> Result<bool, Error> {
+    let mut observers = links.iter().filter(|link| link.welcome.observes == 1);
+    let mut others = links.iter().filter(|link| link.welcome.observes == 0);
+    match (observers.next(), others.next()) {
+        (Some(reads), Some(updates)) => Err(Error::Servers(format!(
+            "the key may only read at {}, and update at {}: give it the same role at all servers of the job, or set \
+             ClientOptions::observer",
+            reads.address, updates.address
+        ))),
+        (observer, _) => Ok(observer.is_some()),
     }
 }
 

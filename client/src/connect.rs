@@ -78,6 +78,7 @@ pub fn main_hello(
         assert!(CLIENT_RECEIVES <= u16::MAX as usize && MAX_SHARDS * CONTROL_BYTES <= u32::MAX as usize);
     let mut hello = Hello::main(shard);
     hello.clients = options.clients;
+    hello.observes = options.observer.into();
     (hello.key, hello.address, hello.length) = (region.key, region.address, region.length);
     hello.control = control as u32;
     hello.receives = CLIENT_RECEIVES as u16;

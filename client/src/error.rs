@@ -100,6 +100,15 @@ pub enum Error {
         /// The table.
         table: String,
     },
+    /// The client only reads.
+    #[error(
+        "the table `{table}` cannot be updated by this client, which only reads: its key has role=read, or \
+         ClientOptions::observer is set"
+    )]
+    Observer {
+        /// The table.
+        table: String,
+    },
     /// A read was older than the table's model allows, and [`ClientOptions::check`](crate::ClientOptions::check) is set.
     #[error(
         "the staleness bound is violated: worker {worker}, at clock {clock}, read row {row} of the table `{table}` as of \

@@ -12,6 +12,9 @@ pub struct ClientOptions {
     /// Clients in the job. The shard clock stands until so many have joined, so that none runs ahead of
     /// others that are still starting.
     pub clients: u16,
+    /// It only reads: no clock waits for it, it is none of the [`clients`](Self::clients) of the job, and cannot update tables. What
+    /// [`Worker::clock`](crate::Worker::clock) does then, it says. (With a key that may only read this is so in any case.)
+    pub observer: bool,
     /// Bytes of cache for all tables together. Allocated, and registered for the servers to write, when connecting.
     pub cache_bytes: usize,
     /// Greatest part of `cache_bytes` that one table takes when no other is said; it takes no more than its rows.
@@ -46,6 +49,7 @@ impl Default for ClientOptions {
     fn default() -> Self {
         Self {
             clients: 1,
+            observer: false,
             cache_bytes: 64 << 20,
             cache_share: 0.5,
             copies: false,

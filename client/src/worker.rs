@@ -85,7 +85,7 @@ impl<T: Transport> Worker<T> {
         let copies = core.links.iter().any(|link| link.place.get().is_none());
         let mut clocks = lock(&core.clocks);
         let id = clocks.join();
-        let clock = clocks.workers[&id];
+        let clock = if core.observer { core.observed() } else { clocks.workers[&id] };
         drop(clocks);
         Ok(Self {
             core,
@@ -101,7 +101,8 @@ impl<T: Transport> Worker<T> {
         })
     }
 
-    /// Its clock: the number of [`clock`](Worker::clock) calls, counted from where the job stood when it joined.
+    /// Its clock: the number of [`clock`](Worker::clock) calls, counted from where the job stood when it joined. Of a client that only
+    /// reads: where the job stood when it last called that.
     pub fn now(&self) -> u64 {
         self.clock
     }
@@ -177,7 +178,7 @@ impl<T: Transport> Worker<T> {
         }
         let (shard, index) = self.core.router.locate(row);
         let (image, start) = place(core, index);
-        let slab = self.updates(core).shards[shard].current();
+        let slab = self.updates(core)?.shards[shard].current();
         let added = if delta.len() == slab.width() {
             slab.add(image, delta, finite)
         } else {
@@ -216,7 +217,7 @@ impl<T: Transport> Worker<T> {
         }
         let (shard, index) = self.core.router.locate(row);
         let (image, start) = place(core, index);
-        let slab = self.updates(core).shards[shard].current();
+        let slab = self.updates(core)?.shards[shard].current();
         let added = if start == 0 {
             slab.add_at(image, pairs, finite)
         } else {
@@ -230,9 +231,16 @@ impl<T: Transport> Worker<T> {
     /// told that the clock has ended. Returns when that is posted; it does not wait for other workers. (Over a wire the updates of the
     /// client's workers go together, when the slowest has ended the clock.)
     ///
+    /// If the client only reads ([`ClientOptions::observer`](crate::ClientOptions::observer)), nobody waits for this worker, and it waits
+    /// for nobody. Its clock becomes the last one that all servers are known to have ended. What it `get`s from then on is as fresh as
+    /// its table's model promises a worker of the job at that clock.
+    ///
     /// # Errors
     /// A server is lost.
     pub fn clock(&mut self) -> Result<(), Error> {
+        if self.core.observer {
+            return self.follow();
+        }
         let before = self.core.transport.now();
         self.hand_over_all();
         self.clock += 1;
@@ -248,6 +256,16 @@ impl<T: Transport> Worker<T> {
             self.hand_over()?;
         }
         self.retire();
+        self.tell_bytes_read();
+        self.stats.communicating += self.core.transport.now() - before;
+        self.core.alive()
+    }
+
+    /// The worker only reads: its clock follows the job's.
+    fn follow(&mut self) -> Result<(), Error> {
+        let before = self.core.transport.now();
+        self.core.progress();
+        self.clock = self.clock.max(self.core.observed());
         self.tell_bytes_read();
         self.stats.communicating += self.core.transport.now() - before;
         self.core.alive()
@@ -318,23 +336,27 @@ impl<T: Transport> Worker<T> {
 
     /// The worker's updates of a table, made when there are none.
     #[inline]
-    fn updates<E: Element>(&mut self, table: &TableCore<E>) -> &mut Updates<E> {
+    fn updates<E: Element>(&mut self, table: &TableCore<E>) -> Result<&mut Updates<E>, Error> {
         let number = table.number();
         if self.updates.get(number).is_none_or(Option::is_none) {
-            self.make_updates(table);
+            self.make_updates(table)?;
         }
         let updates = self.updates[number].as_mut().expect("it has been made");
-        updates.as_any().downcast_mut().expect("a table's number stands for its element type")
+        Ok(updates.as_any().downcast_mut().expect("a table's number stands for its element type"))
     }
 
     #[cold]
-    fn make_updates<E: Element>(&mut self, table: &TableCore<E>) {
+    fn make_updates<E: Element>(&mut self, table: &TableCore<E>) -> Result<(), Error> {
+        if self.core.observer {
+            return Err(Error::Observer { table: table.schema().name.clone() });
+        }
         if self.updates.len() <= table.number() {
             self.updates.resize_with(table.number() + 1, || None);
         }
         let core = &self.core;
         let pool = |shard: usize| core.links[shard].place.get().and(core.pool.clone());
         self.updates[table.number()] = Some(Box::new(Updates::new(table, pool)));
+        Ok(())
     }
 
     /// Reads a row that is there.
@@ -425,7 +447,8 @@ impl<T: Transport> Worker<T> {
         let (shard, index) = self.core.router.locate(row);
         let mut sum = vec![E::default(); table.schema().width as usize];
         let (image, start) = place(table, index);
-        self.updates(table).shards[shard].current().add_to(image, start, &mut sum);
+        let updates = known_updates(&mut self.updates, table).expect("it has just added to them");
+        updates.shards[shard].current().add_to(image, start, &mut sum);
         let sums = values.map(|(column, value)| {
             sum[column] = sum[column].plus(value);
             (column, sum[column])

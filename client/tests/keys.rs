@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::time::{Duration, Instant};
+
 use fervor_client::{Client, ClientOptions, Error, Model};
 use fervor_protocol::wire::{Hello, Welcome};
 use fervor_server::{Config, Server, checked};
@@ -240,4 +242,38 @@ fn whoever_is_limited_to_tables_can_read_no_others_by_any_request() {
     drop(tenant);
     client.close().unwrap();
     assert!(server.stop());
+}
+
+#[test]
+fn a_key_may_be_for_a_few_clients_at_a_time() {
+    let keys = [key("few", "clients=2"), key("all", "")];
+    for via in ["", "?via=tcp"] {
+        let server = serve(&keys, via, |config| config.clients = 4);
+        let options = || ClientOptions { clients: 9, key: Some(keys[0].clone()), ..ClientOptions::default() };
+        let join = || Client::connect_with(&[server.address().to_string()], options());
+        let (first, second) = (join().unwrap(), join().unwrap());
+        let error = join().unwrap_err().to_string();
+        assert!(error.contains("the key `few` is for clients=2"), "{error}");
+        // The others find their places.
+        let other =
+            |clients| ClientOptions { clients, key: Some(keys[1].clone()), ..ClientOptions::default() };
+        let third = Client::connect_with(&[server.address().to_string()], other(9)).unwrap();
+        // One that leaves makes room, and so does one that is dropped.
+        first.close().unwrap();
+        let again = join().unwrap();
+        assert!(join().is_err());
+        drop(again);
+        // Over shared memory its end says that it is gone, a moment later.
+        let end = Instant::now() + Duration::from_secs(5);
+        let again = loop {
+            match join() {
+                Ok(client) => break client,
+                Err(error) => assert!(Instant::now() < end, "{error}"),
+            }
+        };
+        for client in [again, second, third] {
+            client.close().unwrap();
+        }
+        assert!(server.stop());
+    }
 }

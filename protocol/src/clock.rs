@@ -4,6 +4,15 @@
 //! shard clock `C` is the minimum over the clients; it never goes back. A client that joins enters at `C`; one
 //! that leaves, or dies, no longer holds the others up.
 //!
+//! **Observers.** A client that only reads, an *observer*, has no entry. An entry says which updates are still to come, and of an
+//! observer none are. So the minimum without it says the same of all updates that there will ever be, and nobody waits for it,
+//! whatever it does. Nor does anybody pace it. A count of its own `clock()` calls would say nothing, and a `get` at a clock that the
+//! job never reaches would wait for ever. So its clock follows the job's: `clock()` takes a worker to the least clock that all shards are
+//! known to have [reached](observed). `C >= c` holds in each of them from then on, so `C >= c - s` holds without waiting. The promise is
+//! that of any worker at clock `c`: it sees all updates stamped `<= c - s - 1`. If it does not call `clock()`, the promise stays what it
+//! is: a copy may serve for as long. (A value-bounded table is the exception: what its bound counts is what somebody has not
+//! got, and an observer with copies is somebody. It has to do nothing for that: the server proves it alone.)
+//!
 //! A job may declare how many clients it has. Until so many have joined the clock stands, so that
 //! the first one does not run ahead of those that are still starting.
 
@@ -113,6 +122,11 @@ pub fn needed(model: Model, clock: u64) -> u64 {
     model.staleness().map_or(0, |staleness| clock.saturating_sub(staleness.into()))
 }
 
+/// The clock of an observer that knows these clocks of all shards: all have reached it.
+pub fn observed(shards: impl Iterator<Item = u64>) -> u64 {
+    shards.min().unwrap_or(0)
+}
+
 /// The clock differential of a `get`: clock of the data returned (`C - 1`, the last one that is in it as a whole)
 /// minus clock of the reader.
 pub fn differential(copy: u64, reader: u64) -> i64 {
@@ -180,6 +194,12 @@ mod tests {
         assert_eq!((vector.tick(5, 2), vector.tick(6, 2)), (Ok(None), Ok(None)), "the third has not joined");
         vector.join(7, 3).unwrap();
         assert_eq!(vector.tick(7, 2), Ok(Some(2)));
+    }
+
+    #[test]
+    fn an_observer_is_where_all_shards_are() {
+        assert_eq!(observed([7, 5, 6].into_iter()), 5);
+        assert_eq!(needed(Model::Bsp, observed([4].into_iter())), 4, "which is there");
     }
 
     #[test]

@@ -56,6 +56,7 @@ pub enum Mutant {
     CopiesNotOwedAgain,
     AnswersBeforeRefill,
     CompletionForAll,
+    ObserverCounted,
 }
 
 /// What a mutant is.
@@ -168,6 +169,8 @@ catalogue! {
         "after a resumption answers go before what is owed (server Outbound::resume)"
     CompletionForAll "completion-for-all" "22 a READ's completion goes to the worker that posted it"
         "it is also taken for that of other workers' READs into places of the same number (client Lane::poll)"
+    ObserverCounted "observer-counted" "24 who only reads holds up nobody"
+        "a client that only reads has an entry in the vector clock (server ShardCore::observe)"
 }
 
 /// Whether `mutant` is switched on.

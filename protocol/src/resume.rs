@@ -21,6 +21,8 @@
 //! connect has a number. A shard takes an attempt only if its number [is later](is_later) than that of all
 //! attempts before. So a late attempt that the client has given up cannot put out a newer one. A client that
 //! has been put out is not waited for: it may be dead, and then the others would wait for the lease for nothing.
+//! Who comes back with an identity that the shard does not know is told so. Anybody can make one up, so there are a few places for
+//! that, each for a short time; who finds none is hung up on, and tries again.
 //!
 //! **2. Messages, exactly once.** The shard processes messages in their order, and knows the number `q` of the last
 //! one. A client keeps each message in its buffer until it is acknowledged, and what the message names (slabs) as
@@ -68,7 +70,8 @@
 //!
 //! **What is not resumed.** A server that stops says so, and a server that was started again does not know the client: both
 //! are errors at once. Nor is a connection resumed that cannot break without its peer (over shared memory).
-//! A dead process cannot be told from a broken link: it holds the clock back for the lease.
+//! A dead process cannot be told from a broken link: it holds the clock back for the lease. A client that is dropped says so
+//! ([`DROPPED`](crate::wire::DROPPED)).
 
 use std::{collections::VecDeque, time::Duration};
 

@@ -42,7 +42,7 @@ pub enum Kind {
     CreateTable = 3,
     /// Receive buffers are given back.
     Credit = 4,
-    /// The client leaves.
+    /// The client leaves: its last message. See [`DROPPED`].
     Leave = 5,
     /// The client names the memory of its slabs.
     Memory = 6,
@@ -184,6 +184,10 @@ impl MessageHeader {
 
 /// Flag of a [`Kind::Fault`]: the server does not know the client that wants to resume.
 pub const UNKNOWN: u8 = 1;
+
+/// Flag of a [`Kind::Leave`]: the client was dropped, and has not had its part in the job. It is as if it had died, but nobody waits for
+/// its lease.
+pub const DROPPED: u8 = 1;
 
 /// Subscribe: the shard pushes the image now and whenever it has changed at the end of a clock.
 pub const SUBSCRIBE: u32 = 0;

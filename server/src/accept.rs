@@ -4,9 +4,10 @@
 //! message may be polled before its mail arrives; the poller keeps it until then.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc::Sender,
     },
     time::Duration,
@@ -28,6 +29,18 @@ pub struct Mail<C> {
     pub hello: Option<Hello>,
     /// What the client may do.
     pub grant: Grant,
+    /// A new client's place among those of its key.
+    pub place: Option<Place>,
+}
+
+/// One of the places that a key has at a shard: free again when this is dropped.
+#[derive(Debug)]
+pub struct Place(Arc<AtomicUsize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
 }
 
 /// The way to one poller.
@@ -48,6 +61,8 @@ pub struct Control<T: Transport> {
     lanes: usize,
     /// Number of the message before each client's first.
     origin: u64,
+    /// Clients at a shard, by key: those whose key bounds them. Counted up by this thread alone.
+    keys: BTreeMap<(String, u16), Arc<AtomicUsize>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -57,10 +72,11 @@ const TURN: Duration = Duration::from_millis(50);
 impl<T: Transport> Control<T> {
     pub fn new(config: &Config, doors: Vec<Door<T>>, stop: Arc<AtomicBool>) -> Self {
         let lanes = config.all_lanes();
-        Self { doors, id: config.id, clients: config.clients, lanes, origin: config.origin.number, stop }
+        let (clients, origin) = (config.clients, config.origin.number);
+        Self { doors, id: config.id, clients, lanes, origin, keys: BTreeMap::new(), stop }
     }
 
-    pub fn run(self, listener: &mut T::Listener) {
+    pub fn run(mut self, listener: &mut T::Listener) {
         while !self.stop.load(Ordering::Acquire) {
             match listener.accept(TURN) {
                 Ok(Some(request)) => self.answer(request),
@@ -73,8 +89,8 @@ impl<T: Transport> Control<T> {
         }
     }
 
-    fn answer(&self, mut request: <T::Listener as Listener>::Request) {
-        let (hello, role, door) = match self.check(request.private_data()) {
+    fn answer(&mut self, mut request: <T::Listener as Listener>::Request) {
+        let (hello, role) = match self.check(request.private_data()) {
             Ok(checked) => checked,
             Err(refusal) => return request.reject(&refusal.encode()),
         };
@@ -82,10 +98,15 @@ impl<T: Transport> Control<T> {
             Ok(grant) => grant,
             Err(error) => return request.reject(&Refusal::new(&error.to_string()).encode()),
         };
-        if grant.is_limited() && !request.limit(&door.reaches.of(&grant)) {
+        if grant.is_limited() && !request.limit(&self.doors[usize::from(hello.shard)].reaches.of(&grant)) {
             let text = "a key that is limited to tables comes by TCP alone: connect with ?via=tcp";
             return request.reject(&Refusal::new(text).encode());
         }
+        let place = match self.place(&hello, role, &grant) {
+            Ok(place) => place,
+            Err(refusal) => return request.reject(&refusal.encode()),
+        };
+        let door = &self.doors[usize::from(hello.shard)];
         let mut welcome = Welcome::new();
         welcome.shards = self.doors.len() as u16;
         welcome.server = self.id;
@@ -93,7 +114,8 @@ impl<T: Transport> Control<T> {
         welcome.address = door.region.address;
         welcome.length = door.region.length;
         welcome.key = door.region.key;
-        welcome.credits = door.share.credits as u32;
+        welcome.credits = door.share.credits as u16;
+        welcome.observes = grant.observes(&hello).into();
         welcome.message_bytes = MESSAGE_BYTES as u32;
         welcome.lease = u32::try_from(door.share.lease.as_millis()).unwrap_or(u32::MAX);
         welcome.origin = self.origin;
@@ -110,14 +132,32 @@ impl<T: Transport> Control<T> {
                 }
                 let hello = (role == Role::Main).then_some(hello);
                 // A poller that has ended takes no mail; the connection is dropped, which its client sees.
-                let _ = door.post.send(Mail { connection, hello, grant });
+                let _ = door.post.send(Mail { connection, hello, grant, place });
                 door.attach.wake();
             }
             Err(error) => eprintln!("fervor-server: a connection could not be accepted: {error}"),
         }
     }
 
-    fn check(&self, private_data: &[u8]) -> Result<(Hello, Role, &Door<T>), Refusal> {
+    /// The place of a new client among those of its key, if that bounds them.
+    fn place(&mut self, hello: &Hello, role: Role, grant: &Grant) -> Result<Option<Place>, Refusal> {
+        if role != Role::Main || hello.attempt != 0 || grant.clients() == usize::MAX {
+            return Ok(None);
+        }
+        let (key, most) = (grant.key().to_owned(), grant.clients());
+        let taken = self.keys.entry((key, hello.shard)).or_default();
+        if taken.load(Ordering::Acquire) >= most {
+            return Err(Refusal::new(&format!(
+                "the key `{}` is for clients={most}, and they are here",
+                grant.key()
+            )));
+        }
+        taken.fetch_add(1, Ordering::Release);
+        Ok(Some(Place(taken.clone())))
+    }
+
+    /// The handshake, if what it asks for is to be had: the shard is there.
+    fn check(&self, private_data: &[u8]) -> Result<(Hello, Role), Refusal> {
         let (hello, role) = Hello::parse(private_data)?;
         let door = self.doors.get(usize::from(hello.shard)).ok_or_else(|| {
             Refusal::new(&format!("shard = {}, but the server has {}", hello.shard, self.doors.len()))
@@ -156,6 +196,6 @@ impl<T: Transport> Control<T> {
                 )));
             }
         }
-        Ok((hello, role, door))
+        Ok((hello, role))
     }
 }

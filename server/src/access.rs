@@ -2,13 +2,14 @@
 //!
 //! | word | says |
 //! |---|---|
-//! | `role=read` | open tables and read them. (One that it makes by that, and nobody updates, is gone when it closes it) |
+//! | `role=read` | open tables and read them, as an *observer* ([`fervor_protocol::clock`]): no clock waits for it. (A table that it makes by that, and nobody updates, is gone when it closes it) |
 //! | `role=train` | update them, too; without a role as well |
+//! | `clients=N` | at most so many clients with it at a time, at each server; without it as many as there are places |
 //! | `tables=GLOB` | tables whose name fits alone; `*` stands for any characters, as in `tables=team-a/*`. It may be given several times |
 //!
 //! **What this keeps.** A client opens and updates what it may, and nothing else; what it asks for besides is refused with the reason.
-//! Whoever connects is a client of the job like any other: it is counted, holds the clock back, and takes memory for the tables that it
-//! opens.
+//! Whoever connects has a place among `--clients`, as many as its `clients=N` allows, and takes memory for the tables that it opens. Who may only read holds nobody's
+//! clock back.
 //!
 //! **READs.** Rows of all tables of a shard lie in one region. Over RDMA a client READs it without an instruction of the server, and in shared
 //! memory it maps it as a whole: whoever is let in can reach every row, if he goes round the library. So a key with `tables=` comes
@@ -17,6 +18,7 @@
 
 use std::fmt;
 
+use fervor_protocol::wire::Hello;
 use fervor_verbs::session::{Key, KeyRing};
 
 /// What a client may do.
@@ -24,6 +26,8 @@ use fervor_verbs::session::{Key, KeyRing};
 pub struct Grant {
     key: String,
     updates: bool,
+    /// Most clients at a time.
+    clients: usize,
     /// Names of tables; none: all.
     tables: Vec<String>,
 }
@@ -40,7 +44,8 @@ impl fmt::Display for BadRule {
         let Self { key, rule } = self;
         write!(
             f,
-            "key `{key}`: `{rule}` is no rule; there are role=read, role=train and tables=NAME, as in tables=team-a/*"
+            "key `{key}`: `{rule}` is no rule; there are role=read, role=train, clients=N with N from 1 on, and \
+             tables=NAME, as in tables=team-a/*"
         )
     }
 }
@@ -48,7 +53,7 @@ impl fmt::Display for BadRule {
 impl Default for Grant {
     /// Everything: where there are no keys.
     fn default() -> Self {
-        Self { key: String::new(), updates: true, tables: Vec::new() }
+        Self { key: String::new(), updates: true, clients: usize::MAX, tables: Vec::new() }
     }
 }
 
@@ -63,6 +68,10 @@ impl Grant {
             match rule.split_once('=') {
                 Some(("role", "read")) => grant.updates = false,
                 Some(("role", "train")) => grant.updates = true,
+                Some(("clients", number)) => match number.parse() {
+                    Ok(number) if number > 0 => grant.clients = number,
+                    _ => return Err(BadRule { key: key.name().to_owned(), rule: rule.clone() }),
+                },
                 Some(("tables", glob)) if !glob.is_empty() => grant.tables.push(glob.to_owned()),
                 _ => return Err(BadRule { key: key.name().to_owned(), rule: rule.clone() }),
             }
@@ -75,9 +84,19 @@ impl Grant {
         !self.tables.is_empty()
     }
 
-    /// Whether it may update tables.
-    pub fn updates(&self) -> bool {
-        self.updates
+    /// Whether a client that says this is an observer: because it wants to be, or because it may be nothing else.
+    pub fn observes(&self, hello: &Hello) -> bool {
+        !self.updates || hello.observes == 1
+    }
+
+    /// The name of its key.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// Most clients that it lets in at a time.
+    pub fn clients(&self) -> usize {
+        self.clients
     }
 
     /// Whether it may open the table of that name.
@@ -95,8 +114,12 @@ impl Grant {
         Ok(())
     }
 
-    /// Why an update is refused.
+    /// Why a batch of an observer is refused.
     pub fn no_updates(&self) -> String {
+        if self.updates {
+            return "the client said that it only reads (ClientOptions::observer), and this is an update"
+                .into();
+        }
         format!("the key `{}` may read (role=read), and this is an update", self.key)
     }
 }
@@ -165,14 +188,19 @@ mod tests {
     #[test]
     fn rules_say_what_a_key_may_do() {
         assert_eq!(Grant::default().opens("x"), Ok(()));
-        assert!(grant("").unwrap().updates() && grant("role=train").unwrap().updates());
+        let (part, mut observer) = (Hello::main(0), Hello::main(0));
+        observer.observes = 1;
+        for trainer in [grant("").unwrap(), grant("role=train").unwrap(), Grant::default()] {
+            assert!(!trainer.observes(&part) && trainer.observes(&observer));
+        }
         let reader = grant("role=read tables=a/* tables=b").unwrap();
-        assert!(!reader.updates());
+        assert!(reader.observes(&part) && reader.observes(&observer));
         assert_eq!(reader.opens("a/L"), Ok(()));
         assert_eq!(reader.opens("b"), Ok(()));
         let error = reader.opens("c").unwrap_err();
         assert!(error.contains("`c`") && error.contains("tables=a/* tables=b"), "{error}");
-        for rule in ["role=admin", "tables=", "x", "role"] {
+        assert_eq!((reader.clients(), grant("clients=3").unwrap().clients()), (usize::MAX, 3));
+        for rule in ["role=admin", "tables=", "x", "role", "clients=0", "clients=-1", "clients="] {
             let error = grant(rule).unwrap_err().to_string();
             assert!(error.contains(&format!("`{rule}`")) && error.contains("role=read"), "{error}");
         }

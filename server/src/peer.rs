@@ -21,9 +21,10 @@ use fervor_protocol::{
     resume::is_later,
     wire::Hello,
 };
-use fervor_verbs::transport::{Connection, Payload, Post, PostError, RemoteRegion, Sge, View};
+use fervor_verbs::transport::{Connection, ConnectionId, Payload, Post, PostError, RemoteRegion, Sge, View};
 
 use crate::{
+    accept::Place,
     outbound::{Outbound, RESERVE},
     staging::Entry,
 };
@@ -93,6 +94,8 @@ pub struct Peer<C: Connection> {
     pub condemned: bool,
     /// It said that it leaves: its end is no fault.
     pub left: bool,
+    /// Its place among the clients of its key.
+    pub place: Option<Place>,
 }
 
 impl<C: Connection> Peer<C> {
@@ -122,12 +125,18 @@ impl<C: Connection> Peer<C> {
             listed: false,
             condemned: false,
             left: false,
+            place: None,
         })
     }
 
     /// Whether it has no connection.
     pub fn is_suspended(&self) -> bool {
         self.connection.is_none()
+    }
+
+    /// Its connection, if it has one.
+    pub fn connection_id(&self) -> Option<ConnectionId> {
+        self.connection.as_ref().map(C::id)
     }
 
     /// Whether this is an attempt to come back after all others so far, with the same memory. It counts from now on.

@@ -15,6 +15,7 @@
 //! | [`outbound`](crate::outbound) | what waits for a client, in which order | images |
 //! | [`posting`](crate::posting) | connections, staging memory | messages |
 //! | [`absent`] | who has lost a connection and may come back | messages |
+//! | [`parting`] | who is put out, and by when it has to be gone | messages |
 //! | this | messages, completions, who comes and goes | |
 
 use std::{
@@ -25,7 +26,6 @@ use std::{
 
 use fervor_protocol::{
     clock::Departure,
-    limits::REPLY_BYTES,
     mutants::{Mutant, mutant},
     wire::{self, Fault, Hello, Kind, MemoryHeader, MessageHeader},
 };
@@ -33,10 +33,8 @@ use fervor_verbs::transport::{
     Completion, Connection, ConnectionId, Endpoint, Export, ReceiveBuffer, RemoteRegion, Transport, WorkError,
 };
 
-use zerocopy::IntoBytes;
-
 use crate::{
-    accept::Mail,
+    accept::{Mail, Place},
     access::Grant,
     core::{ClientId, Due, Effects, Next, Run, ShardCore, SlotEffect, TableId},
     outbound::MAX_ASKED,
@@ -46,10 +44,12 @@ use crate::{
 };
 
 mod absent;
+mod parting;
 
 use absent::Absent;
+use parting::Parting;
 
-/// Longest sleep. Nothing is due at any time but the continuous pushes that wait for their budget, and the ends of leases: messages,
+/// Longest sleep. Nothing is due at any time but the continuous pushes that wait for their budget, and the ends of leases and of last words: messages,
 /// ends of connections, mail and the stop all wake the thread.
 const SLEEP: Duration = Duration::from_secs(3600);
 /// How long a stopping poller still takes what comes, and then waits for its clients to take their last message.
@@ -70,6 +70,7 @@ pub struct Poller<T: Transport> {
     /// Whose connection it is.
     clients: BTreeMap<ConnectionId, ClientId>,
     absent: Absent,
+    parting: Parting,
     readers: BTreeMap<ConnectionId, T::Connection>,
     completions: Vec<Completion>,
     /// Completions of connections whose mail has not come yet.
@@ -92,6 +93,7 @@ impl<T: Transport> Poller<T> {
     ) -> Self {
         Self {
             absent: Absent::new(share.lease),
+            parting: Parting::default(),
             transport,
             endpoint,
             mail,
@@ -147,7 +149,7 @@ impl<T: Transport> Poller<T> {
 
     /// Does what there is to do; returns how much that was.
     fn turn(&mut self) -> usize {
-        let mut work = self.take_mail() + self.take_completions() + self.end_leases();
+        let mut work = self.take_mail() + self.take_completions() + self.end_leases() + self.hang_up();
         if work > 0 {
             self.posting.post_acknowledgements();
             self.push_changes();
@@ -168,20 +170,20 @@ impl<T: Transport> Poller<T> {
 
     fn take_mail(&mut self) -> usize {
         let mut taken = 0;
-        while let Ok(Mail { connection, hello, grant }) = self.mail.try_recv() {
+        while let Ok(Mail { connection, hello, grant, place }) = self.mail.try_recv() {
             taken += 1;
             match hello {
                 None => drop(self.readers.insert(connection.id(), connection)),
                 Some(hello) if hello.attempt > 0 => self.come_back(connection, hello, &grant),
-                Some(hello) => self.join(connection, &hello, grant),
+                Some(hello) => self.join(connection, &hello, grant, place),
             }
         }
         taken
     }
 
-    fn join(&mut self, connection: T::Connection, hello: &Hello, grant: Grant) {
+    fn join(&mut self, connection: T::Connection, hello: &Hello, grant: Grant, place: Option<Place>) {
         let connection_id = connection.id();
-        let peer = match Peer::new(connection, hello, self.share.credits) {
+        let mut peer = match Peer::new(connection, hello, self.share.credits) {
             Ok(peer) => peer,
             Err((text, mut connection)) => {
                 eprintln!("fervor-server: a client is refused: {text}");
@@ -193,13 +195,19 @@ impl<T: Transport> Poller<T> {
                 return;
             }
         };
+        peer.place = place;
         let region = peer.region_bytes();
         let id = self.posting.add(peer);
         self.clients.insert(connection_id, id);
         if !self.absent.knows(hello.identity, id) {
             return self.condemn(id, "another client has the same identity");
         }
-        match self.core.join(id, hello.clients.into(), region) {
+        let joined = if grant.observes(hello) {
+            Ok(self.core.observe(id, region))
+        } else {
+            self.core.join(id, hello.clients.into(), region)
+        };
+        match joined {
             Ok(number) => {
                 self.core.grant(id, grant);
                 let (clock, lsn) = (self.core.clock(), self.core.round_lsn());
@@ -305,6 +313,9 @@ impl<T: Transport> Poller<T> {
         if peer.counted && !peer.left {
             self.share.clients.fetch_sub(1, Ordering::Release);
         }
+        if !peer.counted {
+            self.parting.stranger_gone();
+        }
         if !peer.left && !peer.condemned {
             eprintln!("fervor-server: client {} is gone ({cause}); the others go on without it", peer.number);
         }
@@ -315,13 +326,19 @@ impl<T: Transport> Poller<T> {
         let message = self.endpoint.message(&buffer);
         let outcome = match self.posting.peer(id) {
             Some(peer) if !peer.condemned => handle(&mut self.core, id, peer, message),
-            _ => Ok(false),
+            _ => Ok(None),
         };
         // The credit goes back only now that the message has been applied.
         self.endpoint.release(buffer);
         match outcome {
             Ok(left) => {
-                if left {
+                if let Some(how) = left {
+                    if let (Departure::Died, Some(peer)) = (how, self.posting.peer(id)) {
+                        let number = peer.number;
+                        eprintln!(
+                            "fervor-server: client {number} was dropped without close(); the others go on without it"
+                        );
+                    }
                     // It sends nothing more: its receive buffers are free for another client from now on.
                     self.share.clients.fetch_sub(1, Ordering::Release);
                 }
@@ -329,23 +346,6 @@ impl<T: Transport> Poller<T> {
             }
             Err(fault) => self.condemn(id, &fault.to_string()),
         }
-    }
-
-    /// Tells a client what it did wrong, listens to it no more, and ends the connection when it has been told.
-    fn condemn(&mut self, id: ClientId, text: &str) {
-        self.condemn_as(id, 0, text);
-    }
-
-    fn condemn_as(&mut self, id: ClientId, flags: u8, text: &str) {
-        let Some(peer) = self.posting.peer(id).filter(|peer| !peer.condemned) else { return };
-        eprintln!("fervor-server: client {}: {text}", peer.number);
-        peer.condemned = true;
-        let header = MessageHeader::new(Kind::Fault, flags, 0, 0, 0);
-        let mut last_word = [header.as_bytes(), text.as_bytes()].concat();
-        last_word.truncate(REPLY_BYTES);
-        peer.outbound.condemn(last_word);
-        self.posting.list(id);
-        self.core.leave(id, Departure::Died);
     }
 
     /// Pushes what changed: in value-bounded tables, and if the shard clock rose in all that are pushed in rounds.
@@ -424,7 +424,8 @@ impl<T: Transport> Poller<T> {
     /// How long the poller may sleep until something is due.
     fn next_due(&self) -> Option<Duration> {
         let lease = self.absent.next_end().map(|end| end.saturating_sub(self.transport.now()));
-        [self.until_next_push(), lease].into_iter().flatten().min()
+        let parting = self.parting.next_end().map(|end| end.saturating_sub(self.transport.now()));
+        [self.until_next_push(), lease, parting].into_iter().flatten().min()
     }
 
     /// How long until a budget allows the next push, as [`Poller::push_continuously`] saw it; it may
@@ -434,13 +435,13 @@ impl<T: Transport> Poller<T> {
     }
 }
 
-/// Has a message done, and leaves word of what follows from it. Whether it was the client's last one.
+/// Has a message done, and leaves word of what follows from it. If it was the client's last one, how that goes.
 fn handle<C: Connection>(
     core: &mut ShardCore,
     id: ClientId,
     peer: &mut Peer<C>,
     message: &[u8],
-) -> Result<bool, Fault> {
+) -> Result<Option<Departure>, Fault> {
     let header = MessageHeader::parse(message)?;
     peer.outbound.admit(&header)?;
     if header.kind == Kind::Memory as u8 && peer.slabs.is_none() {
@@ -465,8 +466,9 @@ fn handle<C: Connection>(
     if closed {
         peer.outbound.close(header.sequence);
     }
-    if left {
+    if left.is_some() {
         peer.left = true;
+        peer.place = None;
         peer.outbound.stop();
     }
     peer.outbound.acknowledge(header.sequence, lsn);

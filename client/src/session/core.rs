@@ -10,6 +10,7 @@ use std::{
 };
 
 use fervor_protocol::{
+    clock::observed,
     mutants::{Mutant, mutant},
     route::Router,
     wire::Welcome,
@@ -25,6 +26,7 @@ use crate::{
     session::{
         absence::Next,
         engine::{Engine, Surroundings},
+        farewell,
         link::{Link, Wish},
     },
     slab::Pool,
@@ -34,7 +36,7 @@ use crate::{
 /// Longest sleep when an event ends it.
 const SLEEP: Duration = Duration::from_millis(10);
 /// Longest sleep when only memory changes: acknowledgements are plain WRITEs.
-const NAP: Duration = Duration::from_micros(100);
+pub const NAP: Duration = Duration::from_micros(100);
 
 /// How long a worker that lost its connection waits to hear why.
 const REASON: Duration = Duration::from_millis(200);
@@ -95,6 +97,8 @@ pub struct Core<T: Transport> {
     pub id: u64,
     /// By which the servers know it when it comes back.
     pub identity: u64,
+    /// It only reads: see [`fervor_protocol::clock`].
+    pub observer: bool,
     pub router: Router,
     pub links: Vec<Link<T::View>>,
     pub engine: Mutex<Engine<T>>,
@@ -236,7 +240,7 @@ impl<T: Transport> Core<T> {
     }
 
     /// One turn of the engine. Returns how much it did.
-    fn turn(&self, engine: &mut Engine<T>) -> usize {
+    pub fn turn(&self, engine: &mut Engine<T>) -> usize {
         self.handed_over.store(false, Ordering::SeqCst);
         for (shard, connection, welcome) in lock(&self.made).drain(..) {
             engine.attach(shard, connection, &welcome, &self.surroundings());
@@ -294,11 +298,14 @@ impl<T: Transport> Core<T> {
     /// A shard lets a client in at its clock of that moment, and closes a first round at it; from then on the clock cannot
     /// rise without the client. The clock that the handshake told was older: an update stamped with it could have
     /// come after a reader was told that all of that stamp are there. Shards of a running job may differ by some clocks: the
-    /// client begins at the greatest, and lets the others go on to it.
+    /// client begins at the greatest, and lets the others go on to it. (An observer has no place there, and holds none of them.)
     pub fn join(&self) -> Result<(), Error> {
         let joined =
             |link: &Link<T::View>| link.joined.load(Ordering::Acquire) || mutant(Mutant::JoinAtHandshake);
         self.wait(For::Event, || self.links.iter().all(joined))?;
+        if self.observer {
+            return Ok(());
+        }
         let clocks = || self.links.iter().map(Link::round);
         for link in &self.links {
             // Where it stands in the shard's vector clock: it only announces what is after that.
@@ -307,6 +314,11 @@ impl<T: Transport> Core<T> {
         let start = clocks().max().unwrap_or(0);
         lock(&self.clocks).client = start;
         if clocks().any(|clock| clock < start) { self.announce(start) } else { Ok(()) }
+    }
+
+    /// The clock of a worker that only reads: all shards are known to have reached it.
+    pub fn observed(&self) -> u64 {
+        observed(self.links.iter().map(Link::clock))
     }
 
     /// The client's clock has risen: has it announced to every shard, behind all updates below it. Returns when that is posted.
@@ -339,7 +351,7 @@ impl<T: Transport> Core<T> {
     /// Leaves the vector clocks of all shards, after the last batch.
     pub fn leave(&self) -> Result<(), Error> {
         for shard in 0..self.links.len() {
-            self.with_engine(For::Memory, |engine| engine.leave(shard).then_some(()))?;
+            self.with_engine(For::Memory, |engine| engine.leave(shard, 0).then_some(()))?;
         }
         self.drained()
     }
@@ -357,5 +369,11 @@ impl<T: Transport> Core<T> {
         let mut wishes = lock(&self.links[shard].wishes);
         wishes.push(wish);
         wishes.len()
+    }
+}
+
+impl<T: Transport> Drop for Core<T> {
+    fn drop(&mut self) {
+        farewell::say(self);
     }
 }

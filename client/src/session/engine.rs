@@ -237,7 +237,7 @@ impl<T: Transport> Engine<T> {
                     break;
                 }
             } else if (channel.polled - channel.told) * 2 >= CLIENT_RECEIVES as u64 {
-                self.send(shard, Kind::Credit, &[]);
+                self.send(shard, Kind::Credit, 0, &[]);
             } else {
                 break;
             }
@@ -258,7 +258,7 @@ impl<T: Transport> Engine<T> {
 
     fn send_wishes(&mut self, shard: usize, wishes: &[Wish]) {
         let body: Vec<u8> = wishes.iter().flat_map(|wish| wish.record.as_bytes().to_vec()).collect();
-        self.send(shard, Kind::Slots, &body);
+        self.send(shard, Kind::Slots, 0, &body);
         let given_up = wishes.iter().filter(|wish| wish.record.wish == UNSUBSCRIBE);
         let sent = self.channels[shard].sent.back_mut().expect("it was just sent");
         sent.closing = given_up.map(|wish| (wish.table, wish.slot)).collect();
@@ -371,7 +371,7 @@ impl<T: Transport> Engine<T> {
         if !self.channels[shard].can_send() {
             return None;
         }
-        let sequence = self.send(shard, kind, body);
+        let sequence = self.send(shard, kind, 0, body);
         if matches!(kind, Kind::CreateTable | Kind::Memory) {
             self.channels[shard].expect_answer(sequence);
         }
@@ -380,16 +380,31 @@ impl<T: Transport> Engine<T> {
     }
 
     /// Says that no more messages will come, if there is a credit for it: whether there was.
-    pub fn leave(&mut self, shard: usize) -> bool {
-        self.channels[shard].left = self.request(shard, Kind::Leave, &[]).is_some();
+    pub fn leave(&mut self, shard: usize, flags: u8) -> bool {
+        if !self.channels[shard].can_send() {
+            return false;
+        }
+        self.send(shard, Kind::Leave, flags, &[]);
+        self.ring(shard);
+        self.channels[shard].left = true;
+        true
+    }
+
+    /// Whether `shard` was told that no more messages will come.
+    pub fn has_left(&self, shard: usize) -> bool {
         self.channels[shard].left
     }
 
+    /// Whether `shard` can be reached, or will be as soon as it says where it goes on.
+    pub fn reaches(&self, shard: usize) -> bool {
+        matches!(self.channels[shard].state, State::Up | State::Resuming)
+    }
+
     /// Sends a message; there is a credit, a buffer, and room in the queue.
-    fn send(&mut self, shard: usize, kind: Kind, body: &[u8]) -> u64 {
+    fn send(&mut self, shard: usize, kind: Kind, flags: u8, body: &[u8]) -> u64 {
         let (sequence, returned) = self.channels[shard].next_message();
         let records = if kind == Kind::Slots { body.len() / size_of::<SlotRecord>() } else { 0 };
-        let header = MessageHeader::new(kind, 0, records as u32, sequence, returned);
+        let header = MessageHeader::new(kind, flags, records as u32, sequence, returned);
         let length = size_of::<MessageHeader>() + body.len();
         self.scratch[..size_of::<MessageHeader>()].copy_from_slice(header.as_bytes());
         self.scratch[size_of::<MessageHeader>()..length].copy_from_slice(body);

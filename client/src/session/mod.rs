@@ -7,6 +7,7 @@
 //! | [`channel`] | for each shard, the connection: messages out, acknowledgements and answers in |
 //! | [`combine`] | the slabs of several workers, made one update per row, in messages |
 //! | [`engine`] | the endpoint, and what a thread does with it when it waits or ends a clock |
+//! | [`farewell`] | what a client that is dropped says |
 //! | [`core`] | all of it together, clocks of the workers, waiting |
 
 pub mod absence;
@@ -14,4 +15,5 @@ pub mod channel;
 pub mod combine;
 pub mod core;
 pub mod engine;
+pub mod farewell;
 pub mod link;

@@ -28,7 +28,7 @@ impl<T: Transport> Worker<T> {
         loop {
             let core = self.core.clone();
             let visible = |shard: usize| core.links[shard].visible.load(Ordering::Acquire);
-            let transit = self.updates(&*table.0).transit().expect("the table is value-bounded");
+            let transit = self.updates(&*table.0)?.transit().expect("the table is value-bounded");
             transit.retire(visible);
             if transit.admits(row, width, update(), bound) || mutant(Mutant::BoundIgnored) {
                 transit.add(row, width, update());
@@ -42,7 +42,7 @@ impl<T: Transport> Worker<T> {
                 before = sent;
             }
             turn += 1;
-            let transit = self.updates(&*table.0).transit().expect("the table is value-bounded");
+            let transit = self.updates(&*table.0)?.transit().expect("the table is value-bounded");
             core.wait(For::Event, || transit.retire(visible))?;
             self.stats.waiting += core.transport.now() - before;
         }

@@ -103,6 +103,24 @@ struct Before {
     made: BTreeMap<u64, Vec<(i64, u64)>>,
 }
 
+/// The clock that the `get`s of `worker` since `before` claim to be good for, the least of theirs: at least, and at most.
+pub fn claim<T: Transport>(before: &WorkerStats, worker: &Worker<T>) -> (u64, u64) {
+    let after = worker.stats().clock_differential;
+    let new = |(differential, count): &(&i64, &u64)| {
+        before.clock_differential.get(differential).is_none_or(|earlier| earlier < *count)
+    };
+    let differential = *after.iter().find(new).expect("every get counts its differential").0;
+    // They are rounded up in size, to a power of two.
+    let (least, most) = match differential {
+        ..-64 => (differential, differential / 2 - 1),
+        65.. => (differential / 2 + 1, differential),
+        _ => (differential, differential),
+    };
+    // No clock is below 0.
+    let clock = |differential| u64::try_from(differential + 1 + worker.now() as i64).unwrap_or(0);
+    (clock(least), clock(most))
+}
+
 /// A worker at work.
 pub struct Actor<T: Transport> {
     pub transport: T,
@@ -263,20 +281,7 @@ impl<T: Transport> Actor<T> {
     /// The clock that the `get`s since `before` claim to be good for, the least of theirs: at least, and at most. (Great differentials are
     /// only known roughly: those of a worker far behind the job, or far ahead of it.)
     fn claim(&self, before: &Before) -> (u64, u64) {
-        let after = self.worker.stats().clock_differential;
-        let new = |(differential, count): &(&i64, &u64)| {
-            before.stats.clock_differential.get(differential).is_none_or(|earlier| earlier < *count)
-        };
-        let differential = *after.iter().find(new).expect("every get counts its differential").0;
-        // They are rounded up in size, to a power of two.
-        let (least, most) = match differential {
-            ..-64 => (differential, differential / 2 - 1),
-            65.. => (differential / 2 + 1, differential),
-            _ => (differential, differential),
-        };
-        // No clock is below 0.
-        let clock = |differential| u64::try_from(differential + 1 + self.worker.now() as i64).unwrap_or(0);
-        (clock(least), clock(most))
+        claim(&before.stats, &self.worker)
     }
 
     fn check<E: Number>(

@@ -5,6 +5,7 @@
 //! | [`plan`] | what a seed makes of a job: clients, workers, deaths; and what everybody will add |
 //! | [`tables`] | its tables |
 //! | [`actor`] | a worker at work, and what is checked of each `get` |
+//! | [`watcher`] | a client that only reads, and calls `clock()` a few times or never: nobody waits for it, and its reads keep their promise |
 //! | [`rogue`] | a client written by hand: batches that come twice, batches that are bad or missing |
 //! | [`trouble`] | what goes wrong of the transport, and at whom |
 //! | [`scene`] | servers, clients and the end of a job; one seed from start to end |
@@ -40,3 +41,4 @@ pub mod rogue;
 pub mod scene;
 pub mod tables;
 pub mod trouble;
+pub mod watcher;

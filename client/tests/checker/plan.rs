@@ -99,6 +99,14 @@ pub struct Place {
     pub copies: bool,
 }
 
+/// A client beside the job that only reads.
+#[derive(Debug, Clone, Copy)]
+pub struct Watcher {
+    pub place: Place,
+    /// It calls `clock()` so often, and then no more until the job is over.
+    pub clocks: u64,
+}
+
 /// How the rogue ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Farewell {
@@ -132,6 +140,7 @@ pub struct Plan {
     pub lanes: Vec<Lane>,
     pub rogue: Option<Farewell>,
     pub victim: Option<Victim>,
+    pub watcher: Option<Watcher>,
     /// Clients come when they like, and find a job that runs: how late each is.
     pub late: Option<Vec<Duration>>,
     /// Per table, row and lane, what has been added by now.
@@ -269,6 +278,7 @@ impl Plan {
             reads_in_flight: 8,
             read_lanes: ReadLanes::Shared(1),
             victim: None,
+            watcher: None,
             late: None,
             added: each(&tables, &lanes, || AtomicI64::new(0)),
             made: each(&tables, &lanes, Mutex::default),
@@ -311,6 +321,12 @@ impl Plan {
             2 => ReadLanes::Shared(2),
             _ => ReadLanes::PerWorker,
         };
+        let mut random = Random(self.seed ^ 0x0b5e_0000);
+        if random.one_in(5) {
+            let server = random.among(0..=self.servers as u64 - 1) as usize;
+            let place = Place { beside: random.one_in(3).then_some(server), copies: random.one_in(4) };
+            self.watcher = Some(Watcher { place, clocks: random.among(0..=4) });
+        }
     }
 
     /// How many clients each says that the job has: all of them, or one, so that nobody waits for the others, who may not

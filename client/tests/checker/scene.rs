@@ -24,9 +24,10 @@ use fervor_verbs::{
 use super::{
     actor::{Actor, Number, open},
     journal::What,
-    plan::{Plan, Victim},
+    plan::{Plan, Victim, Watcher},
     rogue,
     trouble::Party,
+    watcher,
 };
 use crate::{
     on,
@@ -70,6 +71,8 @@ pub struct Tally {
     pub deaths: u64,
     pub rogues: u64,
     pub late: u64,
+    /// Jobs beside which a client only read, until they were over.
+    pub watched: u64,
     /// Jobs in which a connection broke or a client died at one of its operations.
     pub harmed: u64,
     /// Completions that were held back.
@@ -80,15 +83,15 @@ pub struct Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { gets, in_place, hits, reads, torn, asked, deaths, rogues, late, harmed, delayed, resumed } =
-            self;
+        let Self { gets, in_place, hits, reads, torn, asked, .. } = self;
+        let Self { deaths, rogues, late, watched, harmed, delayed, resumed, .. } = self;
         writeln!(
             f,
             "{gets} gets checked: {in_place} in place, {hits} hits, {reads} READs, {torn} torn, {asked} rows asked for"
         )?;
         writeln!(
             f,
-            "in {deaths} jobs a client was killed, in {rogues} one did wrong, in {late} they came late"
+            "in {deaths} jobs a client was killed, in {rogues} one did wrong, in {late} they came late, in {watched} one only read"
         )?;
         write!(
             f,
@@ -109,6 +112,7 @@ impl Tally {
         self.deaths += other.deaths;
         self.rogues += other.rogues;
         self.late += other.late;
+        self.watched += other.watched;
         self.harmed += other.harmed;
         self.delayed += other.delayed;
         self.resumed += other.resumed;
@@ -243,6 +247,8 @@ struct Stage {
     joined: Vec<AtomicBool>,
     gone: Vec<AtomicBool>,
     done: AtomicBool,
+    /// There is one who only reads.
+    watching: AtomicBool,
     /// When a server died, if one did.
     died: Mutex<Option<Duration>>,
 }
@@ -258,6 +264,25 @@ impl Stage {
         self.sleep_until(node, || self.up.load(Ordering::SeqCst) == self.plan.servers);
     }
 
+    /// The client that only reads.
+    fn watch(&self, node: &Node, watcher: Watcher, tally: &Mutex<Tally>) {
+        self.await_servers(node);
+        let over = || self.sleep_until(node, || self.left.load(Ordering::SeqCst) == 0);
+        let result = watcher::run(node, &self.addresses, &self.plan, watcher, over);
+        let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+        match result {
+            Ok(stats) => {
+                tally.watched += 1;
+                tally.count(&stats);
+            }
+            Err(error) => {
+                let (plan, text) = (&self.plan, error.to_string());
+                assert!(plan.server_harmed(), "seed {}: who only reads: {text}", plan.seed);
+            }
+        }
+        self.watching.store(false, Ordering::SeqCst);
+    }
+
     /// A client is done, in whatever way; once.
     fn went(&self, number: usize) {
         if !self.gone[number].swap(true, Ordering::SeqCst) {
@@ -270,7 +295,9 @@ impl Stage {
         let inner = node.inner();
         self.up.fetch_add(1, Ordering::SeqCst);
         if number == 0 {
-            self.sleep_until(inner, || self.left.load(Ordering::SeqCst) == 0);
+            self.sleep_until(inner, || {
+                self.left.load(Ordering::SeqCst) == 0 && !self.watching.load(Ordering::SeqCst)
+            });
             if self.plan.victim.is_some() || self.plan.rogue.is_some() || self.plan.trouble.harms() {
                 // Until it has been noticed everywhere who is gone: the job is over then.
                 self.sim.sleep(inner, Duration::from_millis(2500) + self.plan.trouble.lease);
@@ -401,6 +428,7 @@ pub fn simulate(plan: Arc<Plan>) -> Result<Outcome, Failure> {
         joined: flags(),
         gone: flags(),
         done: AtomicBool::new(false),
+        watching: AtomicBool::new(plan.watcher.is_some()),
         died: Mutex::new(None),
     });
     let tally = Arc::new(Mutex::new(Tally {
@@ -449,6 +477,16 @@ pub fn simulate(plan: Arc<Plan>) -> Result<Outcome, Failure> {
             let rogue = || rogue::run(&node, &stage.addresses, &stage.plan, farewell);
             stage.plan.journal.heed(rogue);
             stage.went(stage.plan.clients);
+        });
+    }
+    if let Some(watcher) = plan.watcher {
+        let node = match watcher.place.beside {
+            Some(server) => sim.node_on(&hosts[server], "watcher"),
+            None => sim.node("watcher"),
+        };
+        let (stage, tally) = (stage.clone(), tally.clone());
+        sim.spawn(&node.clone(), "main", move || {
+            stage.plan.journal.heed(|| stage.watch(&node, watcher, &tally));
         });
     }
     let reports: Vec<_> = nodes.iter().map(|(_, node)| node.clone()).collect();

@@ -50,7 +50,20 @@ impl<T: Transport> Raw<T> {
         address: &Address,
         change: impl FnOnce(Hello) -> Vec<u8>,
     ) -> Result<Self, String> {
-        let config = EndpointConfig { receive_size: 512, ..EndpointConfig::default() };
+        Self::with_buffers(transport, address, EndpointConfig::default().receive_buffers, change)
+    }
+
+    /// The same, with so many receive buffers, whatever it says that it has.
+    ///
+    /// # Errors
+    /// The words of the refusal.
+    pub fn with_buffers(
+        transport: &T,
+        address: &Address,
+        receive_buffers: usize,
+        change: impl FnOnce(Hello) -> Vec<u8>,
+    ) -> Result<Self, String> {
+        let config = EndpointConfig { receive_size: 512, receive_buffers, ..EndpointConfig::default() };
         let endpoint = transport.endpoint(&config).unwrap();
         let region = Memory::new("raw", 1 << 20).unwrap();
         let region = transport.register(&region, Access::RemoteWrite).unwrap();

@@ -21,7 +21,8 @@ pub struct Hello {
     magic: u32,
     version: u16,
     role: u8,
-    reserved: u8,
+    /// 1: the client only reads, an [observer](crate::clock); 0: it takes part in the job, if its key allows that.
+    pub observes: u8,
     /// The shard of this server that is wanted.
     pub shard: u16,
     /// Clients in the job.
@@ -51,7 +52,7 @@ impl Hello {
             magic: MAGIC,
             version: VERSION,
             role: Role::Reader as u8,
-            reserved: 0,
+            observes: 0,
             shard,
             clients: 0,
             key: 0,
@@ -91,6 +92,12 @@ impl Hello {
             );
             return Err(Refusal::new(&text));
         }
+        if hello.observes > 1 {
+            return Err(Refusal::new(&format!(
+                "observes = {} in the handshake: 0 or 1 is possible",
+                hello.observes
+            )));
+        }
         match hello.role {
             0 => Ok((hello, Role::Main)),
             1 => Ok((hello, Role::Reader)),
@@ -118,7 +125,10 @@ pub struct Welcome {
     /// Key of the shard's region.
     pub key: u32,
     /// Messages that the client may have out.
-    pub credits: u32,
+    pub credits: u16,
+    /// 1: the client only reads: it said so, or its key does; 0: it takes part in the job.
+    pub observes: u8,
+    reserved: u8,
     /// Bytes of the greatest message.
     pub message_bytes: u32,
     /// How long the server keeps a client whose connection broke, milliseconds.
@@ -142,6 +152,8 @@ impl Welcome {
             length: 0,
             key: 0,
             credits: 1,
+            observes: 0,
+            reserved: 0,
             message_bytes: LEAST_MESSAGE as u32,
             lease: 0,
             origin: 0,
@@ -169,6 +181,9 @@ impl Welcome {
                 "it grants {} messages on their way: 1 to {MAX_CREDITS} are possible",
                 welcome.credits
             ));
+        }
+        if welcome.observes > 1 {
+            return Err(format!("observes = {} in its answer: 0 or 1 is possible", welcome.observes));
         }
         if (welcome.message_bytes as usize) < LEAST_MESSAGE || welcome.message_bytes as usize > MESSAGE_BYTES
         {

@@ -12,6 +12,10 @@ fn a_handshake_of_another_version_is_refused_with_both() {
     assert!(Hello::parse(&[1; 48]).is_err() && Hello::parse(&[]).is_err());
     assert_eq!(Hello::parse(Hello::reader(3).as_bytes()).unwrap().1, Role::Reader);
     assert!(Welcome::parse(Welcome::new().as_bytes()).is_ok() && Welcome::parse(&[0; 56]).is_err());
+    let (mut hello, mut welcome) = (Hello::main(0), Welcome::new());
+    (hello.observes, welcome.observes) = (2, 2);
+    assert!(Hello::parse(hello.as_bytes()).unwrap_err().0.contains("observes = 2"));
+    assert!(Welcome::parse(welcome.as_bytes()).unwrap_err().contains("observes = 2"));
     for (credits, bytes, text) in [(0, 4096, "0 messages"), (33, 4096, "33 messages"), (8, 8, "8 bytes")] {
         let mut welcome = Welcome::new();
         (welcome.credits, welcome.message_bytes) = (credits, bytes);

@@ -17,6 +17,8 @@ use super::{id::TableId, visible::Visibility};
 pub struct Client {
     /// Its entry in the vector clock, never used again.
     pub number: u64,
+    /// It only reads, and has no entry there.
+    pub observes: bool,
     /// Sequence of its last message.
     pub sequence: u64,
     pub batches: BatchNumbers,
@@ -44,6 +46,7 @@ impl Client {
     pub fn new(number: u64, region: u64, origin: u64) -> Self {
         Self {
             number,
+            observes: false,
             sequence: origin,
             batches: BatchNumbers::starting_at(origin),
             region,

@@ -39,7 +39,7 @@ use fervor_protocol::{
     batch::{Batch, Section, Source},
     clock::{Departure, VectorClock},
     mutants::{Mutant, mutant, pause},
-    wire::{self, Fault, Kind, MemoryHeader, MessageHeader, NOT_SEEN, NamedReply},
+    wire::{self, DROPPED, Fault, Kind, MemoryHeader, MessageHeader, NOT_SEEN, NamedReply},
 };
 use fervor_verbs::Exclusive;
 use zerocopy::IntoBytes;
@@ -131,8 +131,8 @@ pub struct Effects {
     pub slots: Vec<SlotEffect>,
     /// The client has given up slots, or a mirror: it is to be told when no WRITE to them is on its way.
     pub closed: bool,
-    /// The client sends nothing more.
-    pub left: bool,
+    /// The client sends nothing more, and goes like this.
+    pub left: Option<Departure>,
 }
 
 /// See the module.
@@ -239,6 +239,26 @@ impl ShardCore {
                 "the running job has {expected} clients, and this one says {job}: give all the same number"
             ))
         })?;
+        self.put(id, region);
+        Ok(number)
+    }
+
+    /// Adds a client that only reads, as [`ShardCore::join`] adds one of a job: nobody waits for it
+    /// ([`fervor_protocol::clock`]).
+    pub fn observe(&mut self, id: ClientId, region: u64) -> u64 {
+        let number = self.next_number;
+        if mutant(Mutant::ObserverCounted) {
+            // Whatever size the job has.
+            let _ = (1..=u16::MAX).find(|job| self.clock.join(number, (*job).into()).is_ok());
+        }
+        self.put(id, region);
+        self.client(id).observes = true;
+        number
+    }
+
+    /// Puts a client in a place that nobody has.
+    fn put(&mut self, id: ClientId, region: u64) {
+        let number = self.next_number;
         self.next_number += 1;
         let place = id.0 as usize;
         if self.clients.len() <= place {
@@ -246,7 +266,6 @@ impl ShardCore {
         }
         let before = self.clients[place].replace(Client::new(number, region, self.origin.number));
         assert!(before.is_none(), "place {place} was taken");
-        Ok(number)
     }
 
     /// Says what a client may do.
@@ -362,7 +381,7 @@ impl ShardCore {
     ) -> Result<Effects, Fault> {
         let header = MessageHeader::parse(message)?;
         self.client(id).expect(&header)?;
-        let mut effects = Effects { lsn: self.lsn, slots: Vec::new(), closed: false, left: false };
+        let mut effects = Effects { lsn: self.lsn, slots: Vec::new(), closed: false, left: None };
         match header.kind()? {
             Kind::Batch | Kind::Reference => effects.lsn = self.batch(id, &header, message, slabs)?,
             Kind::Slots => {
@@ -375,8 +394,9 @@ impl ShardCore {
             Kind::Memory => self.name_memory(id, &header, message, slabs.is_some())?,
             Kind::Credit => {}
             Kind::Leave => {
-                self.leave(id, Departure::Left);
-                effects.left = true;
+                let how = if header.flags & DROPPED != 0 { Departure::Died } else { Departure::Left };
+                self.leave(id, how);
+                effects.left = Some(how);
             }
             kind @ (Kind::Table | Kind::Refused | Kind::Fault | Kind::Named | Kind::Resumed) => {
                 return Err(Fault::Kind(kind as u8));
@@ -425,7 +445,7 @@ impl ShardCore {
             let table = tables.get(table as usize)?.as_ref()?;
             (!limited || table.openers.contains_key(&id)).then(|| table.shape())
         });
-        let result = match read.and_then(|()| self.allowed(id, &batch)) {
+        let result = match read.and_then(|()| self.allowed(id)) {
             Ok(()) => self.admit(id, &batch, &values),
             Err(fault) => {
                 if mutant(Mutant::BatchByHalves) {
@@ -439,13 +459,10 @@ impl ShardCore {
         result
     }
 
-    /// Checks that a client whose key is for reading updates nothing.
-    fn allowed(&self, id: ClientId, batch: &Batch) -> Result<(), Fault> {
+    /// Checks that the client is no observer: one has no updates, and no clock to end.
+    fn allowed(&self, id: ClientId) -> Result<(), Fault> {
         let client = self.clients[id.0 as usize].as_ref().expect("it has joined");
-        if client.grant.updates() || batch.sections().next().is_none() {
-            return Ok(());
-        }
-        Err(Fault::State(client.grant.no_updates()))
+        if client.observes { Err(Fault::State(client.grant.no_updates())) } else { Ok(()) }
     }
 
     fn admit<S: Source + ?Sized>(

@@ -175,6 +175,29 @@ fn a_batch_is_refused_as_a_whole_and_changes_nothing() {
 }
 
 #[test]
+fn an_observer_holds_up_nobody_and_sends_no_batch() {
+    let mut world = World::new(4096);
+    // Of no job, and so before and beside one.
+    assert_eq!(world.core.observe(ClientId(1), REGION as u64), 1);
+    assert_eq!(world.core.join(ClientId(0), 1, REGION as u64), Ok(2));
+    assert_eq!(world.core.observe(ClientId(2), REGION as u64), 3);
+    world.open(0, &essp("t", 3), Hold::Slots).unwrap();
+    world.open(1, &essp("t", 3), Hold::Mirror(64)).unwrap();
+    world.add(0, Some(1), &[1], 5).unwrap();
+    assert_eq!((world.core.take_risen(), world.word(0)), (Some(1), 1));
+    // Neither updates nor the end of a clock: it has none.
+    for rows in [&[][..], &[1]] {
+        let fault = world.add(1, Some(2), rows, 5).unwrap_err().to_string();
+        assert!(fault.contains("it only reads"), "{fault}");
+    }
+    assert_eq!((world.value(1), world.core.take_risen()), (5, None));
+    world.core.leave(ClientId(1), Departure::Died);
+    world.core.leave(ClientId(2), Departure::Left);
+    world.add(0, Some(2), &[1], 5).unwrap();
+    assert_eq!(world.core.take_risen(), Some(2));
+}
+
+#[test]
 fn a_batch_that_comes_twice_is_acknowledged_as_it_was() {
     let mut world = World::new(4096);
     world.join(1);
@@ -225,11 +248,15 @@ fn what_comes_out_of_order_or_after_the_farewell_is_a_fault() {
     for kind in [Kind::Table, Kind::Refused, Kind::Fault, Kind::Named] {
         assert_eq!(world.say(0, kind, 0, &[]), Err(Fault::Kind(kind as u8)));
     }
-    assert!(world.say(0, Kind::Leave, 0, &[]).unwrap().left);
+    assert_eq!(world.say(0, Kind::Leave, 0, &[]).unwrap().left, Some(Departure::Left));
     let fault = world.say(0, Kind::Credit, 0, &[]).unwrap_err().to_string();
     assert!(fault.contains("kind = 4, but the client has left"), "{fault}");
     world.core.forget(ClientId(0));
     world.core.join(ClientId(0), 3, 64).unwrap();
+    let dropped = MessageHeader::new(Kind::Leave, DROPPED, 0, 1, 0);
+    let effects = world.core.handle(ClientId(0), dropped.as_bytes(), NOBODY).unwrap();
+    assert_eq!(effects.left, Some(Departure::Died), "another may take its place in the job");
+    world.core.join(ClientId(2), 3, 64).unwrap();
     assert!(world.core.join(ClientId(1), 2, 64).unwrap_err().to_string().contains("has 3 clients"));
 }
 

@@ -17,12 +17,12 @@ use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
 
 use fervor_protocol::{
     mutants::{Mutant, mutant},
-    wire::{Hello, UNKNOWN},
+    wire::Hello,
 };
 use fervor_verbs::transport::{Connection, ConnectionId, Transport, WorkError};
 
 use super::Poller;
-use crate::{access::Grant, core::ClientId, peer::Peer};
+use crate::{access::Grant, core::ClientId};
 
 /// See the module.
 #[derive(Debug)]
@@ -117,26 +117,9 @@ impl<T: Transport> Poller<T> {
     }
 
     /// Keeps a connection on which nothing may come until its end has been polled, or it is taken out again.
-    fn keep_as_lane(&mut self, connection: T::Connection) {
+    pub(super) fn keep_as_lane(&mut self, connection: T::Connection) {
         self.share.lanes.fetch_add(1, Ordering::Release);
         self.readers.insert(connection.id(), connection);
-    }
-
-    /// Tells somebody who cannot come back.
-    fn refuse(&mut self, connection: T::Connection, hello: &Hello, text: &str) {
-        let number = connection.id();
-        match Peer::new(connection, hello, self.share.credits) {
-            Ok(mut peer) => {
-                (peer.counted, peer.identity) = (false, 0);
-                let id = self.posting.add(peer);
-                self.clients.insert(number, id);
-                self.condemn_as(id, UNKNOWN, text);
-            }
-            Err((_, mut connection)) => {
-                connection.disconnect();
-                self.keep_as_lane(connection);
-            }
-        }
     }
 
     /// A suspended client goes on, on this connection.
