@@ -64,13 +64,15 @@ pub(crate) fn feed(data: &[u8]) -> bool {
 pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>, bool)> {
     use super::{
         Reason,
-        wire::{NamedRegion, Offer, Way},
+        wire::{NamedRegion, Offer, Process, Verdict, Wanted, Way},
     };
     use crate::transport::RemoteRegion;
 
     let region = RemoteRegion { address: 1 << 40, length: 1 << 30, key: 7 };
     let regions = vec![NamedRegion { name: 1, region }, NamedRegion { name: 2, region }];
     let offers = Way::ALL.map(|way| Offer { way, place: format!("/tmp/{way}") }).to_vec();
+    let process = Process { host: "node-7".to_owned(), pid: 4711 };
+    let wanted = Wanted { offer: vec![4; 32], data: b"private".to_vec() };
     let message = |message: Message| [vec![0], message.encode()].concat();
     // The same ones each time: without a key any first numbers are as good as others.
     let mut opening = [0; OPENING];
@@ -82,20 +84,33 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>, bool)> {
     named[10] = 4;
     named[11..15].copy_from_slice(b"fuzz");
     vec![
-        ("hello", message(Message::Hello { boot: [7; 16] }), true),
-        ("welcome", message(Message::Welcome { boot: [8; 16], offers }), true),
+        ("hello", message(Message::Hello { boot: [7; 16], process: process.clone() }), true),
+        ("welcome", message(Message::Welcome { boot: [8; 16], process, offers }), true),
         (
-            "lane",
-            message(Message::Lane {
-                number: 3,
-                way: Way::Tcp,
+            "lanes",
+            message(Message::Lanes {
+                first: 3,
+                way: Way::Rdma,
                 regions: regions.clone(),
-                data: b"private".to_vec(),
+                lanes: vec![wanted; 2],
             }),
             true,
         ),
-        ("go", message(Message::Go { number: 1 << 31, token: [9; 16] }), true),
-        ("answer", message(Message::Answer { number: 3, accepted: true, regions, data: vec![2; 9] }), true),
+        ("go", message(Message::Go { first: 1 << 31, tokens: vec![[9; 16]; 2] }), true),
+        (
+            "answer",
+            message(Message::Answer {
+                number: 3,
+                verdict: Verdict::Accepted,
+                offer: vec![5; 32],
+                regions,
+                data: vec![2; 9],
+            }),
+            true,
+        ),
+        ("ready", message(Message::Ready { number: 7 }), true),
+        ("ended", message(Message::Ended { number: 7 }), true),
+        ("beat", message(Message::Beat), true),
         ("frame", b"\x01\x03\0abcmore".to_vec(), true),
         ("refusal", [&[1][..], &noise::refusal(Reason::KeyNeeded)].concat(), true),
         ("opening", [&[2][..], &opening].concat(), true),

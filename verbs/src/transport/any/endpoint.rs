@@ -148,9 +148,9 @@ impl Shared {
 
     #[cfg(feature = "rdma")]
     fn rdma(&self) -> Result<RdmaAttach, Error> {
-        let make = || {
-            self.host.0.rdma.as_ref().ok_or_else(|| self.host.lane_error(Way::Rdma))?.endpoint(&self.config)
-        };
+        let rdma = self.host.0.rdma.as_ref().ok_or_else(|| self.host.lane_error(Way::Rdma));
+        let dropped = |why: &str| Error::NoDevice { reason: why.to_owned() };
+        let make = || self.host.0.pinning.endpoint(|| rdma?.endpoint(&self.config), dropped);
         self.inner(&self.attaches.rdma, make, |inner, endpoint| inner.rdma = Some(endpoint))
     }
 
@@ -378,6 +378,11 @@ impl HostAttach {
     /// Whether it is of that host.
     pub(super) fn is_of(&self, host: &Host) -> bool {
         Arc::ptr_eq(&self.0.host.0, &host.0)
+    }
+
+    /// Its host.
+    pub(super) fn host(&self) -> &Host {
+        &self.0.host
     }
 
     /// What a peer is told of the host's regions, for a lane of this way.

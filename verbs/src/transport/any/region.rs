@@ -183,7 +183,7 @@ impl HostRegion {
         let shm = inner.shm.as_ref().map(|shm| shm.register(memory, access)).transpose()?;
         let tcp = inner.tcp.as_ref().map(|tcp| tcp.register(memory, access)).transpose()?;
         #[cfg(feature = "rdma")]
-        let rdma = inner.rdma.as_ref().map(|rdma| rdma.register(memory, access)).transpose()?;
+        let rdma = inner.pinned(|rdma| rdma.register(memory, access))?;
         #[cfg(not(feature = "rdma"))]
         let rdma = None::<HostRegion>;
         let called = [
@@ -259,7 +259,7 @@ impl HostExport {
         // `shm` comes last: it seals the memory against further mappings that can write.
         let tcp = inner.tcp.as_ref().map(|tcp| tcp.export(memory)).transpose()?;
         #[cfg(feature = "rdma")]
-        let rdma = inner.rdma.as_ref().map(|rdma| rdma.export(memory)).transpose()?;
+        let rdma = inner.pinned(|rdma| rdma.export(memory))?;
         let shm = inner.shm.as_ref().map(|shm| shm.export(memory)).transpose()?;
         #[cfg(not(feature = "rdma"))]
         let rdma = None::<HostExport>;

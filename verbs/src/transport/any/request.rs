@@ -2,12 +2,19 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{HostAttach, HostConnection, announced::Expected, connection::Lane, region::PeerRegions};
 #[cfg(feature = "rdma")]
-use crate::transport::rdma::RdmaRequest;
+use super::line::{Leash, Line};
+use super::{
+    HostAttach, HostConnection,
+    announced::{Expected, sentence},
+    connection::Lane,
+    region::PeerRegions,
+};
+#[cfg(feature = "rdma")]
+use crate::transport::rdma::{RdmaConnection, RdmaJoining, RdmaLeash, RdmaRequest};
 use crate::{
     error::Error,
-    session::{Key, Way},
+    session::{Key, Way, wire::Verdict},
     transport::{MAX_REPLY_DATA, Reach, Request, host::check_private_data, shm::ShmRequest, tcp::TcpRequest},
 };
 
@@ -43,51 +50,68 @@ impl Caller {
     }
 }
 
+/// How a lane has come.
+pub(super) enum Came {
+    /// By a provider's own handshake.
+    By(Caller),
+    /// Inside its session, with its offer.
+    Offered,
+}
+
 /// A peer that wants to connect.
 pub struct HostRequest {
     /// `None` once it has been answered.
-    caller: Option<Caller>,
+    came: Option<Came>,
     /// What its session has said of it.
     expected: Option<Expected>,
 }
 
 impl HostRequest {
-    pub(super) fn new(caller: Caller, expected: Option<Expected>) -> Self {
-        Self { caller: Some(caller), expected }
+    pub(super) fn new(came: Came, expected: Option<Expected>) -> Self {
+        Self { came: Some(came), expected }
     }
 
     fn refuse(&mut self, private_data: &[u8]) {
-        let Some(caller) = self.caller.take() else { return };
-        match self.expected.take() {
+        match (self.came.take(), self.expected.take()) {
+            (None, _) => {}
+            (Some(Came::By(caller)), None) => on!(caller, Caller, caller => caller.reject(private_data)),
             // What the program says goes through the session.
-            Some(expected) => {
-                expected.answer(false, Vec::new(), private_data);
-                on!(caller, Caller, caller => caller.reject(&[]));
+            (Some(came), Some(expected)) => {
+                expected.line().forget(expected.number);
+                expected.answer(Verdict::Refused, Vec::new(), Vec::new(), private_data);
+                if let Came::By(caller) = came {
+                    on!(caller, Caller, caller => caller.reject(&[]));
+                }
             }
-            None => on!(caller, Caller, caller => caller.reject(private_data)),
+            (Some(Came::Offered), None) => unreachable!("{OFFERED}"),
         }
     }
 }
+
+const OFFERED: &str = "what comes inside a session is expected";
 
 impl Request for HostRequest {
     type Attach = HostAttach;
     type Connection = HostConnection;
 
     fn private_data(&self) -> &[u8] {
-        match (&self.expected, &self.caller) {
-            (Some(expected), _) => &expected.data,
-            (None, Some(caller)) => caller.private_data(),
-            (None, None) => unreachable!("it is answered once, and then consumed"),
+        match (&self.expected, &self.came) {
+            (Some(expected), _) => &expected.wanted.data,
+            (None, Some(Came::By(caller))) => caller.private_data(),
+            (None, _) => unreachable!("it is answered once, and then consumed"),
         }
     }
 
     fn key(&self) -> Option<&Key> {
-        self.expected.as_ref()?.key.as_deref()
+        self.expected.as_ref()?.batch.key.as_deref()
     }
 
     fn limit(&mut self, reach: &Arc<Reach>) -> bool {
-        let caller = self.caller.as_mut().expect("it is answered once, and then consumed");
-        on!(caller, Caller, caller => caller.limit(reach))
+        match self.came.as_mut().expect("it is answered once, and then consumed") {
+            Came::By(caller) => on!(caller, Caller, caller => caller.limit(reach)),
+            // By a way whose requests no software looks at.
+            Came::Offered => false,
+        }
     }
 
     fn accept_with(
@@ -97,26 +121,27 @@ impl Request for HostRequest {
         private_data: &[u8],
     ) -> Result<HostConnection, Error> {
         check_private_data(private_data, MAX_REPLY_DATA)?;
-        let caller = self.caller.take().expect("it is answered once, and then consumed");
-        let Some(expected) = self.expected.take() else {
-            return HostConnection::new(
-                caller.accept(endpoint, depth, private_data)?,
-                PeerRegions::default(),
-            );
-        };
-        let way = caller.way();
-        let lane = caller.accept(endpoint, depth, &[]);
-        let regions = PeerRegions::told(expected.regions.clone());
-        match lane.and_then(|lane| HostConnection::new(lane, regions)) {
-            Ok(connection) => {
-                // To a session that has ended nobody listens: the lane's own end will tell.
-                expected.answer(true, endpoint.offers(way), private_data);
-                Ok(connection)
+        match (self.came.take().expect("it is answered once, and then consumed"), self.expected.take()) {
+            (Came::By(caller), None) => {
+                HostConnection::new(caller.accept(endpoint, depth, private_data)?, PeerRegions::default())
             }
-            Err(error) => {
-                expected.answer(false, Vec::new(), &[]);
-                Err(error)
+            (Came::By(caller), Some(expected)) => {
+                let way = caller.way();
+                let lane = caller.accept(endpoint, depth, &[]);
+                let regions = PeerRegions::told(expected.batch.regions.clone());
+                match lane.and_then(|lane| HostConnection::new(lane, regions)) {
+                    Ok(connection) => {
+                        expected.answer(Verdict::Accepted, Vec::new(), endpoint.offers(way), private_data);
+                        Ok(connection)
+                    }
+                    Err(error) => {
+                        expected.answer(Verdict::Refused, Vec::new(), Vec::new(), &[]);
+                        Err(error)
+                    }
+                }
             }
+            (Came::Offered, Some(expected)) => accept_offered(expected, endpoint, depth, private_data),
+            (Came::Offered, None) => unreachable!("{OFFERED}"),
         }
     }
 
@@ -124,6 +149,79 @@ impl Request for HostRequest {
         let most = MAX_REPLY_DATA;
         assert!(private_data.len() <= most, "{} bytes of private data; at most {most}", private_data.len());
         self.refuse(private_data);
+    }
+}
+
+/// Accepts a lane that came inside its session.
+fn accept_offered(
+    expected: Expected,
+    endpoint: &HostAttach,
+    depth: usize,
+    private_data: &[u8],
+) -> Result<HostConnection, Error> {
+    match join(&expected, endpoint, depth) {
+        Ok((connection, offer)) => {
+            let regions = endpoint.offers(expected.batch.way);
+            expected.answer(Verdict::Accepted, offer, regions, private_data);
+            Ok(connection)
+        }
+        Err(error) => {
+            expected.line().forget(expected.number);
+            match &error {
+                // A peer without a place is refused, whichever way it comes.
+                Error::Limit { .. } => expected.answer(Verdict::Refused, Vec::new(), Vec::new(), &[]),
+                error => {
+                    let reason = error.to_string();
+                    expected.answer(Verdict::Impossible, Vec::new(), Vec::new(), sentence(&reason));
+                }
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The lane's own end, connected and tied to its session, and what to tell the peer of it.
+#[cfg(feature = "rdma")]
+fn join(
+    expected: &Expected,
+    endpoint: &HostAttach,
+    depth: usize,
+) -> Result<(HostConnection, Vec<u8>), Error> {
+    let (line, number) = (expected.line(), expected.number);
+    let ips = line.ips().map_err(Error::io("getsockname(the session)"))?;
+    let joining = endpoint.host().rdma_answer(endpoint, ips, depth, &expected.wanted.offer)?;
+    let offer = joining.offer();
+    let lane = Lane::Rdma(tied(line, number, joining));
+    // If it cannot be: its end is dropped, and so unties itself.
+    Ok((HostConnection::new(lane, PeerRegions::told(expected.batch.regions.clone()))?, offer))
+}
+
+#[cfg(not(feature = "rdma"))]
+fn join(expected: &Expected, endpoint: &HostAttach, _: usize) -> Result<(HostConnection, Vec<u8>), Error> {
+    Err(endpoint.host().lane_error(expected.batch.way))
+}
+
+/// A queue pair whose news its session carries from now on.
+#[cfg(feature = "rdma")]
+pub(super) fn tied(line: &Arc<Line>, number: u32, joining: RdmaJoining) -> RdmaConnection {
+    let told = Arc::downgrade(line);
+    let connection = joining.connection_until(move || {
+        if let Some(line) = told.upgrade() {
+            line.untie(number);
+        }
+    });
+    line.tie(number, Arc::new(connection.leash()));
+    connection
+}
+
+#[cfg(feature = "rdma")]
+impl Leash for RdmaLeash {
+    fn ready(&self) {
+        self.peer_is_ready();
+    }
+
+    fn end(&self) {
+        self.disconnect();
     }
 }
 
@@ -135,7 +233,12 @@ impl Drop for HostRequest {
 
 impl fmt::Debug for HostRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let way = self.caller.as_ref().map_or("answered", |caller| caller.way().name());
+        let way = match (&self.came, &self.expected) {
+            (None, _) => "answered",
+            (_, Some(expected)) => expected.batch.way.name(),
+            (Some(Came::By(caller)), None) => caller.way().name(),
+            (Some(Came::Offered), None) => unreachable!("{OFFERED}"),
+        };
         write!(f, "HostRequest({way})")
     }
 }

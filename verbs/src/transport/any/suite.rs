@@ -11,7 +11,7 @@ use crate::{
     session::{
         Key, KeyRing, Way,
         noise::{Initiator, Piece, piece},
-        wire::Message,
+        wire::{Message, Process, Wanted},
     },
     transport::conformance::{ProcessRig, Side, Subject, loopback},
 };
@@ -64,9 +64,10 @@ fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
         let Ok(mut cipher) = initiator.finish(&frame(&mut socket).expect("an answer")) else {
             panic!("its answer is no Noise")
         };
-        let lane =
-            Message::Lane { number: 1, way: Way::Tcp, regions: Vec::new(), data: b"stranger".to_vec() };
-        for message in [Message::Hello { boot: [1; 16] }, lane].iter().take(steps - 1) {
+        let process = Process { host: "elsewhere".to_owned(), pid: 1 };
+        let wanted = Wanted { offer: Vec::new(), data: b"stranger".to_vec() };
+        let lanes = Message::Lanes { first: 1, way: Way::Tcp, regions: Vec::new(), lanes: vec![wanted] };
+        for message in [Message::Hello { boot: [1; 16], process }, lanes].iter().take(steps - 1) {
             socket.write_all(&cipher.seal(&message.encode())).expect("say it");
             frame(&mut socket).expect("an answer");
         }

@@ -37,13 +37,14 @@ use crate::{
     error::Error,
     fabric::{self, Fabric, Reason, Way},
     transport::{
-        Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request,
+        LaneSpec, Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request,
         host::{check_private_data, strangers::Door},
         rdma::{
             connection::RdmaConnection,
             device::Device,
             endpoint::RdmaAttach,
             joining::{Impossible, Joining, Place},
+            keeper::Channel,
             offer::{Kind, MESSAGE, Message, Offer, READY},
             queues::Queues,
         },
@@ -194,11 +195,11 @@ impl Dialling<'_> {
 
 /// Connects, as [`Transport::connect`](crate::transport::Transport::connect) says.
 pub(super) fn connect(
-    queues: &Arc<Queues>,
     address: &Address,
-    data: &[u8],
+    LaneSpec { endpoint, private_data: data, depth }: LaneSpec<'_, RdmaAttach>,
     limit: Duration,
 ) -> Result<(RdmaConnection, Vec<u8>), Error> {
+    let queues = &endpoint.0;
     let (to, from) = resolve(address)?;
     check_private_data(data, MAX_REQUEST_DATA)?;
     let dialling = Dialling { address, deadline: Instant::now().checked_add(limit), limit };
@@ -212,7 +213,7 @@ pub(super) fn connect(
     })?;
     let place = Place::reserve(queues)?;
     let socket = dialling.dial(to, SocketAddr::new(ip, 0))?;
-    let mut joining = Joining::new(queues, place, local, usize::MAX)?;
+    let mut joining = Joining::new(queues, place, local, depth)?;
     let request = Message { kind: Kind::Request, offer: joining.offer(), data: data.to_vec() };
     dialling.say(&socket, &request.encode())?;
     let answer = dialling.hear(&socket)?;
@@ -229,7 +230,7 @@ pub(super) fn connect(
         Impossible::Own(error) => dialling.unreachable(error.to_string()),
     })?;
     dialling.say(&socket, &[READY])?;
-    Ok((joining.connection(Some(socket)), answer.data))
+    Ok((joining.connection(Channel::Socket(socket)), answer.data))
 }
 
 /// A listening address of the `rdma` provider.
@@ -339,26 +340,32 @@ impl RdmaRequest {
             tell(&socket, &Message::refusal(kind, data));
         }
     }
+}
 
-    fn join(&self, queues: &Arc<Queues>, depth: usize) -> Result<Joining, Impossible> {
-        let place = Place::reserve(queues).map_err(Impossible::Own)?;
-        let local = queues.device.local(self.ips.0).map_err(Impossible::Offer)?;
-        let theirs = Offer::decode(&self.message.offer).map_err(Impossible::Offer)?;
-        let by_address = matches!(local.why, Reason::Address(_)) && local.way != Way::InfiniBand;
-        let from = match self.ips.1 {
-            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-            IpAddr::V6(ip) => ip,
-        };
-        if by_address && theirs.way == local.way && theirs.gid != from {
-            return Err(Impossible::Offer(format!(
-                "its GID is {}, but its socket comes from {from}; set FERVOR_IB_GID_INDEX at both ends or at none",
-                theirs.gid
-            )));
-        }
-        let mut joining = Joining::new(queues, place, local, depth).map_err(Impossible::Own)?;
-        joining.answer(&self.message.offer)?;
-        Ok(joining)
+/// Answers the offer of a peer whose channel, over TCP, has these addresses: this end's, and the peer's.
+pub(super) fn answer(
+    queues: &Arc<Queues>,
+    (own, from): (IpAddr, IpAddr),
+    depth: usize,
+    offer: &[u8],
+) -> Result<Joining, Impossible> {
+    let place = Place::reserve(queues).map_err(Impossible::Own)?;
+    let local = queues.device.local(own).map_err(Impossible::Offer)?;
+    let theirs = Offer::decode(offer).map_err(Impossible::Offer)?;
+    let by_address = matches!(local.why, Reason::Address(_)) && local.way != Way::InfiniBand;
+    let from = match from {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    if by_address && theirs.way == local.way && theirs.gid != from {
+        return Err(Impossible::Offer(format!(
+            "its GID is {}, but its socket comes from {from}; set FERVOR_IB_GID_INDEX at both ends or at none",
+            theirs.gid
+        )));
     }
+    let mut joining = Joining::new(queues, place, local, depth).map_err(Impossible::Own)?;
+    joining.answer(offer)?;
+    Ok(joining)
 }
 
 impl Request for RdmaRequest {
@@ -384,7 +391,7 @@ impl Request for RdmaRequest {
             call: format!("accepting a peer at `{}`", self.address),
             source,
         };
-        let joining = match self.join(&endpoint.0, depth) {
+        let joining = match answer(&endpoint.0, self.ips, depth, &self.message.offer) {
             Ok(joining) => joining,
             // A peer without a place is refused as `self` is dropped.
             Err(Impossible::Own(error @ Error::Limit { .. })) => return Err(error),
@@ -403,7 +410,7 @@ impl Request for RdmaRequest {
         sockopt::set_tcp_nodelay(&socket, true).map_err(|e| failed(e.into()))?;
         // It has room: nothing was said before.
         (&socket).write_all(&answer.encode()).map_err(failed)?;
-        Ok(joining.connection(Some(socket)))
+        Ok(joining.connection(Channel::Socket(socket)))
     }
 
     fn reject(mut self, private_data: &[u8]) {
