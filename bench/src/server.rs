@@ -23,14 +23,17 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use clap::Args;
+use fervor_server::parse_size;
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
 
 /// The subcommand that calls [`with_parent`].
 pub const WITH_PARENT: &str = "with-parent";
 /// The line of a server that accepts starts so; its URL follows.
 const READY: &str = "fervor-server ready at ";
-/// How long a server may take to start.
+/// How long a server may take to start, besides what its memory takes.
 const START: Duration = Duration::from_secs(30);
+/// What it touches in a second at least, on however slow and busy a machine.
+const TOUCHED_A_SECOND: usize = 64 << 20;
 /// How long it may take to stop before it is killed.
 const STOP: Duration = Duration::from_secs(10);
 /// Lines of its output that are kept for an error message.
@@ -97,7 +100,10 @@ impl EmbeddedServer {
             output.follow(child.stderr.take().context("no stderr")?, None),
         ];
         let mut server = EmbeddedServer { child, url: String::new(), output, readers };
-        match ready.recv_timeout(START) {
+        // A size that is none is the server's to refuse.
+        let size = parse_size(&options.memory).unwrap_or(0);
+        let patience = START + Duration::from_secs((size / TOUCHED_A_SECOND) as u64);
+        match ready.recv_timeout(patience) {
             Ok(url) => server.url = url,
             Err(mpsc::RecvTimeoutError::Disconnected) => {
                 let status = server.child.wait().context("cannot wait for the server")?;
@@ -105,7 +111,7 @@ impl EmbeddedServer {
             }
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 bail!(
-                    "{} was not ready after {START:?}; it said:\n{}",
+                    "{} was not ready after {patience:?}; it said:\n{}",
                     program.display(),
                     server.output.text()
                 )
