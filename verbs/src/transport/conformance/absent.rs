@@ -86,7 +86,7 @@ pub(super) fn sender_ahead<R: Rig>(rig: &R) {
 }
 
 /// How long a process is stopped: less than after which it may be taken for dead.
-const STOPPED: Duration = Duration::from_millis(700);
+const STOPPED: Duration = Duration::from_secs(1);
 
 /// A process that is stopped for less than two seconds costs time and nothing else, and holds up nobody but who waits for it.
 pub(super) fn stopped_process<R: Rig>(rig: &R) {
@@ -258,7 +258,7 @@ impl Flapped {
     }
 
     fn is_over(&self) -> bool {
-        let all = self.works.len() as u64 == REQUESTS && self.messages.len() as u64 == REQUESTS / 3;
+        let all = self.works.len() as u64 >= REQUESTS && self.messages.len() as u64 >= REQUESTS / 3;
         self.over == [true; 2] || self.over == [false; 2] && all
     }
 
@@ -272,7 +272,8 @@ impl Flapped {
             self.works
         );
         let sent: Vec<u64> = (0..REQUESTS).filter(|id| id % 3 == 1).collect();
-        assert_eq!(self.messages, sent[..self.messages.len()], "messages arrive in order, and once");
+        let expected = &sent[..sent.len().min(self.messages.len())];
+        assert_eq!(self.messages, expected, "messages arrive in order, and once");
         let completed = sent.iter().filter(|id| **id < good as u64).count();
         assert!(
             self.messages.len() >= completed,

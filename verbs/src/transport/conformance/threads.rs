@@ -254,9 +254,9 @@ pub(super) fn time<R: Rig>(rig: &R) {
     threads.into_iter().for_each(Background::join);
 }
 
-/// Threads that post, each on a connection of its own, and messages of each that may be on their way.
+/// Threads that post, each on a connection of its own, and rounds of each that may be on their way: each has a word of its own.
 const POSTERS: usize = 4;
-const CREDITS: u64 = 8;
+const WORDS: u64 = 8;
 
 /// How far a poster's requests have come, as the polling thread sees it.
 #[derive(Default)]
@@ -268,14 +268,14 @@ struct Progress {
 /// Several threads post on connections of one endpoint, each as fast as it can, while one other thread polls it.
 pub(super) fn many_post<R: Rig>(rig: &R) {
     let config = EndpointConfig {
-        receive_buffers: POSTERS * CREDITS as usize,
+        receive_buffers: POSTERS * WORDS as usize,
         receive_size: 64,
         send_depth: 16,
         ..EndpointConfig::default()
     };
     let mut pair = Pair::alike(rig, &config);
-    let theirs = pair.region(Side::Server, POSTERS * 8, Access::RemoteWrite);
-    let own = pair.region(Side::Client, POSTERS * 16, Access::Local);
+    let theirs = pair.region(Side::Server, POSTERS * WORDS as usize * 8, Access::RemoteWrite);
+    let own = pair.region(Side::Client, POSTERS * WORDS as usize * 16, Access::Local);
     (0..POSTERS).for_each(|_| pair.connect());
     let sides = [Side::Client, Side::Server];
     let ids = [
@@ -325,8 +325,7 @@ pub(super) fn many_post<R: Rig>(rig: &R) {
     drop(ends);
 }
 
-/// What each of them does: a message, a WRITE of the round's number, and a READ of it, which alone has an id; each is in its place when the
-/// READ completes.
+/// What each of them does in a round: a message, a WRITE of the round's number, and a READ of it, which alone has an id.
 fn poster<R: Rig>(
     transport: &R::Transport,
     mut end: <R::Transport as Transport>::Connection,
@@ -343,20 +342,30 @@ fn poster<R: Rig>(
         transport.relax(turn);
         turn += 1;
     };
-    let (from, into) = (number * 16, number * 16 + 8);
-    let word = remote.at(number as u64 * 8);
-    for round in 0..rounds {
-        while round >= progress.arrived.load(Ordering::Acquire) + CREDITS {
-            wait("credits");
+    let place = |round: u64| (number as u64 * WORDS + round % WORDS) as usize * 8;
+    let into = |round: u64| POSTERS * WORDS as usize * 8 + place(round);
+    // The last ones only look.
+    for round in 0..rounds + WORDS {
+        if let Some(before) = round.checked_sub(WORDS) {
+            while progress.completed.load(Ordering::Acquire).min(progress.arrived.load(Ordering::Acquire))
+                <= before
+            {
+                wait("a round to be over");
+            }
+            let found = own.memory().load(into(before));
+            assert_eq!(found, before, "poster {number} READ another's word, or an old one");
         }
-        // One READ at a time: its target is looked at.
-        own.memory().store(from, round);
+        if round >= rounds {
+            continue;
+        }
+        own.memory().store(place(round), round);
+        let word = remote.at(place(round) as u64);
         let mut step = 0;
         while step < 3 {
             let posted = match step {
                 0 => end.send(Payload::Inline(&round.to_le_bytes()), None, None),
-                1 => end.write(Payload::Gather(&[piece(own, from, 8)]), word, None, None),
-                _ => end.read(&[piece(own, into, 8)], word, Some(round)),
+                1 => end.write(Payload::Gather(&[piece(own, place(round), 8)]), word, None, None),
+                _ => end.read(&[piece(own, into(round), 8)], word, Some(round)),
             };
             match posted {
                 Ok(()) => step += 1,
@@ -367,10 +376,6 @@ fn poster<R: Rig>(
             }
         }
         end.ring().expect("ring");
-        while progress.completed.load(Ordering::Acquire) <= round {
-            wait("its READ");
-        }
-        assert_eq!(own.memory().load(into), round, "poster {number} READ another's word, or an old one");
     }
     end
 }
