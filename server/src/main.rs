@@ -226,6 +226,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot take signals")?;
     let server = Server::start(&transport, &config).map_err(|error| anyhow!("{error}"))?;
     println!("{}", server.budget());
+    println!("listening at {}: {}", server.address(), transport.ways());
     println!("fervor-server ready at {}", server.address());
     std::io::stdout().flush()?;
     signals.forever().next();
