@@ -244,13 +244,12 @@ fn serve(transport: &Host, config: Config, vectors: Option<usize>) -> anyhow::Re
     // Before the server starts: a signal that comes early is not lost.
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot take signals")?;
     thread::spawn(move || signals.forever().try_for_each(|_| stop.send(Event::Stop)));
-    let (shown, transport) = (Shown::new(), transport.clone());
+    let (shown, host) = (Shown::new(), transport.clone());
     // By another thread, since it can take long, and stops for no signal.
     thread::spawn(move || {
         // Nothing that it leaves behind is used.
-        let start = AssertUnwindSafe(|| {
-            Server::start_watched(&transport, &config, move |progress| shown.show(progress))
-        });
+        let start =
+            AssertUnwindSafe(|| Server::start_watched(&host, &config, move |progress| shown.show(progress)));
         started.send(catch_unwind(start).map_or(Event::Panicked, |server| Event::Started(Box::new(server))))
     });
     let mut server = None;
@@ -261,6 +260,7 @@ fn serve(transport: &Host, config: Config, vectors: Option<usize>) -> anyhow::Re
             Event::Started(result) => {
                 let started = result.map_err(|error| anyhow!("{error}"))?;
                 print_plan(started.budget(), &started.placement().clone().with_vectors(vectors));
+                println!("listening at {}: {}", started.address(), transport.ways());
                 println!("fervor-server ready at {}", started.address());
                 std::io::stdout().flush()?;
                 server = Some(started);

@@ -108,7 +108,7 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>, bool)> {
             }),
             true,
         ),
-        ("ready", message(Message::Ready { number: 7 }), true),
+        ("ready", message(Message::Ready { first: 7, count: 3 }), true),
         ("ended", message(Message::Ended { number: 7 }), true),
         ("beat", message(Message::Beat), true),
         ("frame", b"\x01\x03\0abcmore".to_vec(), true),

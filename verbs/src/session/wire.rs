@@ -7,7 +7,7 @@
 //! | [`Message::Lanes`] | client | it wants lanes: by which way, each for what, and its regions |
 //! | [`Message::Go`] | server | with these tokens the lanes will be let in. (Lanes that bring an offer need none.) |
 //! | [`Message::Answer`] | server | what became of one lane, and the server's regions |
-//! | [`Message::Ready`] | client | its end of a lane that brought an offer can receive now |
+//! | [`Message::Ready`] | client | its ends of lanes that brought offers can receive now |
 //! | [`Message::Ended`] | both | a lane that brought an offer has ended there, or was given up |
 //! | [`Message::Leaving`] | server | it makes no more lanes; those that there are go on |
 //! | [`Message::Beat`] | both | nothing, once a second: it lives |
@@ -164,7 +164,8 @@ pub(crate) enum Message {
         data: Vec<u8>,
     },
     Ready {
-        number: u32,
+        first: u32,
+        count: u16,
     },
     Ended {
         number: u32,
@@ -245,9 +246,10 @@ impl Message {
                 put_regions(&mut out, regions);
                 put_bytes(&mut out, data);
             }
-            Message::Ready { number } => {
+            Message::Ready { first, count } => {
                 out.push(6);
-                out.extend(number.to_le_bytes());
+                out.extend(first.to_le_bytes());
+                out.extend(count.to_le_bytes());
             }
             Message::Ended { number } => {
                 out.push(7);
@@ -277,7 +279,10 @@ impl Message {
                 regions: rest.regions()?,
                 data: rest.bytes("private data", MAX_REPLY_DATA)?.to_vec(),
             },
-            6 => Message::Ready { number: rest.u32("number")? },
+            6 => {
+                let first = rest.u32("number")?;
+                Message::Ready { first, count: rest.count_lanes(first)? as u16 }
+            }
             7 => Message::Ended { number: rest.u32("number")? },
             8 => Message::Leaving,
             9 => Message::Beat,
@@ -489,7 +494,7 @@ mod tests {
                 regions: all,
                 data: Vec::new(),
             },
-            Message::Ready { number: 7 },
+            Message::Ready { first: 7, count: MAX_LANES as u16 },
             Message::Ended { number: u32::MAX },
             Message::Leaving,
             Message::Beat,
@@ -541,6 +546,8 @@ mod tests {
         assert_eq!(error(&[4, 0, 0, 0, 0, 1, 0, 7]), "token has 1 of 16 bytes");
         assert_eq!(error(&[5, 0, 0, 0, 0, 3]), "verdict is 3, and there are 0 to 2");
         assert_eq!(error(&[6, 0, 0]), "number has 2 of 4 bytes");
+        assert_eq!(error(&[6, 0, 0, 0, 0, 0, 0]), "lanes are none");
+        assert_eq!(error(&[6, 0, 0, 0, 0, 129, 0]), "lanes has length 129, and 128 at most");
         assert_eq!(error(&[7]), "number has 0 of 4 bytes");
         assert_eq!(error(&[9, 0]), "end is followed by 1 bytes");
     }
