@@ -21,7 +21,7 @@
 //! | [`latency`] | what each operation takes, one by one |
 //! | [`compare`] | latencies of several runs side by side |
 //! | [`throughput`] | how many rows a second |
-//! | [`limits`], [`perftest`] | what the machine and its network allow |
+//! | [`limits`], [`perftest`], [`stream`] | what the machine and its network allow |
 //! | [`model`] | consistency models on the command line |
 //! | [`server`] | starting and stopping a server of our own |
 //! | [`machine`], [`report`], [`figures`] | where it was measured; tables and files; curves and bars |
@@ -49,4 +49,5 @@ pub mod report;
 pub mod scaling;
 pub mod server;
 pub mod start;
+pub mod stream;
 pub mod throughput;
