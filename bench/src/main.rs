@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use fervor_bench::{
-    check, compare, connecting, demo, devices, latency, lda, limits, mf, paper, report, scaling, server,
-    throughput,
+    check, compare, connecting, demo, devices, flood, latency, lda, limits, mf, paper, report, scaling,
+    server, throughput,
 };
 
 /// Applications and measurements of the Fervor parameter server.
@@ -36,6 +36,8 @@ enum Command {
     Throughput(Box<throughput::ThroughputOptions>),
     /// How long it takes until all processes of a job are connected
     Connect(connecting::ConnectOptions),
+    /// How much slower a job is while strangers besiege its server with handshakes that they do not finish, and with garbage
+    Flood(flood::FloodOptions),
     /// Compare the latencies of several runs, from their logs
     Compare(compare::CompareOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
@@ -78,6 +80,7 @@ fn run(command: Command) -> Result<()> {
         Command::Latency(options) => latency::run(&options),
         Command::Throughput(options) => throughput::run(&options),
         Command::Connect(options) => connecting::run(&options),
+        Command::Flood(options) => flood::run(&options),
         Command::Compare(options) => compare::run(&options),
         Command::Devices => devices::run().map(|text| print!("{text}")),
         Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),
