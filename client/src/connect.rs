@@ -30,6 +30,7 @@ pub fn find_shards<T: Transport>(
         read_depth: 1,
         connections: addresses.len(),
         completion_vector: 0,
+        core: None,
     };
     let endpoint = transport.endpoint(&config)?;
     let mut servers: Vec<(u64, &Address, u16)> = Vec::new();

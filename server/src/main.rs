@@ -17,6 +17,7 @@ use clap::{Parser, Subcommand};
 use fervor_server::{Budget, Config, Grant, Server};
 use fervor_verbs::{
     Address,
+    rails::RailName,
     session::{KEY_FILE_VARIABLE, Key, KeyRing},
     transport::any::Host,
 };
@@ -45,6 +46,12 @@ struct Arguments {
     /// the key in FERVOR_KEY, or those in the file that FERVOR_KEY_FILE names]
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
+
+    /// Ports of RDMA devices to use, all at once, as in mlx5_0:1,mlx5_1 (fervor:// alone). Clients are spread over them, and move to the others
+    /// when one fails [default: those that FERVOR_IB_HCA names; or all that are active, those of devices in software only if there is no
+    /// hardware. `fervor-bench devices` shows which]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    devices: Vec<RailName>,
 
     /// Listen beyond this host without a key. Whoever reaches the port can then read and change every table. (Within this host that
     /// needs no option: over TCP every user of it can, and over shared memory the server's own)
@@ -203,7 +210,11 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     check_exposure(&arguments, &keys)?;
     // These errors say all that there is to say; their sources are part of it.
     let listen = std::slice::from_ref(&arguments.listen);
-    let transport = Host::with_keys(listen, keys).map_err(|error| anyhow!("{error}"))?;
+    let transport = match &*arguments.devices {
+        [] => Host::with_keys(listen, keys),
+        devices => Host::with_devices(listen, keys, devices),
+    };
+    let transport = transport.map_err(|error| anyhow!("{error}"))?;
     let mut config = Config::new(arguments.listen.clone());
     config.cores = match (arguments.cores, arguments.shards) {
         (Some(cores), _) => cores.into_iter().map(Some).collect(),
@@ -226,6 +237,9 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot take signals")?;
     let server = Server::start(&transport, &config).map_err(|error| anyhow!("{error}"))?;
     println!("{}", server.budget());
+    for rail in transport.rails() {
+        println!("RDMA by {}{}", rail.name, if rail.active { "" } else { ", which is down now" });
+    }
     println!("fervor-server ready at {}", server.address());
     std::io::stdout().flush()?;
     signals.forever().next();

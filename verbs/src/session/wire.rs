@@ -2,19 +2,23 @@
 //!
 //! | message | from | says |
 //! |---|---|---|
-//! | [`Message::Hello`] | client, first | which host it is on |
-//! | [`Message::Welcome`] | server, first | which host it is on, and by which ways it can be reached |
-//! | [`Message::Lane`] | client | it wants a lane: by which way, for what, and its regions |
+//! | [`Message::Hello`] | client, first | which host it is on, and its rails |
+//! | [`Message::Welcome`] | server, first | which host it is on, by which ways it can be reached, and its rails |
+//! | [`Message::Lane`] | client | it wants a lane: by which way (and which rails, if it is RDMA), for what, and its regions |
 //! | [`Message::Go`] | server | with this token the lane will be let in |
 //! | [`Message::Answer`] | server | what became of the lane, and the server's regions |
 //!
 //! A number is little-endian; a list or a string is led by its length in 2 bytes. Everything comes from a peer that may be hostile:
 //! an error says which field, and what is wrong with it.
 
-use std::fmt;
+use std::{fmt, net::Ipv6Addr};
 
 use super::noise::MAX_MESSAGE;
-use crate::transport::{MAX_REPLY_DATA, MAX_REQUEST_DATA, RemoteRegion};
+use crate::{
+    fabric::Way as Network,
+    rails::{MAX_ADDRESSES, MAX_NAME, MAX_RAILS, Rail, RailAddress},
+    transport::{MAX_REPLY_DATA, MAX_REQUEST_DATA, RemoteRegion},
+};
 
 /// Most regions that one side may name.
 pub(crate) const MAX_REGIONS: usize = 2048;
@@ -81,12 +85,23 @@ pub(crate) struct NamedRegion {
     pub(crate) region: RemoteRegion,
 }
 
+/// The rails that a lane by RDMA may go by. Zeros for one by another way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct LaneRails {
+    /// Number of the client's.
+    pub(crate) own: u8,
+    /// Those of the server: a bit for each.
+    pub(crate) theirs: u8,
+}
+
+const _: () = assert!(MAX_RAILS <= u8::BITS as usize);
+
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Message {
-    Hello { boot: Boot },
-    Welcome { boot: Boot, offers: Vec<Offer> },
-    Lane { number: u32, way: Way, regions: Vec<NamedRegion>, data: Vec<u8> },
+    Hello { boot: Boot, rails: Vec<Rail> },
+    Welcome { boot: Boot, offers: Vec<Offer>, rails: Vec<Rail> },
+    Lane { number: u32, way: Way, rails: LaneRails, regions: Vec<NamedRegion>, data: Vec<u8> },
     Go { number: u32, token: Token },
     Answer { number: u32, accepted: bool, regions: Vec<NamedRegion>, data: Vec<u8> },
 }
@@ -118,11 +133,12 @@ impl Message {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         match self {
-            Message::Hello { boot } => {
+            Message::Hello { boot, rails } => {
                 out.push(1);
                 out.extend(boot);
+                put_rails(&mut out, rails);
             }
-            Message::Welcome { boot, offers } => {
+            Message::Welcome { boot, offers, rails } => {
                 out.push(2);
                 out.extend(boot);
                 out.extend((offers.len() as u16).to_le_bytes());
@@ -130,11 +146,12 @@ impl Message {
                     out.push(*way as u8);
                     put_bytes(&mut out, place.as_bytes());
                 }
+                put_rails(&mut out, rails);
             }
-            Message::Lane { number, way, regions, data } => {
+            Message::Lane { number, way, rails, regions, data } => {
                 out.push(3);
                 out.extend(number.to_le_bytes());
-                out.push(*way as u8);
+                out.extend([*way as u8, rails.own, rails.theirs]);
                 put_regions(&mut out, regions);
                 put_bytes(&mut out, data);
             }
@@ -157,11 +174,14 @@ impl Message {
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut rest = Rest(bytes);
         let message = match rest.take::<1>("kind")?[0] {
-            1 => Message::Hello { boot: rest.take("boot id")? },
-            2 => Message::Welcome { boot: rest.take("boot id")?, offers: rest.offers()? },
+            1 => Message::Hello { boot: rest.take("boot id")?, rails: rest.rails()? },
+            2 => {
+                Message::Welcome { boot: rest.take("boot id")?, offers: rest.offers()?, rails: rest.rails()? }
+            }
             3 => Message::Lane {
                 number: rest.u32("number")?,
                 way: rest.way()?,
+                rails: rest.lane_rails()?,
                 regions: rest.regions()?,
                 data: rest.bytes("private data", MAX_REQUEST_DATA)?.to_vec(),
             },
@@ -198,6 +218,20 @@ fn put_regions(out: &mut Vec<u8>, regions: &[NamedRegion]) {
         out.extend(region.key.to_le_bytes());
         out.extend(region.address.to_le_bytes());
         out.extend(region.length.to_le_bytes());
+    }
+}
+
+fn put_rails(out: &mut Vec<u8>, rails: &[Rail]) {
+    assert!(rails.len() <= MAX_RAILS, "{} rails", rails.len());
+    out.extend((rails.len() as u16).to_le_bytes());
+    for Rail { name, megabits, addresses } in rails {
+        put_bytes(out, name.as_bytes());
+        out.extend(megabits.to_le_bytes());
+        out.extend((addresses.len() as u16).to_le_bytes());
+        for RailAddress { network, gid, prefix } in addresses {
+            out.extend([network.code(), *prefix]);
+            out.extend(gid.octets());
+        }
     }
 }
 
@@ -263,6 +297,42 @@ impl<'a> Rest<'a> {
         (0..self.length("offers", MAX_OFFERS)?).map(|_| offer(self)).collect()
     }
 
+    fn rails(&mut self) -> Result<Vec<Rail>, Malformed> {
+        let rail = |rest: &mut Self| {
+            let name = rest.bytes("name of a rail", MAX_NAME)?;
+            // It is printed.
+            let printable = name.iter().all(|byte| byte.is_ascii_graphic());
+            let name = str::from_utf8(name).ok().filter(|_| printable).map(str::to_owned);
+            let name = name.map_or_else(|| malformed("name of a rail", "is no word"), Ok)?;
+            let megabits = rest.u32("rate of a rail")?;
+            let addresses = rest.length("addresses of a rail", MAX_ADDRESSES)?;
+            let addresses = (0..addresses).map(|_| rest.rail_address()).collect::<Result<_, _>>()?;
+            Ok(Rail { name, megabits, addresses })
+        };
+        (0..self.length("rails", MAX_RAILS)?).map(|_| rail(self)).collect()
+    }
+
+    fn rail_address(&mut self) -> Result<RailAddress, Malformed> {
+        let [code, prefix] = self.take("address of a rail")?;
+        let Some(network) = Network::from_code(code) else {
+            return malformed("address of a rail", format!("is of network {code}, which none has"));
+        };
+        if prefix > 128 {
+            return malformed("address of a rail", format!("has a prefix of {prefix} bits, and 128 at most"));
+        }
+        let gid = Ipv6Addr::from(self.take::<16>("address of a rail")?);
+        Ok(RailAddress { network, gid, prefix })
+    }
+
+    fn lane_rails(&mut self) -> Result<LaneRails, Malformed> {
+        let [own, theirs] = self.take("rails of a lane")?;
+        if usize::from(own) < MAX_RAILS {
+            Ok(LaneRails { own, theirs })
+        } else {
+            malformed("rails of a lane", format!("begin with number {own}, and {MAX_RAILS} are possible"))
+        }
+    }
+
     fn regions(&mut self) -> Result<Vec<NamedRegion>, Malformed> {
         let count = self.length("regions", MAX_REGIONS)?;
         if self.0.len() < count * REGION {
@@ -294,16 +364,29 @@ mod tests {
             region: RemoteRegion { address: 1 << 40, length: u64::MAX, key: 0xffff_0000 | name },
         };
         let regions: Vec<_> = (0..3).map(region).collect();
+        let address = |n: u8| RailAddress {
+            network: Network::from_code(1 + n).unwrap(),
+            gid: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, n.into()),
+            prefix: 128 - n,
+        };
+        let rail = |n: u8| Rail {
+            name: format!("{}:{n}", "x".repeat(MAX_NAME - 2)),
+            megabits: u32::MAX - u32::from(n),
+            addresses: (0..n % 5).map(address).collect(),
+        };
+        let rails: Vec<_> = (0..MAX_RAILS as u8).map(rail).collect();
         vec![
-            Message::Hello { boot: [7; 16] },
-            Message::Welcome { boot: [8; 16], offers: Vec::new() },
+            Message::Hello { boot: [7; 16], rails: Vec::new() },
+            Message::Welcome { boot: [8; 16], offers: Vec::new(), rails: Vec::new() },
             Message::Welcome {
                 boot: [8; 16],
                 offers: Way::ALL.map(|way| Offer { way, place: format!("/tmp/{way}") }).to_vec(),
+                rails,
             },
             Message::Lane {
                 number: 3,
-                way: Way::Tcp,
+                way: Way::Rdma,
+                rails: LaneRails { own: 7, theirs: 0b1010_0001 },
                 regions: regions.clone(),
                 data: vec![1; MAX_REQUEST_DATA],
             },
@@ -340,8 +423,26 @@ mod tests {
         assert_eq!(error(&[9]), "kind is 9, which no message has");
         assert_eq!(error(&[1, 1, 2]), "boot id has 2 of 16 bytes");
         assert_eq!(error(&[3, 0, 0, 0, 0, 4]), "way is 4, which none has");
-        assert_eq!(error(&[3, 0, 0, 0, 0, 1, 0xff, 0xff]), "regions has length 65535, and 2048 at most");
-        assert_eq!(error(&[3, 0, 0, 0, 0, 1, 2, 0, 1]), "regions have 1 of 48 bytes");
+        assert_eq!(
+            error(&[3, 0, 0, 0, 0, 2, 8, 1]),
+            "rails of a lane begin with number 8, and 8 are possible"
+        );
+        assert_eq!(
+            error(&[3, 0, 0, 0, 0, 1, 0, 0, 0xff, 0xff]),
+            "regions has length 65535, and 2048 at most"
+        );
+        assert_eq!(error(&[3, 0, 0, 0, 0, 1, 0, 0, 2, 0, 1]), "regions have 1 of 48 bytes");
+        let hello = |rails: &[u8]| error(&[&[1], &[0; 16][..], rails].concat());
+        assert_eq!(hello(&[9, 0]), "rails has length 9, and 8 at most");
+        assert_eq!(hello(&[1, 0, 73, 0]), "name of a rail has length 73, and 72 at most");
+        assert_eq!(hello(&[1, 0, 2, 0, b'a', b'\n']), "name of a rail is no word");
+        assert_eq!(
+            hello(&[1, 0, 1, 0, b'a', 0, 0, 0, 0, 5, 0]),
+            "addresses of a rail has length 5, and 4 at most"
+        );
+        let address = |bytes: [u8; 2]| hello(&[&[1, 0, 1, 0, b'a', 0, 0, 0, 0, 1, 0], &bytes[..]].concat());
+        assert_eq!(address([5, 64]), "address of a rail is of network 5, which none has");
+        assert_eq!(address([1, 129]), "address of a rail has a prefix of 129 bits, and 128 at most");
         assert_eq!(error(&[5, 0, 0, 0, 0, 2]), "verdict is 2, which is neither 0 nor 1");
     }
 

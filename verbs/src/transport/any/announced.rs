@@ -10,7 +10,7 @@ use std::{
 use crate::session::{
     Key, Way,
     noise::Cipher,
-    wire::{Message, NamedRegion},
+    wire::{LaneRails, Message, NamedRegion},
 };
 
 /// A session, as those see it who have something to say.
@@ -60,6 +60,8 @@ pub(super) struct Expected {
     pub(super) session: Arc<Session>,
     pub(super) number: u32,
     pub(super) way: Way,
+    /// Those that it may go by.
+    pub(super) rails: LaneRails,
     pub(super) regions: Vec<NamedRegion>,
     pub(super) data: Vec<u8>,
     pub(super) key: Option<Arc<Key>>,

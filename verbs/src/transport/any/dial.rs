@@ -6,7 +6,8 @@
 //! A lane takes three steps. The client says what it wants, and gets a token; it connects by the lane's provider, with the token in
 //! place of private data; the server's program accepts or refuses, and the session carries what it says. If the way does not lead
 //! there (a socket that is in another container's folder, a device that the server's address does not belong to), the next best is tried,
-//! and the bad one not again in this session.
+//! and the bad one not again in this session. RDMA leads there by several pairs of rails, which are tried one after the other; what fails,
+//! the rails remember ([`rails`](super::rails)).
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -15,14 +16,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Host, HostAttach, HostConnection, connection::Lane, region::PeerRegions};
+use super::{
+    Host, HostAttach, HostConnection,
+    connection::{Lane, Route},
+    region::PeerRegions,
+};
+#[cfg(feature = "rdma")]
+use crate::rails::OwnAddress;
 use crate::{
     address::Address,
     error::Error,
+    rails::Rail,
     session::{
         Reason, Way,
         noise::{Cipher, Initiator, Piece, piece},
-        wire::{Boot, Message, Offer, Token},
+        wire::{Boot, LaneRails, Message, Offer, Token},
     },
     transport::{MAX_REQUEST_DATA, Transport, host::check_private_data, tcp},
 };
@@ -47,6 +55,9 @@ struct Session {
     last: u32,
     same_host: bool,
     offers: Vec<Offer>,
+    /// The server's.
+    #[cfg_attr(not(feature = "rdma"), expect(dead_code))]
+    rails: Vec<Rail>,
 }
 
 /// What a connect has been asked for.
@@ -160,15 +171,51 @@ fn make(
                 continue;
             }
         };
-        match session.lane(asked, way, &place, endpoint, private_data) {
+        let lane = Wanted::new(&place, endpoint, private_data);
+        let made = match way {
+            Way::Shm => session.lane(asked, Route::Shm, lane),
+            Way::Tcp => session.lane(asked, Route::Tcp, lane),
+            Way::Rdma => session.by_rails(asked, via.is_some(), lane),
+        };
+        match made {
             Err(Failed::Way(reason)) => {
                 reasons.push(format!("{way}: {reason}"));
-                dialled.bad.push((way, reason));
+                // Of rails some may come back.
+                if way != Way::Rdma {
+                    dialled.bad.push((way, reason));
+                }
             }
             made => return made,
         }
     }
     Err(Failed::Way(format!("no way leads there ({})", reasons.join("; "))))
+}
+
+/// A lane that is wanted.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    /// Where it is made.
+    place: &'a Address,
+    rails: LaneRails,
+    /// The address of the own rail.
+    #[cfg(feature = "rdma")]
+    from: Option<&'a OwnAddress>,
+    endpoint: &'a HostAttach,
+    private_data: &'a [u8],
+}
+
+impl<'a> Wanted<'a> {
+    /// One that goes by no rail.
+    fn new(place: &'a Address, endpoint: &'a HostAttach, private_data: &'a [u8]) -> Self {
+        Self {
+            place,
+            rails: LaneRails::default(),
+            #[cfg(feature = "rdma")]
+            from: None,
+            endpoint,
+            private_data,
+        }
+    }
 }
 
 /// Connects by one provider's own handshake.
@@ -188,39 +235,53 @@ fn direct(
         let provider = Way::ALL.into_iter().find(|way| host.has(*way)).map_or("fervor", Way::name);
         return Err(Error::WrongProvider { address: address.to_string(), provider });
     }
-    let (lane, reply) = by(host, way, endpoint, address, private_data, timeout)?;
-    Ok((HostConnection::new(lane, PeerRegions::default())?, reply))
+    let wanted = Wanted::new(address, endpoint, private_data);
+    let (route, (lane, reply)) = match way {
+        #[cfg(feature = "rdma")]
+        Way::Rdma => {
+            let rdma = host.0.rails.get(0).ok_or_else(|| host.lane_error(way))?;
+            let made = rdma.connect(&endpoint.rail(0)?, address, private_data, timeout)?;
+            (Route::Rail(0), (Lane::Rdma(made.0), made.1))
+        }
+        #[cfg(not(feature = "rdma"))]
+        Way::Rdma => return Err(host.lane_error(way)),
+        Way::Shm => (Route::Shm, by(host, Route::Shm, &wanted, private_data, timeout)?),
+        Way::Tcp => (Route::Tcp, by(host, Route::Tcp, &wanted, private_data, timeout)?),
+    };
+    Ok((HostConnection::new(host, lane, route, PeerRegions::default())?, reply))
 }
 
-/// Connects by the provider of a way that the host has.
+/// Connects by a provider that the host has.
 fn by(
     host: &Host,
-    way: Way,
-    endpoint: &HostAttach,
-    address: &Address,
+    route: Route,
+    wanted: &Wanted,
     private_data: &[u8],
     timeout: Duration,
 ) -> Result<(Lane, Vec<u8>), Error> {
-    let none = || host.lane_error(way);
-    match way {
-        Way::Shm => {
+    let Wanted { place: address, endpoint, .. } = wanted;
+    let none = || host.lane_error(route.way());
+    match route {
+        Route::Shm => {
             let shm = host.0.shm.as_ref().ok_or_else(none)?;
             let made = shm.connect(&endpoint.shm()?, address, private_data, timeout)?;
             Ok((Lane::Shm(made.0), made.1))
         }
-        Way::Tcp => {
+        Route::Tcp => {
             let tcp = host.0.tcp.as_ref().ok_or_else(none)?;
             let made = tcp.connect(&endpoint.tcp()?, address, private_data, timeout)?;
             Ok((Lane::Tcp(made.0), made.1))
         }
         #[cfg(feature = "rdma")]
-        Way::Rdma => {
-            let rdma = host.0.rdma.as_ref().ok_or_else(none)?;
-            let made = rdma.connect(&endpoint.rdma()?, address, private_data, timeout)?;
+        Route::Rail(rail) => {
+            let (rail, rails) = (usize::from(rail), &host.0.rails);
+            let (rdma, from) = rails.get(rail).zip(wanted.from).ok_or_else(none)?;
+            let made = rdma.connect_at(&endpoint.rail(rail)?, from, address, private_data, timeout)?;
+            rails.count(rail);
             Ok((Lane::Rdma(made.0), made.1))
         }
         #[cfg(not(feature = "rdma"))]
-        Way::Rdma => Err(none()),
+        Route::Rail(_) => Err(none()),
     }
 }
 
@@ -238,13 +299,14 @@ impl Session {
         let mut heard = Vec::new();
         let answer = hear(&socket, &mut heard, asked)?;
         let cipher = initiator.finish(&answer).map_err(|reason| asked.no_session(reason))?;
-        let mut session = Self { socket, cipher, heard, last: 0, same_host: false, offers: Vec::new() };
+        let mut session =
+            Self { socket, cipher, heard, last: 0, same_host: false, offers: Vec::new(), rails: Vec::new() };
         let boot: Boot = asked.host.0.boot;
-        session.say(asked, &Message::Hello { boot })?;
+        session.say(asked, &Message::Hello { boot, rails: asked.host.told_rails() })?;
         match session.hear(asked)? {
-            Message::Welcome { boot: theirs, offers } => {
+            Message::Welcome { boot: theirs, offers, rails } => {
                 session.same_host = theirs == boot;
-                session.offers = offers;
+                (session.offers, session.rails) = (offers, rails);
                 Ok(session)
             }
             other => {
@@ -323,10 +385,11 @@ impl Session {
         }
     }
 
-    fn token(&mut self, asked: &Asked, way: Way, private_data: &[u8]) -> Result<Token, Error> {
+    fn token(&mut self, asked: &Asked, route: Route, lane: &Wanted) -> Result<Token, Error> {
         self.last = self.last.wrapping_add(1);
-        let regions = asked.host.0.regions.offers(way);
-        self.say(asked, &Message::Lane { number: self.last, way, regions, data: private_data.to_vec() })?;
+        let (number, way, rails) = (self.last, route.way(), lane.rails);
+        let (regions, data) = (asked.host.0.regions.offers(route), lane.private_data.to_vec());
+        self.say(asked, &Message::Lane { number, way, rails, regions, data })?;
         loop {
             match self.hear(asked)? {
                 Message::Go { number, token } if number == self.last => return Ok(token),
@@ -341,26 +404,61 @@ impl Session {
         }
     }
 
+    /// Makes a lane by the best rails that lead there.
+    #[cfg(feature = "rdma")]
+    fn by_rails(
+        &mut self,
+        asked: &Asked,
+        insists: bool,
+        lane: Wanted,
+    ) -> Result<(HostConnection, Vec<u8>), Failed> {
+        let theirs = self.rails.clone();
+        let mut picks = asked.host.0.rails.picks(&theirs, insists);
+        let mut reasons = Vec::new();
+        while let Some((pick, from)) = picks.next() {
+            let rails = LaneRails { own: pick.own as u8, theirs: pick.theirs };
+            let made = self.lane(asked, Route::Rail(rails.own), Wanted { rails, from: Some(&from), ..lane });
+            match made {
+                Err(Failed::Way(reason)) => reasons.push(format!("{}: {reason}", picks.name(&pick))),
+                Err(Failed::Lane(Error::Timeout { .. })) => {}
+                // The device refuses: it may be gone.
+                Err(Failed::Lane(error @ Error::System { .. })) => {
+                    reasons.push(format!("{}: {error}", picks.name(&pick)));
+                }
+                made => return made,
+            }
+            picks.failed(&pick);
+            if asked.left().is_zero() {
+                return Err(Failed::Lane(asked.late()));
+            }
+        }
+        Err(Failed::Way(if reasons.is_empty() { picks.none() } else { reasons.join("; ") }))
+    }
+
+    #[cfg(not(feature = "rdma"))]
+    fn by_rails(&mut self, asked: &Asked, _: bool, _: Wanted) -> Result<(HostConnection, Vec<u8>), Failed> {
+        Err(Failed::Lane(asked.host.lane_error(Way::Rdma)))
+    }
+
     /// Makes a lane.
     fn lane(
         &mut self,
         asked: &Asked,
-        way: Way,
-        place: &Address,
-        endpoint: &HostAttach,
-        private_data: &[u8],
+        route: Route,
+        lane: Wanted,
     ) -> Result<(HostConnection, Vec<u8>), Failed> {
-        let token = self.token(asked, way, private_data).map_err(Failed::NoToken)?;
+        let token = self.token(asked, route, &lane).map_err(Failed::NoToken)?;
         let number = self.last;
         let refused =
             |private_data| Failed::Lane(Error::Refused { address: asked.address.to_string(), private_data });
-        match by(asked.host, way, endpoint, place, &token, asked.left()) {
+        match by(asked.host, route, &lane, &token, asked.left()) {
             Ok((lane, _)) => {
                 let (accepted, regions, data) = self.answer(asked, number).map_err(Failed::Lane)?;
                 if !accepted {
                     return Err(refused(data));
                 }
-                Ok((HostConnection::new(lane, regions).map_err(Failed::Lane)?, data))
+                let made = HostConnection::new(asked.host, lane, route, regions);
+                Ok((made.map_err(Failed::Lane)?, data))
             }
             Err(Error::Refused { .. }) => {
                 let deadline = Instant::now() + asked.left().min(LAST_WORD);

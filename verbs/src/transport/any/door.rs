@@ -197,13 +197,11 @@ fn welcome(shared: &Shared, socket: TcpStream, opening: &[u8; strangers::OPENING
 /// Lets a stranger in who has come for a lane by TCP's or RDMA's own opening, if it has a token.
 fn lane(shared: &Shared, socket: TcpStream, opening: &[u8; strangers::OPENING]) {
     #[cfg(feature = "rdma")]
-    if rdma::Rdma::is_meant(opening)
-        && let Some(rdma) = &shared.host.0.rdma
-    {
+    if rdma::Rdma::is_meant(opening) && shared.host.has(Way::Rdma) {
         let Ok(at) = socket.local_addr() else { return };
         let address = Address::Rdma { host: at.ip().to_string(), port: at.port(), from: None };
         // Who cannot come in by this way was told why, and tries another.
-        if let Some(caller) = rdma.request(&address, socket, opening) {
+        if let Some(caller) = rdma::Rdma::request(&address, socket, opening) {
             shared.let_in(Way::Rdma, Caller::Rdma(caller));
         }
         return;

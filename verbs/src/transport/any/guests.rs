@@ -89,13 +89,14 @@ impl Guest {
             Message::Hello { .. } if self.unproven.is_some() => {
                 self.unproven = None;
                 let (boot, offers) = (shared.host.0.boot, shared.offers.clone());
-                self.session.say(&Message::Welcome { boot, offers })
+                self.session.say(&Message::Welcome { boot, offers, rails: shared.host.told_rails() })
             }
-            Message::Lane { number, way, regions, data } if self.unproven.is_none() => {
+            Message::Lane { number, way, rails, regions, data } if self.unproven.is_none() => {
                 let mut token = Token::default();
                 random(&mut token).map_err(|error| error.to_string())?;
                 let (session, key, since) = (self.session.clone(), self.key.clone(), Instant::now());
-                if !shared.expect(token, Expected { session, number, way, regions, data, key, since }) {
+                if !shared.expect(token, Expected { session, number, way, rails, regions, data, key, since })
+                {
                     return Err("it asks for more lanes at a time than a session may".to_owned());
                 }
                 self.session.say(&Message::Go { number, token })

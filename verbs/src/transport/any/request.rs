@@ -2,12 +2,17 @@
 
 use std::fmt;
 
-use super::{HostAttach, HostConnection, announced::Expected, connection::Lane, region::PeerRegions};
+use super::{
+    HostAttach, HostConnection,
+    announced::Expected,
+    connection::{Lane, Route},
+    region::PeerRegions,
+};
 #[cfg(feature = "rdma")]
 use crate::transport::rdma::RdmaRequest;
 use crate::{
     error::Error,
-    session::{Key, Way},
+    session::{Key, Way, wire::LaneRails},
     transport::{MAX_REPLY_DATA, Request, host::check_private_data, shm::ShmRequest, tcp::TcpRequest},
 };
 
@@ -33,12 +38,26 @@ impl Caller {
         on!(self, Caller, caller => caller.private_data())
     }
 
-    fn accept(self, endpoint: &HostAttach, depth: usize, data: &[u8]) -> Result<Lane, Error> {
+    /// Accepts it: one that a session has announced by one of the rails that it has asked for.
+    fn accept(
+        self,
+        endpoint: &HostAttach,
+        depth: usize,
+        data: &[u8],
+        #[cfg_attr(not(feature = "rdma"), expect(unused_variables))] rails: Option<LaneRails>,
+    ) -> Result<(Lane, Route), Error> {
         Ok(match self {
-            Caller::Shm(caller) => Lane::Shm(caller.accept_with(&endpoint.shm()?, depth, data)?),
-            Caller::Tcp(caller) => Lane::Tcp(caller.accept_with(&endpoint.tcp()?, depth, data)?),
+            Caller::Shm(caller) => {
+                (Lane::Shm(caller.accept_with(&endpoint.shm()?, depth, data)?), Route::Shm)
+            }
+            Caller::Tcp(caller) => {
+                (Lane::Tcp(caller.accept_with(&endpoint.tcp()?, depth, data)?), Route::Tcp)
+            }
             #[cfg(feature = "rdma")]
-            Caller::Rdma(caller) => Lane::Rdma(caller.accept_with(&endpoint.rdma()?, depth, data)?),
+            Caller::Rdma(caller) => match rails {
+                Some(rails) => endpoint.host().0.rails.accept(caller, endpoint, depth, rails.theirs)?,
+                None => (Lane::Rdma(caller.accept_with(&endpoint.rail(0)?, depth, data)?), Route::Rail(0)),
+            },
         })
     }
 }
@@ -94,18 +113,16 @@ impl Request for HostRequest {
         check_private_data(private_data, MAX_REPLY_DATA)?;
         let caller = self.caller.take().expect("it is answered once, and then consumed");
         let Some(expected) = self.expected.take() else {
-            return HostConnection::new(
-                caller.accept(endpoint, depth, private_data)?,
-                PeerRegions::default(),
-            );
+            let (lane, route) = caller.accept(endpoint, depth, private_data, None)?;
+            return HostConnection::new(endpoint.host(), lane, route, PeerRegions::default());
         };
-        let way = caller.way();
-        let lane = caller.accept(endpoint, depth, &[]);
+        let lane = caller.accept(endpoint, depth, &[], Some(expected.rails));
         let regions = PeerRegions::told(expected.regions.clone());
-        match lane.and_then(|lane| HostConnection::new(lane, regions)) {
-            Ok(connection) => {
+        let made = |(lane, route)| Ok((HostConnection::new(endpoint.host(), lane, route, regions)?, route));
+        match lane.and_then(made) {
+            Ok((connection, route)) => {
                 // To a session that has ended nobody listens: the lane's own end will tell.
-                expected.answer(true, endpoint.offers(way), private_data);
+                expected.answer(true, endpoint.offers(route), private_data);
                 Ok(connection)
             }
             Err(error) => {

@@ -8,12 +8,12 @@ use std::{
     time::Instant,
 };
 
-use super::*;
+use super::{connection::Route, *};
 use crate::{
     session::{
         Reason,
         noise::{self, Cipher, Initiator, Piece, piece},
-        wire::{Message, Offer, Token},
+        wire::{LaneRails, Message, Offer, Token},
     },
     transport::{
         Attach, Completion, Connection, Endpoint, Listener, Payload, Region, Request, Sge,
@@ -293,7 +293,7 @@ impl Raw {
 
     /// Says hello, and hears which ways there are.
     fn offers(&mut self) -> Vec<Offer> {
-        self.say(&Message::Hello { boot: [1; 16] });
+        self.say(&Message::Hello { boot: [1; 16], rails: Vec::new() });
         match self.hear() {
             Some(Message::Welcome { offers, .. }) => offers,
             other => panic!("{other:?}"),
@@ -301,7 +301,8 @@ impl Raw {
     }
 
     fn ask(&mut self, number: u32, way: Way) -> Token {
-        self.say(&Message::Lane { number, way, regions: Vec::new(), data: b"raw".to_vec() });
+        let rails = LaneRails::default();
+        self.say(&Message::Lane { number, way, rails, regions: Vec::new(), data: b"raw".to_vec() });
         match self.hear() {
             Some(Message::Go { number: of, token }) if of == number => token,
             other => panic!("{other:?}"),
@@ -368,7 +369,8 @@ fn a_token_is_good_for_one_lane_of_its_way_and_its_session() {
 fn a_guest_that_breaks_the_rules_ends_its_own_session_alone() {
     let mut server = Server::start(&[key("a")], "");
     let at = server.socket();
-    let lane = |number| Message::Lane { number, way: Way::Tcp, regions: Vec::new(), data: Vec::new() };
+    let rails = LaneRails::default();
+    let lane = |number| Message::Lane { number, way: Way::Tcp, rails, regions: Vec::new(), data: Vec::new() };
     let mut good = Raw::welcomed(at, Some(&key("a")));
 
     let mut early = Raw::shake_hands(at, Some(&key("a")));
@@ -376,7 +378,7 @@ fn a_guest_that_breaks_the_rules_ends_its_own_session_alone() {
     assert!(early.hear().is_none(), "a lane before the hello");
 
     let mut twice = Raw::welcomed(at, Some(&key("a")));
-    twice.say(&Message::Hello { boot: [1; 16] });
+    twice.say(&Message::Hello { boot: [1; 16], rails: Vec::new() });
     assert!(twice.hear().is_none(), "two hellos");
 
     let mut server_talk = Raw::welcomed(at, Some(&key("a")));
@@ -519,7 +521,7 @@ fn a_region_that_was_not_told_of_cannot_be_reached() {
         };
         assert!(read(told.remote().at(0)), "{via}");
         // The provider's own key, which the peer never hears.
-        let stolen = server.host.0.regions.offers(if via.is_empty() { Way::Shm } else { Way::Tcp })[0];
+        let stolen = server.host.0.regions.offers(if via.is_empty() { Route::Shm } else { Route::Tcp })[0];
         assert!(!read(stolen.region.at(0)), "{via}: under the provider's key");
     }
 }

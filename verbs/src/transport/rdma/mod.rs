@@ -50,6 +50,7 @@ mod connection;
 mod device;
 mod endpoint;
 mod events;
+mod failures;
 mod joining;
 mod keeper;
 mod library;
@@ -59,7 +60,9 @@ mod names;
 mod offer;
 mod queue_pair;
 mod queues;
+mod rail;
 mod sending;
+mod tables;
 
 pub use connect::{RdmaListener, RdmaRequest};
 pub use connection::RdmaConnection;
@@ -70,6 +73,7 @@ pub use joining::RdmaJoining;
 
 pub(crate) use device::capabilities;
 pub(crate) use library::load as load_libraries;
+pub(in crate::transport) use tables::read_tables;
 
 use device::Device;
 use joining::{Joining, Place};
@@ -126,14 +130,13 @@ impl Rdma {
         offer::Message::is_meant(opening)
     }
 
-    /// What a stranger wants who has come to the door at `address`. `None`: he was told why he cannot come in.
+    /// What a stranger wants who has come, for any rail, to the door at `address`. `None`: he was told why he cannot come in.
     pub(in crate::transport) fn request(
-        &self,
         address: &Address,
         socket: TcpStream,
         opening: &[u8; OPENING],
     ) -> Option<RdmaRequest> {
-        RdmaRequest::new(&self.device, address, socket, opening)
+        RdmaRequest::new(None, address, socket, opening)
     }
 
     /// Name of the device.
