@@ -18,6 +18,9 @@
 //! its socket ([`fabric`](crate::fabric)). A socket whose address belongs to another device is an error
 //! on the side that connects, and a refusal that says so on the side that listens.
 //!
+//! A process that uses several ports has a transport for each, and asks it for connections at addresses of that port that both sides
+//! have agreed on (`rail`). Each transport remembers which peers it lost (`failures`).
+//!
 //! # Who owns what
 //! ```text
 //!  RdmaConnection ─▶ Link ─▶ Queues (CQ, SRQ, receive buffers) ─▶ Keeper ─▶ thread
