@@ -300,6 +300,7 @@ impl fmt::Display for RailStats {
 }
 
 /// The rate of a port in millions of bits per second, from texts such as `100 Gb/sec (4X EDR)`. 0: it is none of these.
+#[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "a program without RDMA has no rails"))]
 pub(crate) fn megabits(rate: &str) -> u32 {
     let Some((number, _)) = rate.split_once(" Gb/sec") else { return 0 };
     number.trim().parse::<f64>().map_or(0, |gigabits| (gigabits * 1000.0) as u32)

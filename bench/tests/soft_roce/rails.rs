@@ -41,8 +41,9 @@ fn goes_on_by_the_other(kill: impl FnOnce(&Second)) {
     let mut server = Server::with("fervor://127.0.0.1:0?via=rdma", 2, "10", &rails);
     let (mut first, other) = (trains(&server, "0"), trains(&server, "1"));
     while first.wait_for(PATIENCE, epoch) < 3 {}
-    kill(&second);
+    // It takes a moment itself.
     let dead = Instant::now();
+    kill(&second);
     // Each of the two clients was connected to one of the two shards by the rail that died.
     for _ in 0..2 {
         server.program.wait_for(PATIENCE, |line| line.contains("is back after").then_some(()));

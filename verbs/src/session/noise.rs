@@ -30,7 +30,7 @@ use crate::transport::host::strangers::OPENING;
 /// The first bytes of a session: "FERVORSN".
 pub(crate) const MAGIC: [u8; 8] = *b"FERVORSN";
 /// Of preamble and messages.
-pub(crate) const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 2;
 /// Bytes of an opening that come before Noise's message.
 const PREAMBLE: usize = 8 + 2 + 1 + MAX_KEY_NAME;
 /// Bytes of Noise's first message, with a key and without.

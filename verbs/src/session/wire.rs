@@ -2,11 +2,15 @@
 //!
 //! | message | from | says |
 //! |---|---|---|
-//! | [`Message::Hello`] | client, first | which host it is on, and its rails |
-//! | [`Message::Welcome`] | server, first | which host it is on, by which ways it can be reached, and its rails |
-//! | [`Message::Lane`] | client | it wants a lane: by which way (and which rails, if it is RDMA), for what, and its regions |
-//! | [`Message::Go`] | server | with this token the lane will be let in |
-//! | [`Message::Answer`] | server | what became of the lane, and the server's regions |
+//! | [`Message::Hello`] | client, first | which process it is, on which host, and its rails |
+//! | [`Message::Welcome`] | server, first | the same, and by which ways it can be reached |
+//! | [`Message::Lanes`] | client | it wants lanes: by which way (and which rails, if it is RDMA), each for what, and its regions |
+//! | [`Message::Go`] | server | with these tokens the lanes will be let in. (Lanes that bring an offer need none.) |
+//! | [`Message::Answer`] | server | what became of one lane, and the server's regions |
+//! | [`Message::Ready`] | client | its end of a lane that brought an offer can receive now |
+//! | [`Message::Ended`] | both | a lane that brought an offer has ended there, or was given up |
+//! | [`Message::Leaving`] | server | it makes no more lanes; those that there are go on |
+//! | [`Message::Beat`] | both | nothing, once a second: it lives |
 //!
 //! A number is little-endian; a list or a string is led by its length in 2 bytes. Everything comes from a peer that may be hostile:
 //! an error says which field, and what is wrong with it.
@@ -28,6 +32,15 @@ const _: () = assert!(MAX_REGIONS * REGION + MAX_REPLY_DATA + 64 <= MAX_MESSAGE)
 /// Longest place of an offer, and most offers.
 const MAX_PLACE: usize = 512;
 const MAX_OFFERS: usize = 8;
+/// Most lanes that one message may ask for.
+pub(crate) const MAX_LANES: usize = 128;
+/// Longest offer of a lane: what a provider's own bootstrap would say of one end.
+pub(crate) const MAX_LANE_OFFER: usize = 64;
+const _: () = assert!(
+    MAX_REGIONS * REGION + MAX_LANES * (2 + MAX_LANE_OFFER + 2 + MAX_REQUEST_DATA) + 64 <= MAX_MESSAGE
+);
+/// Longest name of a host.
+pub(crate) const MAX_HOST: usize = 64;
 
 /// Names a lane that is being made: whoever connects with it is let in, once.
 pub(crate) type Token = [u8; 16];
@@ -58,6 +71,11 @@ impl Way {
         }
     }
 
+    /// Whether the two ends of a lane by this way tell each other in the session what their providers need. Others have handshakes of their own.
+    pub(crate) fn takes_offers(self) -> bool {
+        self == Way::Rdma
+    }
+
     /// The way of that name.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|way| way.name() == name)
@@ -85,7 +103,36 @@ pub(crate) struct NamedRegion {
     pub(crate) region: RemoteRegion,
 }
 
-/// The rails that a lane by RDMA may go by. Zeros for one by another way.
+/// Which process one end of a session is, for those who read about it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Process {
+    /// Name of its host, as that host calls itself; without control characters.
+    pub(crate) host: String,
+    /// Number of the process there.
+    pub(crate) pid: u32,
+}
+
+/// A lane that is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// What its provider needs to know of the client's end; empty if the provider has a handshake of its own.
+    pub(crate) offer: Vec<u8>,
+    /// Private data.
+    pub(crate) data: Vec<u8>,
+}
+
+/// What became of a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The server's program does not want it. The private data is what it says.
+    Refused = 0,
+    /// It is there. The offer is the provider's answer, if the lane brought one.
+    Accepted = 1,
+    /// It cannot go by this way. The private data is a sentence that says why.
+    Impossible = 2,
+}
+
+/// The rails that lanes by RDMA may go by. Zeros for those by another way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct LaneRails {
     /// Number of the client's.
@@ -99,11 +146,44 @@ const _: () = assert!(MAX_RAILS <= u8::BITS as usize);
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Message {
-    Hello { boot: Boot, rails: Vec<Rail> },
-    Welcome { boot: Boot, offers: Vec<Offer>, rails: Vec<Rail> },
-    Lane { number: u32, way: Way, rails: LaneRails, regions: Vec<NamedRegion>, data: Vec<u8> },
-    Go { number: u32, token: Token },
-    Answer { number: u32, accepted: bool, regions: Vec<NamedRegion>, data: Vec<u8> },
+    Hello {
+        boot: Boot,
+        process: Process,
+        rails: Vec<Rail>,
+    },
+    Welcome {
+        boot: Boot,
+        process: Process,
+        offers: Vec<Offer>,
+        rails: Vec<Rail>,
+    },
+    /// The lanes are numbered from `first` on.
+    Lanes {
+        first: u32,
+        way: Way,
+        rails: LaneRails,
+        regions: Vec<NamedRegion>,
+        lanes: Vec<Wanted>,
+    },
+    Go {
+        first: u32,
+        tokens: Vec<Token>,
+    },
+    Answer {
+        number: u32,
+        verdict: Verdict,
+        offer: Vec<u8>,
+        regions: Vec<NamedRegion>,
+        data: Vec<u8>,
+    },
+    Ready {
+        number: u32,
+    },
+    Ended {
+        number: u32,
+    },
+    Leaving,
+    Beat,
 }
 
 /// What is wrong with a message: the field, and how.
@@ -124,23 +204,29 @@ impl Message {
         match self {
             Message::Hello { .. } => "hello",
             Message::Welcome { .. } => "welcome",
-            Message::Lane { .. } => "lane",
+            Message::Lanes { .. } => "lanes",
             Message::Go { .. } => "go",
             Message::Answer { .. } => "answer",
+            Message::Ready { .. } => "ready",
+            Message::Ended { .. } => "ended",
+            Message::Leaving => "leaving",
+            Message::Beat => "beat",
         }
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         match self {
-            Message::Hello { boot, rails } => {
+            Message::Hello { boot, process, rails } => {
                 out.push(1);
                 out.extend(boot);
+                put_process(&mut out, process);
                 put_rails(&mut out, rails);
             }
-            Message::Welcome { boot, offers, rails } => {
+            Message::Welcome { boot, process, offers, rails } => {
                 out.push(2);
                 out.extend(boot);
+                put_process(&mut out, process);
                 out.extend((offers.len() as u16).to_le_bytes());
                 for Offer { way, place } in offers {
                     out.push(*way as u8);
@@ -148,25 +234,42 @@ impl Message {
                 }
                 put_rails(&mut out, rails);
             }
-            Message::Lane { number, way, rails, regions, data } => {
+            Message::Lanes { first, way, rails, regions, lanes } => {
                 out.push(3);
-                out.extend(number.to_le_bytes());
+                out.extend(first.to_le_bytes());
                 out.extend([*way as u8, rails.own, rails.theirs]);
                 put_regions(&mut out, regions);
-                put_bytes(&mut out, data);
+                assert!((1..=MAX_LANES).contains(&lanes.len()), "{} lanes", lanes.len());
+                out.extend((lanes.len() as u16).to_le_bytes());
+                for Wanted { offer, data } in lanes {
+                    put_bytes(&mut out, offer);
+                    put_bytes(&mut out, data);
+                }
             }
-            Message::Go { number, token } => {
+            Message::Go { first, tokens } => {
                 out.push(4);
-                out.extend(number.to_le_bytes());
-                out.extend(token);
+                out.extend(first.to_le_bytes());
+                out.extend((tokens.len() as u16).to_le_bytes());
+                out.extend(tokens.as_flattened());
             }
-            Message::Answer { number, accepted, regions, data } => {
+            Message::Answer { number, verdict, offer, regions, data } => {
                 out.push(5);
                 out.extend(number.to_le_bytes());
-                out.push((*accepted).into());
+                out.push(*verdict as u8);
+                put_bytes(&mut out, offer);
                 put_regions(&mut out, regions);
                 put_bytes(&mut out, data);
             }
+            Message::Ready { number } => {
+                out.push(6);
+                out.extend(number.to_le_bytes());
+            }
+            Message::Ended { number } => {
+                out.push(7);
+                out.extend(number.to_le_bytes());
+            }
+            Message::Leaving => out.push(8),
+            Message::Beat => out.push(9),
         }
         out
     }
@@ -174,28 +277,28 @@ impl Message {
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut rest = Rest(bytes);
         let message = match rest.take::<1>("kind")?[0] {
-            1 => Message::Hello { boot: rest.take("boot id")?, rails: rest.rails()? },
-            2 => {
-                Message::Welcome { boot: rest.take("boot id")?, offers: rest.offers()?, rails: rest.rails()? }
+            1 => {
+                Message::Hello { boot: rest.take("boot id")?, process: rest.process()?, rails: rest.rails()? }
             }
-            3 => Message::Lane {
-                number: rest.u32("number")?,
-                way: rest.way()?,
-                rails: rest.lane_rails()?,
-                regions: rest.regions()?,
-                data: rest.bytes("private data", MAX_REQUEST_DATA)?.to_vec(),
+            2 => Message::Welcome {
+                boot: rest.take("boot id")?,
+                process: rest.process()?,
+                offers: rest.offers()?,
+                rails: rest.rails()?,
             },
-            4 => Message::Go { number: rest.u32("number")?, token: rest.take("token")? },
+            3 => rest.lanes()?,
+            4 => Message::Go { first: rest.u32("number")?, tokens: rest.tokens()? },
             5 => Message::Answer {
                 number: rest.u32("number")?,
-                accepted: match rest.take::<1>("verdict")?[0] {
-                    0 => false,
-                    1 => true,
-                    other => return malformed("verdict", format!("is {other}, which is neither 0 nor 1")),
-                },
+                verdict: rest.verdict()?,
+                offer: rest.bytes("offer", MAX_LANE_OFFER)?.to_vec(),
                 regions: rest.regions()?,
                 data: rest.bytes("private data", MAX_REPLY_DATA)?.to_vec(),
             },
+            6 => Message::Ready { number: rest.u32("number")? },
+            7 => Message::Ended { number: rest.u32("number")? },
+            8 => Message::Leaving,
+            9 => Message::Beat,
             other => return malformed("kind", format!("is {other}, which no message has")),
         };
         match rest.0.len() {
@@ -203,6 +306,11 @@ impl Message {
             more => malformed("end", format!("is followed by {more} bytes")),
         }
     }
+}
+
+fn put_process(out: &mut Vec<u8>, process: &Process) {
+    out.extend(process.pid.to_le_bytes());
+    put_bytes(out, process.host.as_bytes());
 }
 
 fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
@@ -288,6 +396,53 @@ impl<'a> Rest<'a> {
         found.map_or_else(|| malformed("way", format!("is {code}, which none has")), Ok)
     }
 
+    fn verdict(&mut self) -> Result<Verdict, Malformed> {
+        match self.take::<1>("verdict")?[0] {
+            0 => Ok(Verdict::Refused),
+            1 => Ok(Verdict::Accepted),
+            2 => Ok(Verdict::Impossible),
+            other => malformed("verdict", format!("is {other}, and there are 0 to 2")),
+        }
+    }
+
+    fn process(&mut self) -> Result<Process, Malformed> {
+        let pid = self.u32("process number")?;
+        match str::from_utf8(self.bytes("host name", MAX_HOST)?) {
+            Ok(host) if host.chars().any(char::is_control) => {
+                malformed("host name", format!("is {host:?}, which has a control character"))
+            }
+            Ok(host) => Ok(Process { host: host.to_owned(), pid }),
+            Err(_) => malformed("host name", "is no text"),
+        }
+    }
+
+    /// The number of lanes that are numbered from `first` on.
+    fn count_lanes(&mut self, first: u32) -> Result<usize, Malformed> {
+        match self.length("lanes", MAX_LANES)? {
+            0 => malformed("lanes", "are none"),
+            count if first.checked_add(count as u32).is_none() => {
+                malformed("number", format!("is {first}, after which there are no {count} more"))
+            }
+            count => Ok(count),
+        }
+    }
+
+    fn lanes(&mut self) -> Result<Message, Malformed> {
+        let (first, way, rails) = (self.u32("number")?, self.way()?, self.lane_rails()?);
+        let regions = self.regions()?;
+        let count = self.count_lanes(first)?;
+        let lane = |_| {
+            let offer = self.bytes("offer", MAX_LANE_OFFER)?.to_vec();
+            Ok(Wanted { offer, data: self.bytes("private data", MAX_REQUEST_DATA)?.to_vec() })
+        };
+        let lanes = (0..count).map(lane).collect::<Result<_, _>>()?;
+        Ok(Message::Lanes { first, way, rails, regions, lanes })
+    }
+
+    fn tokens(&mut self) -> Result<Vec<Token>, Malformed> {
+        (0..self.length("tokens", MAX_LANES)?).map(|_| self.take("token")).collect()
+    }
+
     fn offers(&mut self) -> Result<Vec<Offer>, Malformed> {
         let offer = |rest: &mut Self| {
             let way = rest.way()?;
@@ -325,11 +480,11 @@ impl<'a> Rest<'a> {
     }
 
     fn lane_rails(&mut self) -> Result<LaneRails, Malformed> {
-        let [own, theirs] = self.take("rails of a lane")?;
+        let [own, theirs] = self.take("rails of lanes")?;
         if usize::from(own) < MAX_RAILS {
             Ok(LaneRails { own, theirs })
         } else {
-            malformed("rails of a lane", format!("begin with number {own}, and {MAX_RAILS} are possible"))
+            malformed("rails of lanes", format!("begin with number {own}, and {MAX_RAILS} are possible"))
         }
     }
 
@@ -353,116 +508,4 @@ impl<'a> Rest<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn examples() -> Vec<Message> {
-        let region = |name| NamedRegion {
-            name,
-            region: RemoteRegion { address: 1 << 40, length: u64::MAX, key: 0xffff_0000 | name },
-        };
-        let regions: Vec<_> = (0..3).map(region).collect();
-        let address = |n: u8| RailAddress {
-            network: Network::from_code(1 + n).unwrap(),
-            gid: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, n.into()),
-            prefix: 128 - n,
-        };
-        let rail = |n: u8| Rail {
-            name: format!("{}:{n}", "x".repeat(MAX_NAME - 2)),
-            megabits: u32::MAX - u32::from(n),
-            addresses: (0..n % 5).map(address).collect(),
-        };
-        let rails: Vec<_> = (0..MAX_RAILS as u8).map(rail).collect();
-        vec![
-            Message::Hello { boot: [7; 16], rails: Vec::new() },
-            Message::Welcome { boot: [8; 16], offers: Vec::new(), rails: Vec::new() },
-            Message::Welcome {
-                boot: [8; 16],
-                offers: Way::ALL.map(|way| Offer { way, place: format!("/tmp/{way}") }).to_vec(),
-                rails,
-            },
-            Message::Lane {
-                number: 3,
-                way: Way::Rdma,
-                rails: LaneRails { own: 7, theirs: 0b1010_0001 },
-                regions: regions.clone(),
-                data: vec![1; MAX_REQUEST_DATA],
-            },
-            Message::Go { number: 1 << 31, token: [9; 16] },
-            Message::Answer { number: 0, accepted: true, regions, data: vec![2; MAX_REPLY_DATA] },
-            Message::Answer {
-                number: 0,
-                accepted: false,
-                regions: (0..MAX_REGIONS as u32).map(region).collect(),
-                data: Vec::new(),
-            },
-        ]
-    }
-
-    #[test]
-    fn messages_round_trip_and_no_part_of_one_is_another() {
-        for message in examples() {
-            let bytes = message.encode();
-            assert!(bytes.len() <= MAX_MESSAGE);
-            assert_eq!(Message::decode(&bytes), Ok(message));
-            let step = 1 + bytes.len() / 500;
-            (0..bytes.len())
-                .step_by(step)
-                .for_each(|cut| assert!(Message::decode(&bytes[..cut]).is_err(), "{cut}"));
-            let error = Message::decode(&[&bytes[..], &[0]].concat()).unwrap_err().to_string();
-            assert_eq!(error, "end is followed by 1 bytes");
-        }
-    }
-
-    #[test]
-    fn an_error_names_the_field_and_the_value() {
-        let error = |bytes: &[u8]| Message::decode(bytes).unwrap_err().to_string();
-        assert_eq!(error(&[]), "kind has 0 of 1 bytes");
-        assert_eq!(error(&[9]), "kind is 9, which no message has");
-        assert_eq!(error(&[1, 1, 2]), "boot id has 2 of 16 bytes");
-        assert_eq!(error(&[3, 0, 0, 0, 0, 4]), "way is 4, which none has");
-        assert_eq!(
-            error(&[3, 0, 0, 0, 0, 2, 8, 1]),
-            "rails of a lane begin with number 8, and 8 are possible"
-        );
-        assert_eq!(
-            error(&[3, 0, 0, 0, 0, 1, 0, 0, 0xff, 0xff]),
-            "regions has length 65535, and 2048 at most"
-        );
-        assert_eq!(error(&[3, 0, 0, 0, 0, 1, 0, 0, 2, 0, 1]), "regions have 1 of 48 bytes");
-        let hello = |rails: &[u8]| error(&[&[1], &[0; 16][..], rails].concat());
-        assert_eq!(hello(&[9, 0]), "rails has length 9, and 8 at most");
-        assert_eq!(hello(&[1, 0, 73, 0]), "name of a rail has length 73, and 72 at most");
-        assert_eq!(hello(&[1, 0, 2, 0, b'a', b'\n']), "name of a rail is no word");
-        assert_eq!(
-            hello(&[1, 0, 1, 0, b'a', 0, 0, 0, 0, 5, 0]),
-            "addresses of a rail has length 5, and 4 at most"
-        );
-        let address = |bytes: [u8; 2]| hello(&[&[1, 0, 1, 0, b'a', 0, 0, 0, 0, 1, 0], &bytes[..]].concat());
-        assert_eq!(address([5, 64]), "address of a rail is of network 5, which none has");
-        assert_eq!(address([1, 129]), "address of a rail has a prefix of 129 bits, and 128 at most");
-        assert_eq!(error(&[5, 0, 0, 0, 0, 2]), "verdict is 2, which is neither 0 nor 1");
-    }
-
-    proptest! {
-        #[test]
-        fn whatever_comes_is_a_message_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            if let Ok(message) = Message::decode(&bytes) {
-                prop_assert_eq!(message.encode(), bytes);
-            }
-        }
-
-        #[test]
-        fn a_changed_message_is_a_message_or_an_error(
-            which in 0..7_usize, at in any::<prop::sample::Index>(), bits in 1..=255_u8,
-        ) {
-            let mut bytes = examples()[which].encode();
-            *at.get_mut(&mut bytes) ^= bits;
-            if let Ok(message) = Message::decode(&bytes) {
-                prop_assert_eq!(message.encode(), bytes);
-            }
-        }
-    }
-}
+mod tests;

@@ -69,8 +69,8 @@
 //! broken connection are refused with [`PostError::Disconnected`].
 //!
 //! **Threads and time.** User code reads the time, waits, sleeps and starts threads through the transport and
-//! its objects alone. These calls may let other threads run: [`Runtime::relax`], [`Transport::connect`],
-//! [`Endpoint::wait`], [`Signal::wait`], [`Listener::accept`], [`Request::accept`], [`Thread::join`],
+//! its objects alone. These calls may let other threads run: [`Runtime::relax`], [`Transport::connect`] and its
+//! like, [`Endpoint::wait`], [`Signal::wait`], [`Listener::accept`], [`Request::accept`], [`Thread::join`],
 //! [`View::load`], [`View::copy`], [`View::snapshot`]. A thread that is in one of them must hold no lock that
 //! another takes without `try_lock`. Calls of a view never wait. The other calls neither block nor let others
 //! run. A thread that waits without any of these calls never stops waiting in a simulation.
@@ -354,8 +354,72 @@ pub trait Transport: Runtime + Clone + Send + Sync + 'static {
         address: &Address,
         private_data: &[u8],
         timeout: Duration,
+    ) -> Result<(Self::Connection, Vec<u8>), Error> {
+        self.connect_with(address, LaneSpec::new(endpoint, private_data), timeout)
+    }
+
+    /// As [`connect`](Self::connect), as `lane` says.
+    ///
+    /// # Errors
+    /// As there.
+    fn connect_with(
+        &self,
+        address: &Address,
+        lane: LaneSpec<'_, Self::Attach>,
+        timeout: Duration,
     ) -> Result<(Self::Connection, Vec<u8>), Error>;
+
+    /// Makes all of `lanes`, in their order, or none: what was made before one fails is dropped, and its peer is told. `timeout` is for
+    /// all together. A provider that can asks for many at once, and then waits once; others make one after the other.
+    ///
+    /// # Errors
+    /// That of the first that fails.
+    fn connect_all(
+        &self,
+        address: &Address,
+        lanes: &[LaneSpec<'_, Self::Attach>],
+        timeout: Duration,
+    ) -> Result<Vec<Connected<Self::Connection>>, Error> {
+        let until = self.now().saturating_add(timeout);
+        let one =
+            |lane: &LaneSpec<'_, _>| self.connect_with(address, *lane, until.saturating_sub(self.now()));
+        lanes.iter().map(one).collect()
+    }
 }
+
+/// A connection that was made, and the private data of its acceptance.
+pub type Connected<C> = (C, Vec<u8>);
+
+/// What a connection is asked for with: see [`Transport::connect_all`].
+#[derive(Debug)]
+pub struct LaneSpec<'a, A> {
+    /// The endpoint that it joins.
+    pub endpoint: &'a A,
+    /// What the listener is told: at most [`MAX_REQUEST_DATA`] bytes.
+    pub private_data: &'a [u8],
+    /// Requests in its send queue: at least 1, and at most the endpoint's [`EndpointConfig::send_depth`]. An end that posts little
+    /// needs less memory so.
+    pub depth: usize,
+}
+
+impl<'a, A> LaneSpec<'a, A> {
+    /// With a send queue as deep as the endpoint allows.
+    pub fn new(endpoint: &'a A, private_data: &'a [u8]) -> Self {
+        Self { endpoint, private_data, depth: usize::MAX }
+    }
+
+    /// With a send queue of so many requests.
+    pub fn with_depth(self, depth: usize) -> Self {
+        Self { depth, ..self }
+    }
+}
+
+impl<A> Clone for LaneSpec<'_, A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<A> Copy for LaneSpec<'_, A> {}
 
 /// One completion queue with one shared pool of receive buffers. One thread polls it.
 pub trait Endpoint: Send + 'static {

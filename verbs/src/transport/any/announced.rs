@@ -1,76 +1,66 @@
-//! A session, as those see it who have something to say to the client; and a lane that it has announced.
+//! Lanes that a session has announced.
 
-use std::{
-    io::Write,
-    net::{Shutdown, TcpStream},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+use std::{sync::Arc, time::Instant};
+
+use super::{
+    line::{Line, Place},
+    shared::BatchPlace,
+};
+use crate::{
+    session::{
+        Key, Way,
+        wire::{LaneRails, Message, NamedRegion, Verdict, Wanted},
+    },
+    transport::MAX_REPLY_DATA,
 };
 
-use crate::session::{
-    Key, Way,
-    noise::Cipher,
-    wire::{LaneRails, Message, NamedRegion},
-};
-
-/// A session, as those see it who have something to say.
-pub(super) struct Session(Mutex<End>);
-
-struct End {
-    socket: Arc<TcpStream>,
-    cipher: Cipher,
-}
-
-impl Session {
-    pub(super) fn new(socket: Arc<TcpStream>, cipher: Cipher) -> Self {
-        Self(Mutex::new(End { socket, cipher }))
-    }
-
-    fn end(&self) -> MutexGuard<'_, End> {
-        // A panic between cipher and socket leaves a frame unsaid: the next one is not understood, and ends the session.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn say(&self, message: &Message) -> Result<(), String> {
-        let mut end = self.end();
-        let frame = end.cipher.seal(&message.encode());
-        match (&*end.socket).write(&frame) {
-            Ok(count) if count == frame.len() => Ok(()),
-            Ok(_) => Err("it does not read what it is told".to_owned()),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-
-    pub(super) fn open(&self, frame: &[u8]) -> Result<Message, String> {
-        let message = self.end().cipher.open(frame).map_err(|reason| reason.of_client().to_owned())?;
-        Message::decode(&message).map_err(|error| error.to_string())
-    }
-
-    /// What has become of a lane. A session that cannot be told ends.
-    pub(super) fn answer(&self, number: u32, accepted: bool, regions: Vec<NamedRegion>, data: &[u8]) {
-        let answer = Message::Answer { number, accepted, regions, data: data.to_vec() };
-        if self.say(&answer).is_err() {
-            let _ = self.end().socket.shutdown(Shutdown::Both);
-        }
-    }
+/// What lanes have in common that were asked for in one message.
+pub(super) struct Batch {
+    pub(super) way: Way,
+    /// Those that they may go by.
+    #[cfg_attr(not(feature = "rdma"), expect(dead_code))]
+    pub(super) rails: LaneRails,
+    /// The regions of the client.
+    pub(super) regions: Vec<NamedRegion>,
+    pub(super) key: Option<Arc<Key>>,
+    pub(super) since: Instant,
+    /// Among all messages that asked for lanes.
+    pub(super) _place: BatchPlace,
 }
 
 /// A lane that a session has announced.
 pub(super) struct Expected {
-    pub(super) session: Arc<Session>,
+    pub(super) batch: Arc<Batch>,
+    place: Place,
     pub(super) number: u32,
-    pub(super) way: Way,
-    /// Those that it may go by.
-    pub(super) rails: LaneRails,
-    pub(super) regions: Vec<NamedRegion>,
-    pub(super) data: Vec<u8>,
-    pub(super) key: Option<Arc<Key>>,
-    pub(super) since: Instant,
+    pub(super) wanted: Wanted,
 }
 
 impl Expected {
-    /// Says what has become of it.
-    pub(super) fn answer(&self, accepted: bool, regions: Vec<NamedRegion>, data: &[u8]) {
-        self.session.answer(self.number, accepted, regions, data);
+    pub(super) fn new(batch: &Arc<Batch>, place: Place, number: u32, wanted: Wanted) -> Self {
+        Self { batch: batch.clone(), place, number, wanted }
     }
+
+    /// Its session.
+    pub(super) fn line(&self) -> &Arc<Line> {
+        self.place.line()
+    }
+
+    /// Says what has become of it. To a session that has ended nobody listens: the lane's own end will tell.
+    pub(super) fn answer(self, verdict: Verdict, offer: Vec<u8>, regions: Vec<NamedRegion>, data: &[u8]) {
+        let Self { place, number, .. } = self;
+        let line = place.line().clone();
+        // Before the client hears of it, and asks for the next ones.
+        drop(place);
+        let _ = line.say(&Message::Answer { number, verdict, offer, regions, data: data.to_vec() });
+    }
+}
+
+/// What fits of a sentence into private data.
+pub(super) fn sentence(text: &str) -> &[u8] {
+    let mut length = text.len().min(MAX_REPLY_DATA);
+    while !text.is_char_boundary(length) {
+        length -= 1;
+    }
+    &text.as_bytes()[..length]
 }

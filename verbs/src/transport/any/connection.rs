@@ -31,6 +31,7 @@ pub(super) enum Lane {
 pub(super) enum Route {
     Shm,
     Tcp,
+    #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "a program without RDMA has no rails"))]
     Rail(u8),
 }
 
@@ -101,11 +102,7 @@ impl HostConnection {
 /// The host that a lane is made for has its provider.
 impl Host {
     pub(super) fn lane_error(&self, way: Way) -> Error {
-        let reason = match way {
-            Way::Rdma if !self.0.no_rdma.is_empty() => self.0.no_rdma.clone(),
-            way => format!("this process does not use {way}"),
-        };
-        Error::NoSession { address: way.to_string(), reason }
+        Error::NoSession { address: way.to_string(), reason: self.why_not(way) }
     }
 }
 

@@ -2,13 +2,13 @@
 //!
 //! ```text
 //!  thread `fervor-door`      TCP socket ─▶ an opening ─▶ a session's: handshake ──────────────▶ guests
-//!                                                   └──▶ a lane's of `tcp` or `rdma`: its token ─▶ ready
+//!                                                   └──▶ a lane's of `tcp`: its token ───────▶ ready
 //!  thread `fervor-door-shm`  the listener of `shm` ─────▶ a lane's token ──────────────────────▶ ready
-//!  thread `fervor-guests`  sessions: HELLO, LANE ─▶ token ─▶ GO                                 (see `guests`)
+//!  thread `fervor-guests`  sessions: HELLO, LANES ─▶ tokens ─▶ GO; a lane of `rdma` ────────────▶ ready
 //!  accept()                ready ─▶ a request; what the program answers goes through the session
 //! ```
 //!
-//! One port serves sessions, and lanes of `tcp` and `rdma`: they begin with other bytes.
+//! One port serves sessions, and lanes of `tcp`: they begin with other bytes. Lanes of `rdma` come inside their sessions.
 //!
 //! **Nobody holds the door.** Openings are heard side by side, bounded in number and time ([`strangers`]).
 //! A guest that has not proved that it has the key is one of [`UNPROVEN`](guests::UNPROVEN) at most, for five seconds. A token is
@@ -34,8 +34,6 @@ use super::{
     request::{Caller, HostRequest},
     shared::{Alarm, Shared, say},
 };
-#[cfg(feature = "rdma")]
-use crate::transport::rdma;
 use crate::{
     address::Address,
     error::Error,
@@ -83,6 +81,7 @@ impl Door {
             let Address::Shm(path) = listener.address() else { unreachable!("it is of `shm`") };
             offers.push(Offer { way: Way::Shm, place: path.display().to_string() });
         }
+        // Whether it still does is looked at for each client.
         if host.has(Way::Rdma) {
             offers.push(Offer { way: Way::Rdma, place: String::new() });
         }
@@ -194,18 +193,8 @@ fn welcome(shared: &Shared, socket: TcpStream, opening: &[u8; strangers::OPENING
     }
 }
 
-/// Lets a stranger in who has come for a lane by TCP's or RDMA's own opening, if it has a token.
+/// Lets a stranger in who has come for a lane by TCP's own opening, if it has a token.
 fn lane(shared: &Shared, socket: TcpStream, opening: &[u8; strangers::OPENING]) {
-    #[cfg(feature = "rdma")]
-    if rdma::Rdma::is_meant(opening) && shared.host.has(Way::Rdma) {
-        let Ok(at) = socket.local_addr() else { return };
-        let address = Address::Rdma { host: at.ip().to_string(), port: at.port(), from: None };
-        // Who cannot come in by this way was told why, and tries another.
-        if let Some(caller) = rdma::Rdma::request(&address, socket, opening) {
-            shared.let_in(Way::Rdma, Caller::Rdma(caller));
-        }
-        return;
-    }
     match tcp::TcpRequest::new(socket, opening) {
         Some(caller) if shared.host.has(Way::Tcp) => shared.let_in(Way::Tcp, Caller::Tcp(caller)),
         _ => shared.log(format_args!("a peer that does not speak Fervor's protocols was turned away")),

@@ -186,9 +186,9 @@ impl Shared {
 
     #[cfg(feature = "rdma")]
     fn rail(&self, rail: usize) -> Result<RdmaAttach, Error> {
-        let make = || {
-            self.host.0.rails.get(rail).ok_or_else(|| self.host.lane_error(Way::Rdma))?.endpoint(&self.config)
-        };
+        let rdma = self.host.0.rails.get(rail).ok_or_else(|| self.host.lane_error(Way::Rdma));
+        let dropped = |why: &str| Error::NoDevice { reason: why.to_owned() };
+        let make = || self.host.0.pinning.endpoint(|| rdma?.endpoint(&self.config), dropped);
         self.inner(&self.attaches.rails[rail], make, |inner, endpoint| {
             inner.put(InnerRail { rail: rail as u8, endpoint, watcher: None });
         })

@@ -5,35 +5,30 @@
 //! the longest time makes room. Whatever a guest sends that is no message, or not due, ends its session, with one line that says why;
 //! and nothing else.
 //!
-//! The thread reads. Answers to lanes are written by the threads that accept them, so a session's socket and cipher are under a lock
-//! ([`Session`]). A guest that does not read what it is told is not waited for: its session ends.
+//! The thread reads, and writes a beat to each guest once a second. Answers to lanes are written by the threads that accept them ([`Line`]).
+//! When the door is closed, sessions that have lanes of their own go on, served by the host's thread ([`attendant`](super::attendant)).
 
 use std::{
-    io::{ErrorKind, Read, Write},
-    net::{Shutdown, TcpStream},
-    os::fd::{AsFd, OwnedFd},
+    io::Write,
+    net::TcpStream,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
-    io::Errno,
-    net::sockopt::{self, set_socket_send_buffer_size},
-};
-
 use super::{
-    announced::{Expected, Session},
-    shared::{Alarm, Shared},
+    announced::{Batch, Expected, sentence},
+    line::{Bell, Ear, Found, Line, Place, look},
+    peer::{BEAT, this_process},
+    shared::{Alarm, MAKING, Shared},
 };
 use crate::{
     error::Error,
     session::{
         Key,
         key::random,
-        noise::{Cipher, MAX_MESSAGE, Piece, piece},
-        wire::{Message, Token},
+        noise::Cipher,
+        wire::{Message, Token, Verdict},
     },
 };
 
@@ -41,19 +36,14 @@ use crate::{
 pub(super) const UNPROVEN: usize = 256;
 /// How long they may take.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Pause after the system was short of something.
-const SHORTAGE_PAUSE: Duration = Duration::from_millis(10);
 /// Sessions at a time.
 const SESSIONS: usize = 4096;
 
 /// A guest, as the thread sees it.
 struct Guest {
-    session: Arc<Session>,
-    /// For reading: the same socket.
-    socket: Arc<TcpStream>,
-    name: String,
+    line: Arc<Line>,
+    ear: Ear,
     key: Option<Arc<Key>>,
-    heard: Vec<u8>,
     /// Since when it has not proved who it is; `None` when it has.
     unproven: Option<Instant>,
 }
@@ -61,65 +51,87 @@ struct Guest {
 impl Guest {
     /// Takes what it has said. `Err`: its session ends; with the reason, unless it is gone.
     fn hear(&mut self, shared: &Shared) -> Result<(), Option<String>> {
-        let mut bytes = [0; 4096];
-        loop {
-            match (&*self.socket).read(&mut bytes) {
-                Ok(0) => return Err(None),
-                Ok(count) => self.heard.extend_from_slice(&bytes[..count]),
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(Some(error.to_string())),
-            }
-            loop {
-                let length = match piece(&self.heard) {
-                    Piece::Frame(length) => length,
-                    // No more than one frame is kept.
-                    Piece::Unfinished if self.heard.len() <= MAX_MESSAGE + 64 => break,
-                    Piece::Unfinished | Piece::Refused(_) => return Err(Some("it sent no frame".to_owned())),
-                };
-                let message = self.session.open(&self.heard[2..2 + length]).map_err(Some)?;
-                self.heard.drain(..2 + length);
-                self.take(shared, message).map_err(Some)?;
-            }
-        }
+        let Self { line, ear, key, unproven } = self;
+        let news = ear.hear(line, |message| take(shared, (line, key.as_ref(), unproven), message))?;
+        news.iter().for_each(|news| shared.log(format_args!("{} {news}", line.name())));
+        Ok(())
     }
+}
 
-    fn take(&mut self, shared: &Shared, message: Message) -> Result<(), String> {
-        match message {
-            Message::Hello { .. } if self.unproven.is_some() => {
-                self.unproven = None;
-                let (boot, offers) = (shared.host.0.boot, shared.offers.clone());
-                self.session.say(&Message::Welcome { boot, offers, rails: shared.host.told_rails() })
-            }
-            Message::Lane { number, way, rails, regions, data } if self.unproven.is_none() => {
-                let mut token = Token::default();
-                random(&mut token).map_err(|error| error.to_string())?;
-                let (session, key, since) = (self.session.clone(), self.key.clone(), Instant::now());
-                if !shared.expect(token, Expected { session, number, way, rails, regions, data, key, since })
-                {
-                    return Err("it asks for more lanes at a time than a session may".to_owned());
-                }
-                self.session.say(&Message::Go { number, token })
-            }
-            other => Err(format!("it sent a message of kind {} that is not due", other.kind())),
+type Said<'a> = (&'a Arc<Line>, Option<&'a Arc<Key>>, &'a mut Option<Instant>);
+
+fn take(shared: &Shared, (line, key, unproven): Said<'_>, message: Message) -> Result<(), String> {
+    match message {
+        Message::Hello { process, .. } if unproven.is_some() => {
+            *unproven = None;
+            line.introduce(process);
+            shared.host.note_peer(line);
+            let (boot, process) = (shared.host.0.boot, this_process());
+            let rails = shared.host.told_rails();
+            line.say(&Message::Welcome { boot, process, offers: shared.offers(), rails })
         }
+        Message::Lanes { first, way, rails, regions, lanes } if unproven.is_none() => {
+            let busy = || "the server is being asked for too many lanes at a time".to_owned();
+            let place = shared.batch().ok_or_else(busy)?;
+            let (key, since) = (key.cloned(), Instant::now());
+            let batch = Arc::new(Batch { way, rails, regions, key, since, _place: place });
+            let expect = |(number, wanted)| {
+                let greedy = "it asks for more lanes at a time than a session may";
+                let place = Place::take(line, MAKING).ok_or(greedy)?;
+                Ok(Expected::new(&batch, place, number, wanted))
+            };
+            let lanes = (first..).zip(lanes).map(expect).collect::<Result<Vec<_>, &str>>()?;
+            announce(shared, line, first, lanes)
+        }
+        Message::Ready { number } if unproven.is_none() => {
+            line.note_ready(number);
+            Ok(())
+        }
+        Message::Ended { number } if unproven.is_none() => {
+            line.note_ended(number);
+            Ok(())
+        }
+        Message::Beat if unproven.is_none() => Ok(()),
+        other => Err(format!("it sent a message of kind {} that is not due", other.kind())),
     }
+}
+
+/// Lets lanes in that have brought an offer, or gives them tokens.
+fn announce(shared: &Shared, line: &Arc<Line>, first: u32, lanes: Vec<Expected>) -> Result<(), String> {
+    let way = lanes[0].batch.way;
+    if lanes.iter().any(|lane| way.takes_offers() == lane.wanted.offer.is_empty()) {
+        return Err(
+            "it asks for lanes that lack an offer, or have one that their way does not take".to_owned()
+        );
+    }
+    if let Err(reason) = shared.host.0.leads(way) {
+        for lane in lanes {
+            lane.answer(Verdict::Impossible, Vec::new(), Vec::new(), sentence(&reason));
+        }
+        return Ok(());
+    }
+    if way.takes_offers() {
+        for lane in lanes {
+            line.pend(lane.number);
+            shared.admit(lane);
+        }
+        return Ok(());
+    }
+    let mut tokens = vec![Token::default(); lanes.len()];
+    random(tokens.as_flattened_mut()).map_err(|error| error.to_string())?;
+    shared.expect(tokens.iter().copied().zip(lanes));
+    line.say(&Message::Go { first, tokens })
 }
 
 /// What others hand to the thread.
 struct Arrivals {
     guests: Mutex<Vec<Guest>>,
-    bell: OwnedFd,
+    bell: Arc<Bell>,
 }
 
 impl Arrivals {
     fn lock(&self) -> MutexGuard<'_, Vec<Guest>> {
         self.guests.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn ring(&self) {
-        // Fails only if the counter is at its end, and then the thread is awake already.
-        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
     }
 }
 
@@ -133,33 +145,23 @@ impl Lobby {
     /// A peer whose opening was good: it is answered, and has to prove itself.
     pub(super) fn enter(&self, socket: TcpStream, cipher: Cipher, answer: &[u8], key: Option<String>) {
         let name = socket.peer_addr().map_or_else(|_| "somebody".to_owned(), |address| address.to_string());
-        let ready = socket.set_nonblocking(true).and_then(|()| socket.set_nodelay(true));
-        // A message is said at once, or not at all.
-        let ready = ready.and_then(|()| Ok(set_socket_send_buffer_size(&socket, 2 * MAX_MESSAGE)?));
-        // A host that is gone says nothing more, and sessions are silent anyway.
-        let ready = ready.and_then(|()| Ok(keep_alive(&socket)?));
         // Of so few bytes, to a socket that has sent nothing, none are left over.
-        if let Err(error) = ready.and_then(|()| (&socket).write_all(answer)) {
-            return self.shared.log(format_args!("the session with {name} did not begin: {error}"));
-        }
-        let socket = Arc::new(socket);
+        let said = socket.set_nonblocking(true).and_then(|()| (&socket).write_all(answer));
+        let line = said.and_then(|()| Line::new(socket, cipher, name.clone(), &self.arrivals.bell));
+        let line = match line {
+            Ok(line) => line,
+            Err(error) => {
+                return self.shared.log(format_args!("the session with {name} did not begin: {error}"));
+            }
+        };
         let key = key.map(|name| {
             let key = self.shared.host.0.keys.find(&name).expect("the handshake has found it");
             Arc::new(key.clone())
         });
-        let session = Arc::new(Session::new(socket.clone(), cipher));
         let unproven = Some(Instant::now());
-        self.arrivals.lock().push(Guest { session, socket, name, key, heard: Vec::new(), unproven });
-        self.arrivals.ring();
+        self.arrivals.lock().push(Guest { line, ear: Ear::default(), key, unproven });
+        self.arrivals.bell.ring();
     }
-}
-
-/// Has the kernel find out within a minute that a silent peer's host is gone.
-fn keep_alive(socket: &TcpStream) -> rustix::io::Result<()> {
-    sockopt::set_socket_keepalive(socket, true)?;
-    sockopt::set_tcp_keepidle(socket, Duration::from_secs(30))?;
-    sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10))?;
-    sockopt::set_tcp_keepcnt(socket, 3)
 }
 
 /// The thread of the sessions. It ends when this is dropped.
@@ -171,9 +173,7 @@ pub(super) struct Guests {
 
 impl Guests {
     pub(super) fn start(shared: &Arc<Shared>) -> Result<Self, Error> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|e| Error::io("eventfd")(e.into()))?;
-        let arrivals = Arc::new(Arrivals { guests: Mutex::default(), bell });
+        let arrivals = Arc::new(Arrivals { guests: Mutex::default(), bell: Bell::new()? });
         let (theirs, door) = (arrivals.clone(), shared.clone());
         let thread = std::thread::Builder::new()
             .name("fervor-guests".to_owned())
@@ -193,7 +193,7 @@ impl Guests {
 impl Drop for Guests {
     fn drop(&mut self) {
         // The door has said that it stops.
-        self.arrivals.ring();
+        self.arrivals.bell.ring();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -202,25 +202,40 @@ impl Drop for Guests {
 
 fn serve(arrivals: &Arrivals, shared: &Arc<Shared>) {
     let mut guests: Vec<Guest> = Vec::new();
+    let mut beat = Instant::now() + BEAT;
     while !shared.stopped() {
-        let readable = sleep(arrivals, &guests, shared.expire());
-        // Fails when nobody rang.
-        let _ = rustix::io::read(&arrivals.bell, &mut [0; 8]);
-        let mut at = 0;
-        guests.retain_mut(|guest| {
-            let heard = readable.get(at).copied().unwrap_or(false);
-            at += 1;
-            stays(guest, heard, shared)
-        });
+        let looked = Instant::now();
+        let found = sleep(arrivals, &guests, beat, shared.expire());
+        arrivals.bell.hush();
+        let all = found.is_some();
+        let mut found = found.into_iter().flatten();
+        guests.retain_mut(|guest| stays(guest, found.next().unwrap_or_default(), shared));
         guests.append(&mut arrivals.lock());
         make_room(&mut guests, shared);
+        if Instant::now() >= beat {
+            beat = Instant::now() + BEAT;
+            guests.iter().filter(|guest| guest.unproven.is_none()).for_each(|guest| {
+                guest.line.beat();
+                let news = if all { guest.line.unheard(looked) } else { None };
+                news.iter().for_each(|news| shared.log(format_args!("{} {news}", guest.line.name())));
+            });
+        }
     }
-    guests.drain(..).for_each(|guest| end(&guest, shared));
+    for guest in guests {
+        shared.forget(&guest.line);
+        // Its lanes are not those of the door.
+        if guest.unproven.is_none() && guest.line.say(&Message::Leaving).is_ok() && guest.line.has_lanes() {
+            shared.host.0.attend_leaving(guest.line, guest.ear);
+        } else {
+            guest.line.end();
+        }
+    }
 }
 
 /// Whether a guest stays; what it has said is taken if there is something.
-fn stays(guest: &mut Guest, heard: bool, shared: &Arc<Shared>) -> bool {
-    let result = if heard { guest.hear(shared) } else { Ok(()) };
+fn stays(guest: &mut Guest, found: Found, shared: &Arc<Shared>) -> bool {
+    let said = if found.writable { guest.line.resume().map_err(Some) } else { Ok(()) };
+    let result = said.and_then(|()| if found.readable { guest.hear(shared) } else { Ok(()) });
     let result = result.and_then(|()| match guest.unproven {
         Some(since) if since.elapsed() >= PATIENCE => {
             Err(Some("it did not go on with the handshake".to_owned()))
@@ -229,15 +244,15 @@ fn stays(guest: &mut Guest, heard: bool, shared: &Arc<Shared>) -> bool {
     });
     let Err(reason) = result else { return true };
     if let Some(reason) = reason {
-        shared.log(format_args!("the session with {} ends: {reason}", guest.name));
+        shared.log(format_args!("the session with {} ends: {reason}", guest.line.name()));
     }
     end(guest, shared);
     false
 }
 
 fn end(guest: &Guest, shared: &Arc<Shared>) {
-    shared.forget(&guest.session);
-    let _ = guest.socket.shutdown(Shutdown::Both);
+    shared.forget(&guest.line);
+    guest.line.end();
 }
 
 /// Sends away whoever has been unproven for the longest time, as long as there are too many; and whoever came last when there are too many
@@ -255,30 +270,22 @@ fn make_room(guests: &mut Vec<Guest>, shared: &Arc<Shared>) {
     });
     while guests.len() > SESSIONS {
         let guest = guests.pop().expect("there are many");
-        shared.log(format_args!("{} was turned away: there are {SESSIONS} sessions", guest.name));
+        shared.log(format_args!("{} was turned away: there are {SESSIONS} sessions", guest.line.name()));
         end(&guest, shared);
     }
 }
 
-/// Waits until somebody rings, or a guest has said something: which ones have.
-fn sleep(arrivals: &Arrivals, guests: &[Guest], longest: Duration) -> Vec<bool> {
-    let mut fds = Vec::with_capacity(1 + guests.len());
-    fds.push(PollFd::new(&arrivals.bell, PollFlags::IN));
-    fds.extend(guests.iter().map(|guest| PollFd::from_borrowed_fd(guest.socket.as_fd(), PollFlags::IN)));
+/// Waits until somebody rings, or a guest has said something or can be told more: which ones, if the system could look. At most until the
+/// next `beat` is due, and for `longest`.
+fn sleep(arrivals: &Arrivals, guests: &[Guest], beat: Instant, longest: Duration) -> Option<Vec<Found>> {
     let patience = guests
         .iter()
         .filter_map(|guest| guest.unproven)
         .map(|since| PATIENCE.saturating_sub(since.elapsed()));
-    let timeout = patience.fold(longest, Duration::min) + Duration::from_millis(1);
-    let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
-    // An early return is allowed: nobody has said anything then.
-    match poll(&mut fds, Some(&timeout)) {
-        Ok(_) => fds[1..].iter().map(|fd| !fd.revents().is_empty()).collect(),
-        Err(Errno::INTR) => vec![false; guests.len()],
-        Err(_) => {
-            // The system is short of something. Not at once again.
-            std::thread::sleep(SHORTAGE_PAUSE);
-            vec![false; guests.len()]
-        }
+    let mut timeout = patience.fold(longest, Duration::min);
+    if !guests.is_empty() {
+        timeout = timeout.min(beat.saturating_duration_since(Instant::now()));
     }
+    let lines = guests.iter().map(|guest| &*guest.line);
+    look(&arrivals.bell, lines, timeout + Duration::from_millis(1))
 }

@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use super::{
     Host,
     door::Door,
-    request::{Caller, HostRequest},
+    request::{Caller, Came, HostRequest},
 };
 #[cfg(feature = "rdma")]
 use crate::transport::rdma::RdmaListener;
@@ -59,7 +59,7 @@ impl Listener for HostListener {
             Entrance::Rdma(listener) => listener.accept(timeout)?.map(Caller::Rdma),
             Entrance::Sessions(door) => return door.next(timeout),
         };
-        Ok(caller.map(|caller| HostRequest::new(caller, None)))
+        Ok(caller.map(|caller| HostRequest::new(Came::By(caller), None)))
     }
 
     fn address(&self) -> &Address {

@@ -21,18 +21,23 @@
 //! | `listener`, `request` | listening, and a peer that wants to connect |
 //! | `rails`, `picking` | the ports that the host uses for RDMA; which of them, of both sides, a lane goes by |
 //! | `watcher` | a thread that sleeps on the queue of a rail for a polling thread that sleeps elsewhere |
-//! | `dial` | the client's end of a session |
-//! | `door`, `guests` | the server's end: who comes in, and what they are told |
-//! | `announced`, `shared` | a session and the lanes that it announces; what door, guests and listener share |
+//! | `line`, `peer` | one end of a session, and the lanes that end with it; who the peer is, and whether it is heard |
+//! | `dial`, `dialled`, `attendant` | the client's end: the ways to a server, making lanes, and the thread that serves its sessions |
+//! | `door`, `guests` | the server's end: who comes in, and the thread that serves their sessions |
+//! | `announced`, `shared` | lanes that a session announces; what door, guests and listener share |
+//! | `pinning` | RDMA that is dropped when memory cannot be pinned |
 //!
 //! To give an object of one host to an object of another is a bug, and panics.
 
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
+
+use attendant::{Attendant, Call};
+use line::{Bell, Ear, Line};
 
 #[cfg(feature = "rdma")]
 use crate::transport::rdma;
@@ -42,7 +47,7 @@ use crate::{
     memory::{Exclusive, Memory},
     rails::{Rail, RailName, RailStats},
     session::{Key, KeyRing, Way, wire::Boot},
-    transport::{Access, EndpointConfig, Transport, host, shm, tcp},
+    transport::{Access, Connected, EndpointConfig, LaneSpec, Transport, host, shm, tcp},
 };
 
 /// `on!(value: Enum, object => expression)`: the expression for the object of whichever provider.
@@ -58,18 +63,27 @@ macro_rules! on {
 }
 
 mod announced;
+mod attendant;
 mod connection;
 mod dial;
+mod dialled;
 mod door;
 mod endpoint;
 mod guests;
+mod line;
 mod listener;
+mod peer;
 #[cfg(any(feature = "rdma", test))]
 mod picking;
+mod pinning;
 #[cfg(feature = "rdma")]
 mod rails;
+#[cfg(test)]
+mod raw;
 mod region;
 mod request;
+#[cfg(test)]
+mod session_tests;
 mod shared;
 #[cfg(test)]
 mod suite;
@@ -81,6 +95,7 @@ mod watcher;
 pub use connection::HostConnection;
 pub use endpoint::{HostAttach, HostEndpoint};
 pub use listener::HostListener;
+pub use peer::Peer;
 pub use region::{HostExport, HostRegion};
 pub use request::HostRequest;
 
@@ -104,8 +119,14 @@ struct Inner {
     regions: region::Names,
     keys: KeyRing,
     boot: Boot,
+    /// Whether RDMA is still used, if there is some.
+    pinning: pinning::Pinning,
     /// The sessions with servers, by their addresses.
     dialled: Mutex<HashMap<Address, Arc<Mutex<dial::Dialled>>>>,
+    /// The thread that serves them, from the first one on.
+    attendant: Mutex<Option<Attendant>>,
+    /// All sessions that have begun.
+    lines: Mutex<Vec<Weak<Line>>>,
 }
 
 impl Host {
@@ -215,10 +236,44 @@ impl Host {
             Way::Shm => self.0.shm.is_some(),
             Way::Tcp => self.0.tcp.is_some(),
             #[cfg(feature = "rdma")]
-            Way::Rdma => !self.0.rails.is_empty(),
+            Way::Rdma => !self.0.rails.is_empty() && self.0.pinning.dropped().is_none(),
             #[cfg(not(feature = "rdma"))]
             Way::Rdma => false,
         }
+    }
+
+    /// Why it cannot.
+    fn why_not(&self, way: Way) -> String {
+        match way {
+            Way::Rdma if !self.0.no_rdma.is_empty() => self.0.no_rdma.clone(),
+            Way::Rdma => {
+                self.0.pinning.dropped().unwrap_or_else(|| "this process does not use it".to_owned())
+            }
+            _ => "this process does not use it".to_owned(),
+        }
+    }
+
+    /// The ways that it can go, for people: `shm, rdma (mlx5_0:1, mlx5_1:1), tcp`.
+    pub fn ways(&self) -> String {
+        let name = |way: &Way| match way {
+            #[cfg(feature = "rdma")]
+            Way::Rdma => format!("rdma ({})", self.0.rails.names().join(", ")),
+            way => way.to_string(),
+        };
+        Way::ALL.iter().filter(|way| self.has(**way)).map(name).collect::<Vec<_>>().join(", ")
+    }
+
+    /// The processes that this one has sessions with: servers and clients.
+    pub fn peers(&self) -> Vec<Peer> {
+        let lines = self.0.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().filter_map(|line| line.upgrade()?.peer()).collect()
+    }
+
+    /// A session has begun.
+    fn note_peer(&self, line: &Arc<Line>) {
+        let mut lines = self.0.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.retain(|line| line.strong_count() > 0);
+        lines.push(Arc::downgrade(line));
     }
 }
 
@@ -242,7 +297,10 @@ impl Inner {
             regions: region::Names::default(),
             keys,
             boot: Boot::default(),
+            pinning: pinning::Pinning::default(),
             dialled: Mutex::default(),
+            attendant: Mutex::default(),
+            lines: Mutex::default(),
         }
     }
 
@@ -302,6 +360,8 @@ impl Inner {
             self.tcp = Some(tcp::Tcp::new());
         }
         let Some(Address::Session { via, .. }) = asked(Way::Rdma) else { return Ok(()) };
+        self.pinning.insists =
+            addresses.iter().any(|address| matches!(address, Address::Session { via: Some(Way::Rdma), .. }));
         self.with_rails(devices)?;
         if *via == Some(Way::Rdma) && !self.no_rdma.is_empty() {
             return Err(Error::NoDevice { reason: self.no_rdma.clone() });
@@ -314,6 +374,66 @@ impl Inner {
         // One insertion at a time: a panic leaves nothing half done.
         let mut dialled = self.dialled.lock().unwrap_or_else(PoisonError::into_inner);
         dialled.entry(address.clone()).or_default().clone()
+    }
+
+    /// Has the thread for sessions, which is started if there is none.
+    fn with_attendant<T>(&self, then: impl FnOnce(&Attendant) -> Result<T, Error>) -> Result<T, Error> {
+        let mut attendant = self.attendant.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that has panicked has said so, and ended its sessions.
+        if !attendant.as_ref().is_some_and(Attendant::works) {
+            *attendant = Some(Attendant::start()?);
+        }
+        then(attendant.as_ref().expect("it was just there"))
+    }
+
+    /// Has a session served that `make` makes, for a thread that this bell wakes.
+    fn attend(
+        &self,
+        make: impl FnOnce(&Arc<Bell>) -> Result<(Arc<Call>, Ear), Error>,
+    ) -> Result<Arc<Call>, Error> {
+        self.with_attendant(|attendant| {
+            let (call, ear) = make(attendant.bell())?;
+            attendant.attend(call.clone(), ear);
+            Ok(call)
+        })
+    }
+
+    /// Has a session served whose door was closed, as long as it has lanes.
+    fn attend_leaving(&self, line: Arc<Line>, ear: Ear) {
+        let attended = self.with_attendant(|attendant| {
+            attendant.attend_leaving(line.clone(), ear);
+            Ok(())
+        });
+        if let Err(error) = attended {
+            shared::say(format_args!("the session with {} ends: {error}", line.name()));
+            line.end();
+        }
+    }
+
+    /// Whether lanes of sessions may come by `way`; or why they cannot.
+    fn leads(&self, way: Way) -> Result<(), String> {
+        let there = match way {
+            Way::Shm => self.shm.is_some(),
+            Way::Tcp => self.tcp.is_some(),
+            #[cfg(feature = "rdma")]
+            Way::Rdma => {
+                self.pinning.dropped().map_or(Ok(()), Err)?;
+                !self.rails.is_empty()
+            }
+            #[cfg(not(feature = "rdma"))]
+            Way::Rdma => false,
+        };
+        if there { Ok(()) } else { Err("the server does not use it".to_owned()) }
+    }
+
+    /// What each rail makes of memory: nothing, if it cannot be pinned and need not be.
+    #[cfg(feature = "rdma")]
+    fn pinned<T>(&self, register: impl Fn(&rdma::Rdma) -> Result<T, Error>) -> Result<Vec<T>, Error> {
+        if self.rails.is_empty() {
+            return Ok(Vec::new());
+        }
+        let all = || self.rails.iter().map(register).collect::<Result<Vec<_>, _>>();
+        Ok(self.pinning.register(all)?.unwrap_or_default())
     }
 }
 
@@ -369,13 +489,22 @@ impl Transport for Host {
         HostListener::new(self, address)
     }
 
-    fn connect(
+    fn connect_with(
         &self,
-        endpoint: &HostAttach,
         address: &Address,
-        private_data: &[u8],
+        lane: LaneSpec<'_, HostAttach>,
         timeout: Duration,
     ) -> Result<(HostConnection, Vec<u8>), Error> {
-        dial::connect(self, endpoint, address, private_data, timeout)
+        let mut made = dial::connect_all(self, address, &[lane], timeout)?;
+        Ok(made.pop().expect("all lanes are made, or none"))
+    }
+
+    fn connect_all(
+        &self,
+        address: &Address,
+        lanes: &[LaneSpec<'_, HostAttach>],
+        timeout: Duration,
+    ) -> Result<Vec<Connected<HostConnection>>, Error> {
+        dial::connect_all(self, address, lanes, timeout)
     }
 }

@@ -11,14 +11,15 @@ use std::{
 
 use super::{
     HostAttach,
-    connection::{Lane, Route},
+    connection::Route,
     picking::{self, Mine, Own, Pick},
 };
 use crate::{
     error::Error,
     fabric::Fabric,
     rails::{self, MAX_RAILS, OwnAddress, Rail, RailAddress, RailName, RailStats},
-    transport::rdma::{self, Rdma, RdmaRequest},
+    session::wire::LaneRails,
+    transport::rdma::{self, Rdma, RdmaJoining},
 };
 
 struct Opened {
@@ -115,9 +116,16 @@ impl Rails {
         self.opened.iter().map(stats).collect()
     }
 
-    /// A lane was made by this rail.
-    pub(super) fn count(&self, rail: usize) {
-        self.opened[rail].lanes.fetch_add(1, Ordering::Relaxed);
+    /// A lane was made by this route.
+    pub(super) fn count(&self, route: Route) {
+        if let Route::Rail(rail) = route {
+            self.opened[usize::from(rail)].lanes.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Names of all rails.
+    pub(super) fn names(&self) -> Vec<&str> {
+        self.opened.iter().map(|opened| &*opened.name).collect()
     }
 
     /// Clients of one server begin with different rails.
@@ -134,28 +142,33 @@ impl Rails {
         Picks { rails: self, theirs, insists, tried: [0; MAX_RAILS], turn: self.next_turn() }
     }
 
-    /// Accepts a peer who asks for any of `asked` of our rails (a bit each).
-    pub(super) fn accept(
+    /// The end of a lane that asks, by rails that were picked.
+    pub(super) fn join(
         &self,
-        request: RdmaRequest,
+        picked: &Picked,
+        endpoint: &HostAttach,
+        depth: usize,
+    ) -> Result<RdmaJoining, Error> {
+        let own = picked.pick.own;
+        self.opened[own].rdma.join_at(&endpoint.rail(own)?, &picked.from, depth)
+    }
+
+    /// The end that answers the offer of a peer who asks for any of `asked` of our rails (a bit each); and which rail that is.
+    pub(super) fn answer(
+        &self,
         endpoint: &HostAttach,
         depth: usize,
         asked: u8,
-    ) -> Result<(Lane, Route), Error> {
-        let chosen = request.offered().and_then(|(network, gid)| {
+        offer: &[u8],
+    ) -> Result<(RdmaJoining, u8), Error> {
+        let chosen = rdma::peer_of(offer).and_then(|(network, gid)| {
             let peer = RailAddress { network, gid, prefix: 128 };
             self.choose(&peer, asked, endpoint.core()).ok_or_else(|| self.none_leads_to(&peer, asked))
         });
-        let (rail, at) = match chosen {
-            Ok(chosen) => chosen,
-            Err(reason) => {
-                request.turn_away(&reason);
-                return Err(Error::NoDevice { reason });
-            }
-        };
-        let lane = self.opened[rail].rdma.accept_at(request, &endpoint.rail(rail)?, &at, depth)?;
-        self.count(rail);
-        Ok((Lane::Rdma(lane), Route::Rail(rail as u8)))
+        let (rail, at) = chosen.map_err(|reason| Error::NoDevice { reason })?;
+        let joining = self.opened[rail].rdma.answer_at(&endpoint.rail(rail)?, &at, depth, offer)?;
+        self.count(Route::Rail(rail as u8));
+        Ok((joining, rail as u8))
     }
 
     fn choose(&self, peer: &RailAddress, asked: u8, core: Option<usize>) -> Option<(usize, OwnAddress)> {
@@ -199,25 +212,43 @@ pub(super) struct Picks<'a> {
     turn: u32,
 }
 
+/// The rails that a lane is to go by: what the server is told, and the own address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Picked {
+    pick: Pick,
+    from: OwnAddress,
+}
+
+impl Picked {
+    pub(super) fn route(&self) -> Route {
+        Route::Rail(self.pick.own as u8)
+    }
+
+    /// As the server is told.
+    pub(super) fn rails(&self) -> LaneRails {
+        LaneRails { own: self.pick.own as u8, theirs: self.pick.theirs }
+    }
+}
+
 impl Picks<'_> {
-    /// The best of those that were not tried: what the server is told, and the own address.
-    pub(super) fn next(&mut self) -> Option<(Pick, OwnAddress)> {
+    /// The best of those that were not tried.
+    pub(super) fn next(&mut self) -> Option<Picked> {
         let own: Vec<_> = self.rails.iter().map(|rdma| (rdma.rail(), rdma.is_active())).collect();
         let known: Vec<_> = own.iter().map(|((rail, _), active)| Own { rail, active: *active }).collect();
         let failures = |own: usize, peer: Ipv6Addr| self.rails.opened[own].rdma.failures_of(peer);
         let pick = picking::pick(&known, self.theirs, failures, &self.tried, self.insists, self.turn)?;
         self.tried[pick.own] |= pick.theirs;
         let (_, addresses) = &own[pick.own].0;
-        Some((pick, addresses[pick.address]))
+        Some(Picked { pick, from: addresses[pick.address] })
     }
 
-    /// The name of a pick's own rail.
-    pub(super) fn name(&self, pick: &Pick) -> &str {
-        self.rails.name(pick.own)
+    /// The name of the own rail of what was picked.
+    pub(super) fn name(&self, picked: &Picked) -> &str {
+        self.rails.name(picked.pick.own)
     }
 
-    /// A pick did not lead to the server.
-    pub(super) fn failed(&self, pick: &Pick) {
+    /// What was picked did not lead to the server.
+    pub(super) fn failed(&self, Picked { pick, .. }: &Picked) {
         for (number, rail) in self.theirs.iter().enumerate() {
             if pick.theirs >> number & 1 == 1 {
                 let rdma = &self.rails.opened[pick.own].rdma;

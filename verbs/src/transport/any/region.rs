@@ -184,8 +184,7 @@ impl HostRegion {
         #[cfg(feature = "rdma")]
         let mut rails = [const { None }; MAX_RAILS];
         #[cfg(feature = "rdma")]
-        for (number, rdma) in inner.rails.iter().enumerate() {
-            let region = rdma.register(memory, access)?;
+        for (number, region) in inner.pinned(|rdma| rdma.register(memory, access))?.into_iter().enumerate() {
             called[Route::Rail(number as u8).code() as usize] = Some(region.remote());
             rails[number] = Some(region);
         }
@@ -257,7 +256,7 @@ impl HostExport {
         // `shm` comes last: it seals the memory against further mappings that can write.
         let tcp = inner.tcp.as_ref().map(|tcp| tcp.export(memory)).transpose()?;
         #[cfg(feature = "rdma")]
-        let rails = inner.rails.iter().map(|rdma| rdma.export(memory)).collect::<Result<Vec<_>, _>>()?;
+        let rails = inner.pinned(|rdma| rdma.export(memory))?;
         let shm = inner.shm.as_ref().map(|shm| shm.export(memory)).transpose()?;
         let mut called = Called::default();
         called[Route::Shm.code() as usize] = shm.as_ref().map(Export::remote);

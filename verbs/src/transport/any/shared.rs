@@ -11,34 +11,39 @@ use std::{
     io::Write,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use super::{
     Host,
-    announced::{Expected, Session},
-    request::{Caller, HostRequest},
+    announced::Expected,
+    line::Line,
+    request::{Caller, Came, HostRequest},
 };
 use crate::{
     error::Error,
     session::{
         Way,
-        wire::{Offer, Token},
+        wire::{MAX_LANES, Offer, Token},
     },
 };
 
 /// How long a lane may take to come in after its session was given the token.
 pub(super) const TOKEN_LIFE: Duration = Duration::from_secs(10);
-/// Lanes that a session may be making at a time (a client makes one after the other), and all sessions together.
-pub(super) const TOKENS: usize = 8;
-pub(super) const ALL_TOKENS: usize = 1024;
+/// Lanes that a session may be making at a time: what a client asks for in one message, by each way that it tries.
+pub(super) const MAKING: usize = 4 * MAX_LANES;
+/// Lanes that all sessions together may be making, and messages that asked for them: each brings the regions of its client.
+const ALL_LANES: usize = 16_384;
+const ALL_BATCHES: usize = 1024;
+
 /// What the threads of a door share with its owner.
 pub(super) struct Shared {
     pub(super) host: Host,
-    pub(super) offers: Vec<Offer>,
+    offers: Vec<Offer>,
     tokens: Mutex<HashMap<Token, Expected>>,
+    batches: Arc<AtomicUsize>,
     ready: Mutex<Ready>,
     /// There is something in `ready`.
     knock: Condvar,
@@ -60,11 +65,17 @@ impl Shared {
             host: host.clone(),
             offers,
             tokens: Mutex::default(),
+            batches: Arc::default(),
             ready: Mutex::default(),
             knock: Condvar::new(),
             stop: AtomicBool::new(false),
             log: Log::default(),
         }
+    }
+
+    /// The ways that lead here now.
+    pub(super) fn offers(&self) -> Vec<Offer> {
+        self.offers.iter().filter(|offer| self.host.has(offer.way)).cloned().collect()
     }
 
     /// The door is to be closed.
@@ -108,32 +119,51 @@ impl Shared {
         self.stop.load(Ordering::SeqCst)
     }
 
-    /// Makes it known that a lane with this token will come in. `false`: its session has too many of them.
-    pub(super) fn expect(&self, token: Token, expected: Expected) -> bool {
+    /// A place for a message that asks for lanes. `None`: there are too many, and nobody who could make room.
+    pub(super) fn batch(&self) -> Option<BatchPlace> {
+        let room = || self.batches.load(Ordering::Relaxed) < ALL_BATCHES;
+        // Whoever has taken the longest makes room.
+        while !room() && self.evict_oldest() {}
+        room().then(|| {
+            self.batches.fetch_add(1, Ordering::Relaxed);
+            BatchPlace(self.batches.clone())
+        })
+    }
+
+    /// Forgets the lanes that were asked for first, of those that have a token. `false`: there are none.
+    fn evict_oldest(&self) -> bool {
         let mut tokens = self.tokens();
-        if tokens.len() >= ALL_TOKENS {
-            // Whoever has taken the longest makes room.
-            let oldest = tokens.iter().min_by_key(|(_, other)| other.since).map(|(token, _)| *token);
-            tokens.remove(&oldest.expect("there are many"));
+        let oldest = tokens.values().map(|expected| &expected.batch).min_by_key(|batch| batch.since).cloned();
+        if let Some(oldest) = &oldest {
+            tokens.retain(|_, expected| !Arc::ptr_eq(&expected.batch, oldest));
         }
-        if tokens.values().filter(|other| Arc::ptr_eq(&other.session, &expected.session)).count() >= TOKENS {
-            return false;
-        }
-        tokens.insert(token, expected);
-        true
+        oldest.is_some()
+    }
+
+    /// Makes it known that lanes with these tokens will come in.
+    pub(super) fn expect(&self, lanes: impl ExactSizeIterator<Item = (Token, Expected)>) {
+        let room = ALL_LANES - lanes.len();
+        while self.tokens().len() > room && self.evict_oldest() {}
+        self.tokens().extend(lanes);
+    }
+
+    /// Lets a lane in that needs no token: it has come inside its session.
+    pub(super) fn admit(&self, expected: Expected) {
+        self.ready().requests.push_back(HostRequest::new(Came::Offered, Some(expected)));
+        self.knock.notify_one();
     }
 
     /// Forgets tokens that were not used in time. How long until that is to be done again.
     pub(super) fn expire(&self) -> Duration {
         let mut tokens = self.tokens();
-        tokens.retain(|_, expected| expected.since.elapsed() < TOKEN_LIFE);
-        let left = tokens.values().map(|expected| TOKEN_LIFE.saturating_sub(expected.since.elapsed()));
+        tokens.retain(|_, expected| expected.batch.since.elapsed() < TOKEN_LIFE);
+        let left = tokens.values().map(|expected| TOKEN_LIFE.saturating_sub(expected.batch.since.elapsed()));
         left.fold(Duration::from_secs(3600), Duration::min)
     }
 
     /// A session has ended: its lanes are not let in any more.
-    pub(super) fn forget(&self, session: &Arc<Session>) {
-        self.tokens().retain(|_, expected| !Arc::ptr_eq(&expected.session, session));
+    pub(super) fn forget(&self, line: &Arc<Line>) {
+        self.tokens().retain(|_, expected| !Arc::ptr_eq(expected.line(), line));
     }
 
     /// A lane has come in.
@@ -141,8 +171,8 @@ impl Shared {
         let expected =
             <Token>::try_from(caller.private_data()).ok().and_then(|token| self.tokens().remove(&token));
         match expected {
-            Some(expected) if expected.way == way && expected.since.elapsed() < TOKEN_LIFE => {
-                self.ready().requests.push_back(HostRequest::new(caller, Some(expected)));
+            Some(expected) if expected.batch.way == way && expected.batch.since.elapsed() < TOKEN_LIFE => {
+                self.ready().requests.push_back(HostRequest::new(Came::By(caller), Some(expected)));
                 self.knock.notify_one();
             }
             _ => self.log(format_args!("a lane over {way} without a token of a session was turned away")),
@@ -158,6 +188,15 @@ impl Shared {
     /// Writes a line about a peer, unless there are too many.
     pub(super) fn log(&self, line: fmt::Arguments<'_>) {
         self.log.line(line);
+    }
+}
+
+/// The place of a message that asks for lanes among all of them.
+pub(super) struct BatchPlace(Arc<AtomicUsize>);
+
+impl Drop for BatchPlace {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

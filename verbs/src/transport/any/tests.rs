@@ -8,12 +8,16 @@ use std::{
     time::Instant,
 };
 
-use super::{connection::Route, *};
+use super::{
+    connection::Route,
+    raw::{Raw, hello, lanes},
+    *,
+};
 use crate::{
     session::{
         Reason,
-        noise::{self, Cipher, Initiator, Piece, piece},
-        wire::{LaneRails, Message, Offer, Token},
+        noise::{self, Initiator},
+        wire::{LaneRails, MAX_LANES, Message, Verdict, Wanted},
     },
     transport::{
         Attach, Completion, Connection, Endpoint, Listener, Payload, Region, Request, Sge,
@@ -21,13 +25,13 @@ use crate::{
     },
 };
 
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
-fn parse(url: &str) -> Address {
+pub(super) fn parse(url: &str) -> Address {
     url.parse().unwrap()
 }
 
-fn key(name: &str) -> Key {
+pub(super) fn key(name: &str) -> Key {
     format!("{name} {}", "5a".repeat(32)).parse().unwrap()
 }
 
@@ -36,15 +40,26 @@ fn ring(keys: &[Key]) -> KeyRing {
 }
 
 /// A server that welcomes everybody, and keeps what has come.
-struct Server {
-    host: Host,
-    listener: HostListener,
-    endpoint: HostEndpoint,
-    connections: Vec<HostConnection>,
+pub(super) struct Server {
+    pub(super) host: Host,
+    pub(super) listener: HostListener,
+    pub(super) endpoint: HostEndpoint,
+    pub(super) connections: Vec<HostConnection>,
 }
 
 impl Server {
-    fn start(keys: &[Key], via: &str) -> Self {
+    /// Room for many connections.
+    pub(super) fn room() -> EndpointConfig {
+        EndpointConfig { connections: 200, receive_buffers: 8, receive_size: 64, ..EndpointConfig::default() }
+    }
+
+    pub(super) fn roomy(via: &str) -> Self {
+        let mut server = Self::start(&[], via);
+        server.endpoint = server.host.endpoint(&Self::room()).unwrap();
+        server
+    }
+
+    pub(super) fn start(keys: &[Key], via: &str) -> Self {
         // An address that no other test has: a port is free again at once.
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let process = std::process::id();
@@ -61,7 +76,7 @@ impl Server {
         Self { host, listener, endpoint, connections: Vec::new() }
     }
 
-    fn address(&self) -> Address {
+    pub(super) fn address(&self) -> Address {
         self.listener.address().clone()
     }
 
@@ -71,7 +86,7 @@ impl Server {
     }
 
     /// Accepts those who come within a moment. How many.
-    fn accept(&mut self, timeout: Duration) -> usize {
+    pub(super) fn accept(&mut self, timeout: Duration) -> usize {
         let mut count = 0;
         while let Some(request) = self.listener.accept(timeout).unwrap() {
             let welcome = request.private_data().to_vec();
@@ -86,7 +101,12 @@ impl Server {
 }
 
 /// Connects to `server`, which accepts.
-fn connect(host: &Host, endpoint: &HostEndpoint, server: &mut Server, address: &Address) -> HostConnection {
+pub(super) fn connect(
+    host: &Host,
+    endpoint: &HostEndpoint,
+    server: &mut Server,
+    address: &Address,
+) -> HostConnection {
     let attach = endpoint.attach();
     std::thread::scope(|scope| {
         let connecting = scope.spawn(|| host.connect(&attach, address, b"hello", PATIENCE).unwrap());
@@ -97,14 +117,14 @@ fn connect(host: &Host, endpoint: &HostEndpoint, server: &mut Server, address: &
     })
 }
 
-fn client(keys: &[Key], addresses: &[Address]) -> (Host, HostEndpoint) {
+pub(super) fn client(keys: &[Key], addresses: &[Address]) -> (Host, HostEndpoint) {
     let host = Host::with_keys(addresses, ring(keys)).unwrap();
     let endpoint = host.endpoint(&EndpointConfig::default()).unwrap();
     (host, endpoint)
 }
 
 /// Waits until at least `count` completions have come.
-fn next(endpoint: &mut HostEndpoint, count: usize) -> Vec<Completion> {
+pub(super) fn next(endpoint: &mut HostEndpoint, count: usize) -> Vec<Completion> {
     let (until, mut found) = (Instant::now() + PATIENCE, Vec::new());
     while found.len() < count {
         assert!(Instant::now() < until, "nothing comes");
@@ -240,76 +260,6 @@ fn who_has_not_the_key_comes_to_nothing() {
     assert!(matches!(error, Error::Refused { .. }), "{error}");
 }
 
-/// A client that says what it likes.
-struct Raw {
-    socket: TcpStream,
-    cipher: Cipher,
-    heard: Vec<u8>,
-}
-
-impl Raw {
-    fn shake_hands(at: SocketAddr, key: Option<&Key>) -> Self {
-        let mut socket = TcpStream::connect(at).unwrap();
-        let (initiator, opening) = Initiator::start(key);
-        socket.write_all(&opening).unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut heard = Vec::new();
-        let answer = Self::frame(&mut socket, &mut heard).unwrap();
-        Self { socket, cipher: initiator.finish(&answer).ok().unwrap(), heard }
-    }
-
-    fn frame(socket: &mut TcpStream, heard: &mut Vec<u8>) -> Option<Vec<u8>> {
-        loop {
-            if let Piece::Frame(length) = piece(heard) {
-                let frame = heard[2..2 + length].to_vec();
-                heard.drain(..2 + length);
-                return Some(frame);
-            }
-            let mut bytes = [0; 4096];
-            match socket.read(&mut bytes) {
-                Ok(0) | Err(_) => return None,
-                Ok(count) => heard.extend_from_slice(&bytes[..count]),
-            }
-        }
-    }
-
-    fn say(&mut self, message: &Message) {
-        let frame = self.cipher.seal(&message.encode());
-        self.socket.write_all(&frame).unwrap();
-    }
-
-    /// `None`: the session has ended.
-    fn hear(&mut self) -> Option<Message> {
-        let frame = Self::frame(&mut self.socket, &mut self.heard)?;
-        Some(Message::decode(&self.cipher.open(&frame).unwrap()).unwrap())
-    }
-
-    /// A session with nothing asked for yet.
-    fn welcomed(at: SocketAddr, key: Option<&Key>) -> Self {
-        let mut raw = Self::shake_hands(at, key);
-        assert!(!raw.offers().is_empty());
-        raw
-    }
-
-    /// Says hello, and hears which ways there are.
-    fn offers(&mut self) -> Vec<Offer> {
-        self.say(&Message::Hello { boot: [1; 16], rails: Vec::new() });
-        match self.hear() {
-            Some(Message::Welcome { offers, .. }) => offers,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn ask(&mut self, number: u32, way: Way) -> Token {
-        let rails = LaneRails::default();
-        self.say(&Message::Lane { number, way, rails, regions: Vec::new(), data: b"raw".to_vec() });
-        match self.hear() {
-            Some(Message::Go { number: of, token }) if of == number => token,
-            other => panic!("{other:?}"),
-        }
-    }
-}
-
 /// The socket of the server's shared memory, as those learn it who have a session.
 fn shm_socket(server: &Server, key: Option<&Key>) -> PathBuf {
     let offers = Raw::shake_hands(server.socket(), key).offers();
@@ -344,7 +294,7 @@ fn a_token_is_good_for_one_lane_of_its_way_and_its_session() {
         first.join().unwrap().unwrap();
     });
     assert!(
-        matches!(raw.hear(), Some(Message::Answer { number: 1, accepted: true, data, .. }) if data == b"yes")
+        matches!(raw.hear(), Some(Message::Answer { number: 1, verdict: Verdict::Accepted, data, .. }) if data == b"yes")
     );
     assert!(matches!(lane(at, &good), Err(Error::Refused { .. })), "a token once more");
     // A session that has ended has none.
@@ -369,8 +319,7 @@ fn a_token_is_good_for_one_lane_of_its_way_and_its_session() {
 fn a_guest_that_breaks_the_rules_ends_its_own_session_alone() {
     let mut server = Server::start(&[key("a")], "");
     let at = server.socket();
-    let rails = LaneRails::default();
-    let lane = |number| Message::Lane { number, way: Way::Tcp, rails, regions: Vec::new(), data: Vec::new() };
+    let lane = |number| lanes(number, Way::Tcp, 1);
     let mut good = Raw::welcomed(at, Some(&key("a")));
 
     let mut early = Raw::shake_hands(at, Some(&key("a")));
@@ -378,11 +327,11 @@ fn a_guest_that_breaks_the_rules_ends_its_own_session_alone() {
     assert!(early.hear().is_none(), "a lane before the hello");
 
     let mut twice = Raw::welcomed(at, Some(&key("a")));
-    twice.say(&Message::Hello { boot: [1; 16], rails: Vec::new() });
+    twice.say(&hello());
     assert!(twice.hear().is_none(), "two hellos");
 
     let mut server_talk = Raw::welcomed(at, Some(&key("a")));
-    server_talk.say(&Message::Go { number: 1, token: [0; 16] });
+    server_talk.say(&Message::Go { first: 1, tokens: vec![[0; 16]] });
     assert!(server_talk.hear().is_none(), "a message of servers");
 
     let mut malformed = Raw::welcomed(at, Some(&key("a")));
@@ -397,11 +346,25 @@ fn a_guest_that_breaks_the_rules_ends_its_own_session_alone() {
     assert!(forged.hear().is_none(), "a changed frame");
 
     let mut greedy = Raw::welcomed(at, Some(&key("a")));
-    for number in 0..8 {
-        greedy.ask(number, Way::Tcp);
+    for turn in 0..4 {
+        greedy.say(&lanes(turn * 1000, Way::Tcp, MAX_LANES));
+        assert!(matches!(greedy.hear(), Some(Message::Go { tokens, .. }) if tokens.len() == MAX_LANES));
     }
     greedy.say(&lane(8));
     assert!(greedy.hear().is_none(), "more lanes than a session may be making");
+
+    let mut offers = Raw::welcomed(at, Some(&key("a")));
+    let (wanted, rails) = (Wanted { offer: vec![1], data: Vec::new() }, LaneRails::default());
+    offers.say(&Message::Lanes { first: 0, way: Way::Tcp, rails, regions: Vec::new(), lanes: vec![wanted] });
+    assert!(offers.hear().is_none(), "an offer for a way that takes none");
+
+    // A way that does not lead here is an answer, and ends nothing. So are news of lanes that there are not.
+    let wanted = Wanted { offer: vec![1], data: Vec::new() };
+    good.say(&Message::Ready { number: 7 });
+    good.say(&Message::Ended { number: 7 });
+    good.say(&Message::Beat);
+    good.say(&Message::Lanes { first: 7, way: Way::Rdma, rails, regions: Vec::new(), lanes: vec![wanted] });
+    assert!(matches!(good.hear(), Some(Message::Answer { number: 7, verdict: Verdict::Impossible, .. })));
 
     // A handshake that was recorded is answered, and then comes to nothing.
     let mut replayed = TcpStream::connect(at).unwrap();

@@ -64,8 +64,8 @@ use crate::{
     memory::{Exclusive, Memory},
     session::Key,
     transport::{
-        self, Access, Connection as _, ConnectionId, EndpointConfig, Payload, PostError, Region as _,
-        RemoteAddress, RemoteRegion, Sge, Transport,
+        self, Access, Connection as _, ConnectionId, EndpointConfig, LaneSpec, Payload, PostError,
+        Region as _, RemoteAddress, RemoteRegion, Sge, Transport,
     },
 };
 
@@ -198,15 +198,15 @@ impl<T: Transport> Transport for Faulty<T> {
         Ok(Listener { inner: self.inner.listen(address)?, node: self.clone() })
     }
 
-    fn connect(
+    fn connect_with(
         &self,
-        endpoint: &Attach<T>,
         address: &Address,
-        private_data: &[u8],
+        LaneSpec { endpoint, private_data, depth }: LaneSpec<'_, Attach<T>>,
         timeout: Duration,
     ) -> Result<(Connection<T>, Vec<u8>), Error> {
         self.node.operates_in("connect")?;
-        let (mut inner, reply) = self.inner.connect(&endpoint.inner, address, private_data, timeout)?;
+        let lane = LaneSpec { endpoint: &endpoint.inner, private_data, depth };
+        let (mut inner, reply) = self.inner.connect_with(address, lane, timeout)?;
         self.replay(&mut inner, address)?;
         Ok((self.connection(inner, endpoint, Some(address)), reply))
     }

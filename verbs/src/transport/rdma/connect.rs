@@ -12,8 +12,7 @@
 //! The socket stays open as long as the connection. It tells of the peer's end: of its process, or of the connection alone.
 //!
 //! **Which device.** The socket's local IP address chooses port and GID ([`crate::fabric`]). If it is an address of another device than the
-//! transport's, the side that connects fails, and the side that listens refuses with the reason. Two ends that have agreed on *rails* in their
-//! session use those, whichever way the socket goes ([`connect_at`], [`RdmaRequest::accept_at`]).
+//! transport's, the side that connects fails, and the side that listens refuses with the reason. (Sessions agree on rails instead.)
 //!
 //! **Trust.** Whoever reaches the port can connect. A stranger can hold a slot of the door, not the door. On Ethernet the kernel looks for the
 //! hardware address of the GID that a peer offers, for a second if there is none. So a peer whose socket comes from the RDMA network
@@ -22,7 +21,7 @@
 use std::{
     fmt,
     io::{self, ErrorKind, Read, Write},
-    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -36,15 +35,16 @@ use rustix::{
 use crate::{
     address::Address,
     error::Error,
-    fabric::{self, Fabric, Local, Reason, Way},
+    fabric::{self, Fabric, Reason, Way},
     transport::{
-        Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request,
+        LaneSpec, Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request,
         host::{check_private_data, strangers::Door},
         rdma::{
             connection::RdmaConnection,
             device::Device,
             endpoint::RdmaAttach,
             joining::{Impossible, Joining, Place},
+            keeper::Channel,
             offer::{Kind, MESSAGE, Message, Offer, READY},
             queues::Queues,
             tables::read_tables,
@@ -139,15 +139,13 @@ impl Dialling<'_> {
     }
 
     /// A socket that is connected, and does not block.
-    fn dial(&self, to: SocketAddr, from: Option<IpAddr>) -> Result<TcpStream, Error> {
+    fn dial(&self, to: SocketAddr, from: SocketAddr) -> Result<TcpStream, Error> {
         let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = net::socket_with(family, SocketType::STREAM, flags, None)
             .map_err(|e| Error::io("socket()")(e.into()))?;
-        if let Some(from) = from {
-            net::bind(&socket, &SocketAddr::new(from, 0))
-                .map_err(|e| self.unreachable(format!("cannot connect from `{from}`: {e}")))?;
-        }
+        net::bind(&socket, &from)
+            .map_err(|e| self.unreachable(format!("cannot connect from `{}`: {e}", from.ip())))?;
         let begun = net::connect(&socket, &to);
         let socket = TcpStream::from(socket);
         match begun {
@@ -194,45 +192,15 @@ impl Dialling<'_> {
         }
         Message::decode(&answer).map_err(|reason| self.unreachable(reason))
     }
-
-    /// Connects a queue pair at `local`, by a socket to an address, from one of this end's if it is said.
-    fn join(
-        &self,
-        queues: &Arc<Queues>,
-        local: Local,
-        (to, from): (SocketAddr, Option<IpAddr>),
-        data: &[u8],
-    ) -> Result<(RdmaConnection, Vec<u8>), Error> {
-        let place = Place::reserve(queues)?;
-        let socket = self.dial(to, from)?;
-        let mut joining = Joining::new(queues, place, local, usize::MAX)?;
-        let request = Message { kind: Kind::Request, offer: joining.offer(), data: data.to_vec() };
-        self.say(&socket, &request.encode())?;
-        let answer = self.hear(&socket)?;
-        match answer.kind {
-            Kind::Accept => {}
-            Kind::Refuse => {
-                return Err(Error::Refused { address: self.address.to_string(), private_data: answer.data });
-            }
-            Kind::Impossible => return Err(self.unreachable(String::from_utf8_lossy(&answer.data))),
-            Kind::Request => return Err(self.unreachable("it wants to connect, too")),
-        }
-        joining.finish(&answer.offer).map_err(|impossible| match impossible {
-            Impossible::Offer(reason) => self.unreachable(reason),
-            Impossible::Own(error) => self.unreachable(error.to_string()),
-        })?;
-        self.say(&socket, &[READY])?;
-        Ok((joining.connection(Some(socket)), answer.data))
-    }
 }
 
 /// Connects, as [`Transport::connect`](crate::transport::Transport::connect) says.
 pub(super) fn connect(
-    queues: &Arc<Queues>,
     address: &Address,
-    data: &[u8],
+    LaneSpec { endpoint, private_data: data, depth }: LaneSpec<'_, RdmaAttach>,
     limit: Duration,
 ) -> Result<(RdmaConnection, Vec<u8>), Error> {
+    let queues = &endpoint.0;
     let (to, from) = resolve(address)?;
     check_private_data(data, MAX_REQUEST_DATA)?;
     let dialling = Dialling { address, deadline: Instant::now().checked_add(limit), limit };
@@ -244,21 +212,26 @@ pub(super) fn connect(
             queues.device.name
         ))
     })?;
-    dialling.join(queues, local, (to, Some(ip)), data)
-}
-
-/// The same by an address of this end's rail.
-pub(super) fn connect_at(
-    queues: &Arc<Queues>,
-    local: Local,
-    address: &Address,
-    data: &[u8],
-    limit: Duration,
-) -> Result<(RdmaConnection, Vec<u8>), Error> {
-    let (to, _) = resolve(address)?;
-    check_private_data(data, MAX_REQUEST_DATA)?;
-    let dialling = Dialling { address, deadline: Instant::now().checked_add(limit), limit };
-    dialling.join(queues, local, (to, None), data)
+    let place = Place::reserve(queues)?;
+    let socket = dialling.dial(to, SocketAddr::new(ip, 0))?;
+    let mut joining = Joining::new(queues, place, local, depth)?;
+    let request = Message { kind: Kind::Request, offer: joining.offer(), data: data.to_vec() };
+    dialling.say(&socket, &request.encode())?;
+    let answer = dialling.hear(&socket)?;
+    match answer.kind {
+        Kind::Accept => {}
+        Kind::Refuse => {
+            return Err(Error::Refused { address: address.to_string(), private_data: answer.data });
+        }
+        Kind::Impossible => return Err(dialling.unreachable(String::from_utf8_lossy(&answer.data))),
+        Kind::Request => return Err(dialling.unreachable("it wants to connect, too")),
+    }
+    joining.finish(&answer.offer).map_err(|impossible| match impossible {
+        Impossible::Offer(reason) => dialling.unreachable(reason),
+        Impossible::Own(error) => dialling.unreachable(error.to_string()),
+    })?;
+    dialling.say(&socket, &[READY])?;
+    Ok((joining.connection(Channel::Socket(socket)), answer.data))
 }
 
 /// A listening address of the `rdma` provider.
@@ -294,7 +267,7 @@ impl Listener for RdmaListener {
     fn accept(&mut self, timeout: Duration) -> Result<Option<RdmaRequest>, Error> {
         let deadline = Instant::now().checked_add(timeout);
         while let Some((socket, said)) = self.door.next(deadline)? {
-            if let Some(request) = RdmaRequest::new(Some(&self.device), &self.address, socket, &said) {
+            if let Some(request) = RdmaRequest::new(&self.device, &self.address, socket, &said) {
                 return Ok(Some(request));
             }
         }
@@ -319,16 +292,15 @@ pub struct RdmaRequest {
     ips: (IpAddr, IpAddr),
     message: Message,
     address: Address,
-    /// The one that it has come to. `None`: its session says which.
-    device: Option<Arc<Device>>,
+    device: Arc<Device>,
 }
 
-/// The request of a stranger who has come to `device`, if it is to be that one, and the addresses of its socket: this end's, and the peer's.
+/// The request of a stranger who has come to `device`, and the addresses of its socket: this end's, and the peer's.
 ///
 /// # Errors
 /// A sentence for the peer.
 fn understand(
-    device: Option<&Device>,
+    device: &Device,
     socket: &TcpStream,
     said: &[u8; MESSAGE],
 ) -> Result<(Message, (IpAddr, IpAddr)), String> {
@@ -338,25 +310,23 @@ fn understand(
     }
     let (own, theirs) = (socket.local_addr(), socket.peer_addr());
     let (Ok(own), Ok(theirs)) = (own, theirs) else { return Err("its socket has no address".to_owned()) };
-    if let Some(device) = device {
-        device.local(own.ip()).map_err(|reason| {
-            format!("the server works on its device {}, which the way there misses: {reason}", device.name)
-        })?;
-    }
+    device.local(own.ip()).map_err(|reason| {
+        format!("the server works on its device {}, which the way there misses: {reason}", device.name)
+    })?;
     Ok((message, (own.ip(), theirs.ip())))
 }
 
 impl RdmaRequest {
     /// `None`: it is a stranger, or a peer of another version, and was told why it cannot come in.
     pub(super) fn new(
-        device: Option<&Arc<Device>>,
+        device: &Arc<Device>,
         address: &Address,
         socket: TcpStream,
         said: &[u8; MESSAGE],
     ) -> Option<Self> {
-        match understand(device.map(Arc::as_ref), &socket, said) {
+        match understand(device, &socket, said) {
             Ok((message, ips)) => {
-                let (address, device) = (address.clone(), device.cloned());
+                let (address, device) = (address.clone(), Arc::clone(device));
                 Some(Self { socket: Some(socket), ips, message, address, device })
             }
             Err(reason) => {
@@ -371,67 +341,58 @@ impl RdmaRequest {
             tell(&socket, &Message::refusal(kind, data));
         }
     }
+}
 
-    fn join(&self, queues: &Arc<Queues>, at: Option<Local>, depth: usize) -> Result<Joining, Impossible> {
-        let place = Place::reserve(queues).map_err(Impossible::Own)?;
-        let local = at.map_or_else(|| queues.device.local(self.ips.0), Ok).map_err(Impossible::Offer)?;
-        let theirs = Offer::decode(&self.message.offer).map_err(Impossible::Offer)?;
-        let by_address = matches!(local.why, Reason::Address(_)) && local.way != Way::InfiniBand;
-        let from = match self.ips.1 {
-            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-            IpAddr::V6(ip) => ip,
-        };
-        if by_address && theirs.way == local.way && theirs.gid != from {
-            return Err(Impossible::Offer(format!(
-                "its GID is {}, but its socket comes from {from}; set FERVOR_IB_GID_INDEX at both ends or at none",
-                theirs.gid
-            )));
-        }
-        let mut joining = Joining::new(queues, place, local, depth).map_err(Impossible::Own)?;
-        joining.answer(&self.message.offer)?;
-        Ok(joining)
+/// Answers the offer of a peer whose channel, over TCP, has these addresses: this end's, and the peer's.
+pub(super) fn answer(
+    queues: &Arc<Queues>,
+    (own, from): (IpAddr, IpAddr),
+    depth: usize,
+    offer: &[u8],
+) -> Result<Joining, Impossible> {
+    let place = Place::reserve(queues).map_err(Impossible::Own)?;
+    let local = queues.device.local(own).map_err(Impossible::Offer)?;
+    let theirs = Offer::decode(offer).map_err(Impossible::Offer)?;
+    let by_address = matches!(local.why, Reason::Address(_)) && local.way != Way::InfiniBand;
+    let from = match from {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    };
+    if by_address && theirs.way == local.way && theirs.gid != from {
+        return Err(Impossible::Offer(format!(
+            "its GID is {}, but its socket comes from {from}; set FERVOR_IB_GID_INDEX at both ends or at none",
+            theirs.gid
+        )));
+    }
+    let mut joining = Joining::new(queues, place, local, depth).map_err(Impossible::Own)?;
+    joining.answer(offer)?;
+    Ok(joining)
+}
+
+impl Request for RdmaRequest {
+    type Attach = RdmaAttach;
+    type Connection = RdmaConnection;
+
+    fn private_data(&self) -> &[u8] {
+        &self.message.data
     }
 
-    /// The address that it wants to be reached at.
-    ///
-    /// # Errors
-    /// A sentence that names what is wrong with its offer.
-    pub(in crate::transport) fn offered(&self) -> Result<(Way, Ipv6Addr), String> {
-        Offer::decode(&self.message.offer).map(|offer| (offer.way, offer.gid))
-    }
-
-    /// Tells it why it cannot come in.
-    pub(in crate::transport) fn turn_away(mut self, reason: &str) {
-        self.refuse(Kind::Impossible, reason.as_bytes());
-    }
-
-    /// Accepts it at an address of this end's rail, for an endpoint on that rail.
-    ///
-    /// # Errors
-    /// As [`Request::accept_with`].
-    pub(super) fn accept_at(
-        self,
-        endpoint: &RdmaAttach,
-        local: Local,
-        depth: usize,
-        private_data: &[u8],
-    ) -> Result<RdmaConnection, Error> {
-        self.accept_from(endpoint, Some(local), depth, private_data)
-    }
-
-    fn accept_from(
+    fn accept_with(
         mut self,
         endpoint: &RdmaAttach,
-        at: Option<Local>,
         depth: usize,
         private_data: &[u8],
     ) -> Result<RdmaConnection, Error> {
         check_private_data(private_data, MAX_REPLY_DATA)?;
+        assert!(
+            Arc::ptr_eq(&endpoint.0.device, &self.device),
+            "the endpoint is of another transport than the listener"
+        );
         let failed = |source: io::Error| Error::System {
             call: format!("accepting a peer at `{}`", self.address),
             source,
         };
-        let joining = match self.join(&endpoint.0, at, depth) {
+        let joining = match answer(&endpoint.0, self.ips, depth, &self.message.offer) {
             Ok(joining) => joining,
             // A peer without a place is refused as `self` is dropped.
             Err(Impossible::Own(error @ Error::Limit { .. })) => return Err(error),
@@ -450,30 +411,7 @@ impl RdmaRequest {
         sockopt::set_tcp_nodelay(&socket, true).map_err(|e| failed(e.into()))?;
         // It has room: nothing was said before.
         (&socket).write_all(&answer.encode()).map_err(failed)?;
-        Ok(joining.connection(Some(socket)))
-    }
-}
-
-impl Request for RdmaRequest {
-    type Attach = RdmaAttach;
-    type Connection = RdmaConnection;
-
-    fn private_data(&self) -> &[u8] {
-        &self.message.data
-    }
-
-    fn accept_with(
-        self,
-        endpoint: &RdmaAttach,
-        depth: usize,
-        private_data: &[u8],
-    ) -> Result<RdmaConnection, Error> {
-        let device = self.device.as_ref().expect("one that has come to no device is accepted at a rail");
-        assert!(
-            Arc::ptr_eq(&endpoint.0.device, device),
-            "the endpoint is of another transport than the listener"
-        );
-        self.accept_from(endpoint, None, depth, private_data)
+        Ok(joining.connection(Channel::Socket(socket)))
     }
 
     fn reject(mut self, private_data: &[u8]) {

@@ -1,6 +1,9 @@
 //! The posting end of a connection: turns regions and offsets into what the device knows.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, Weak},
+};
 
 use rdma_sys::ibv_wr_opcode;
 
@@ -41,6 +44,11 @@ impl RdmaConnection {
     /// no such call.
     pub fn peer_is_ready(&self) {
         self.link.queues.keeper.ready(self.link.key);
+    }
+
+    /// What others can do to it who hear news of its peer.
+    pub fn leash(&self) -> RdmaLeash {
+        RdmaLeash(Arc::downgrade(&self.link))
     }
 
     fn post(
@@ -175,5 +183,31 @@ impl Drop for RdmaConnection {
 impl fmt::Debug for RdmaConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}, READs in flight: {} own, {} of the peer", self.link, self.reads_out, self.reads_in)
+    }
+}
+
+/// What can be done to a connection by whoever keeps the channel over which it was bootstrapped, and hears there of its peer.
+#[derive(Clone)]
+pub struct RdmaLeash(Weak<Link>);
+
+impl RdmaLeash {
+    /// See [`RdmaConnection::peer_is_ready`].
+    pub fn peer_is_ready(&self) {
+        if let Some(link) = self.0.upgrade() {
+            link.queues.keeper.ready(link.key);
+        }
+    }
+
+    /// The peer's end, or the channel, has ended: so does the connection. Its queue pair goes to the error state before the end is reported.
+    pub fn disconnect(&self) {
+        if let Some(link) = self.0.upgrade() {
+            link.break_off();
+        }
+    }
+}
+
+impl fmt::Debug for RdmaLeash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RdmaLeash")
     }
 }

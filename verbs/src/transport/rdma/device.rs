@@ -12,7 +12,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use rdma_sys::*;
@@ -34,6 +34,10 @@ use crate::{
         },
     },
 };
+
+/// For how long a port's state is believed, unless the device says that it changed: many lanes are made at once, and to ask takes a lock of
+/// the kernel's.
+const ASKED: Duration = Duration::from_millis(50);
 
 /// The devices that libibverbs knows. A device that has been opened outlives the list.
 struct DeviceList {
@@ -153,6 +157,8 @@ pub(super) struct Device {
     tables: Mutex<(Tables, Instant)>,
     /// The tables have changed since they were read.
     stale: AtomicBool,
+    /// Whether the port was active, and when that was asked.
+    active: Mutex<Option<(bool, Instant)>>,
     /// Peers that did not answer.
     failures: Mutex<Failures>,
     /// Connections that were lost.
@@ -216,6 +222,7 @@ impl Device {
             said: Counters::default(),
             tables: Mutex::new((tables, Instant::now())),
             stale: AtomicBool::new(false),
+            active: Mutex::default(),
             failures: Mutex::default(),
             lost: AtomicU64::new(0),
             open: context,
@@ -283,10 +290,19 @@ impl Device {
         }
     }
 
-    /// Whether the port is active, as the device says now.
+    /// Whether the port is active, as the device has just said.
     pub(super) fn is_active(&self) -> bool {
-        let port = query_port(&self.open, &self.name, self.port.unwrap_or(1));
-        port.is_ok_and(|port| port.state == ibv_port_state::IBV_PORT_ACTIVE)
+        let mut known = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        match *known {
+            Some((active, asked)) if asked.elapsed() < ASKED => active,
+            _ => {
+                let asked = Instant::now();
+                let port = query_port(&self.open, &self.name, self.port.unwrap_or(1));
+                let active = port.is_ok_and(|port| port.state == ibv_port_state::IBV_PORT_ACTIVE);
+                *known = Some((active, asked));
+                active
+            }
+        }
     }
 
     fn failures(&self) -> MutexGuard<'_, Failures> {
@@ -319,6 +335,7 @@ impl Device {
     /// The tables of GIDs have changed.
     pub(super) fn forget_tables(&self) {
         tables::forget();
+        *self.active.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.stale.store(true, Ordering::Release);
     }
 

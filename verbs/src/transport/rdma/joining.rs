@@ -15,7 +15,6 @@
 
 use std::{
     fmt, io,
-    net::TcpStream,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -27,6 +26,7 @@ use crate::{
     fabric::{Local, Way},
     transport::rdma::{
         connection::RdmaConnection,
+        keeper::Channel,
         link::Link,
         offer::{OFFER, Offer},
         queues::{News, Queues},
@@ -121,11 +121,11 @@ impl Joining {
         link.connect(&self.local, &self.own, theirs, self.held).map_err(Impossible::Own)
     }
 
-    /// Hands the connected queue pair to the keeper, with the socket that tells of the peer's end if it is ours, and to the user.
-    pub(super) fn connection(mut self, socket: Option<TcpStream>) -> RdmaConnection {
+    /// Hands the connected queue pair to the keeper, with the channel that tells of the peer's end, and to the user.
+    pub(super) fn connection(mut self, channel: Channel) -> RdmaConnection {
         let link = self.link.take().expect("only this function takes it");
         self.place.take().expect("only this function takes it").keep();
-        link.queues.keeper.watch(&link, socket, self.held);
+        link.queues.keeper.watch(&link, channel, self.held);
         RdmaConnection::new(link, (self.own.reads_out, self.own.reads_in))
     }
 }
@@ -178,7 +178,12 @@ impl RdmaJoining {
 
     /// The connection. Whoever keeps the channel calls [`disconnect`](crate::transport::Connection::disconnect) at its end.
     pub fn connection(self) -> RdmaConnection {
-        self.0.connection(None)
+        self.connection_until(|| {})
+    }
+
+    /// The connection. When it has ended, and its queue pair is in the error state, `told` is called, by a thread that must not wait for anybody.
+    pub fn connection_until(self, told: impl FnOnce() + Send + 'static) -> RdmaConnection {
+        self.0.connection(Channel::Other(Box::new(told)))
     }
 }
 
@@ -189,7 +194,7 @@ impl fmt::Debug for RdmaJoining {
 }
 
 impl Impossible {
-    fn report(self) -> Error {
+    pub(super) fn report(self) -> Error {
         match self {
             Self::Own(error) => error,
             Self::Offer(reason) => Error::System {

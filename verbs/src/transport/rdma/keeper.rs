@@ -1,7 +1,7 @@
 //! The thread that keeps the connections of a transport: one per `Rdma`.
 //!
-//! It watches the bootstrap socket of each connection (its end means that the peer's process is gone, or has disconnected), reads what the
-//! device says, asks idle peers for signs of life, and moves queue pairs to their end. It never waits for anybody: it takes the lock of a send
+//! It watches the bootstrap socket of each connection that has one (its end means that the peer's process is gone, or has disconnected;
+//! of others a session tells the same: [`RdmaLeash`](super::RdmaLeash)), reads what the device says, asks idle peers for signs of life, and moves queue pairs to their end. It never waits for anybody: it takes the lock of a send
 //! queue only for a call.
 //!
 //! # The end of a connection
@@ -74,12 +74,20 @@ const BELL: u64 = 0;
 const DEVICE: u64 = 1;
 const FIRST_KEY: u64 = 2;
 
+/// By what the two ends of a connection hear of each other.
+pub(super) enum Channel {
+    /// A socket of its own.
+    Socket(TcpStream),
+    /// One that is not the keeper's. At the end of the connection, when the queue pair is in the error state, this is called.
+    Other(Box<dyn FnOnce() + Send>),
+}
+
 /// What other threads ask for.
 enum Order {
-    /// A connection is made. With its socket, if it has one of its own; and whether its peer has yet to say that it is ready.
+    /// A connection is made; and whether its peer has yet to say that it is ready.
     Watch {
         link: Arc<Link>,
-        socket: Option<TcpStream>,
+        channel: Channel,
         waiting: bool,
     },
     /// The peer is ready.
@@ -146,9 +154,9 @@ impl Keeper {
         self.core.next_key.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Takes a connection into care. If `waiting`, its peer has yet to say, on the socket, that it is ready.
-    pub(super) fn watch(&self, link: &Arc<Link>, socket: Option<TcpStream>, waiting: bool) {
-        self.order(Order::Watch { link: Arc::clone(link), socket, waiting });
+    /// Takes a connection into care. If `waiting`, its peer has yet to say, on its channel, that it is ready.
+    pub(super) fn watch(&self, link: &Arc<Link>, channel: Channel, waiting: bool) {
+        self.order(Order::Watch { link: Arc::clone(link), channel, waiting });
     }
 
     /// The peer has said, elsewhere, that it is ready.
@@ -217,7 +225,8 @@ enum Stage {
 
 struct Watched {
     link: Arc<Link>,
-    socket: Option<TcpStream>,
+    /// Until its end.
+    channel: Option<Channel>,
     stage: Stage,
 }
 
@@ -275,7 +284,7 @@ impl Keeping {
         let orders = std::mem::take(&mut *lock(&self.core.orders));
         for order in orders {
             match order {
-                Order::Watch { link, socket, waiting } => self.watch(link, socket, waiting),
+                Order::Watch { link, channel, waiting } => self.watch(link, channel, waiting),
                 Order::Ready(key) => self.ready(key),
                 Order::End(key) => self.end(key),
                 Order::Settle(key) => {
@@ -292,17 +301,17 @@ impl Keeping {
         }
     }
 
-    fn watch(&mut self, link: Arc<Link>, socket: Option<TcpStream>, waiting: bool) {
+    fn watch(&mut self, link: Arc<Link>, channel: Channel, waiting: bool) {
         let key = link.key;
         let stage = if waiting { Stage::Waiting(Instant::now() + STRANGER_PATIENCE) } else { Stage::Open };
         self.by_queue_pair.insert(link.queue_pair_address(), key);
         let over = link.is_down()
-            || socket.as_ref().is_some_and(|socket| {
+            || matches!(&channel, Channel::Socket(socket) if {
                 let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
                 // Without a watch on its socket, a connection would not notice its peer's death.
                 epoll::add(&self.core.epoll, socket, epoll::EventData::new_u64(key), flags).is_err()
             });
-        self.links.insert(key, Watched { link, socket, stage });
+        self.links.insert(key, Watched { link, channel: Some(channel), stage });
         if over {
             self.end(key);
         }
@@ -320,7 +329,7 @@ impl Keeping {
     fn hear(&mut self, key: u64) {
         loop {
             let Some(watched) = self.links.get_mut(&key) else { return };
-            let Some(socket) = &mut watched.socket else { return };
+            let Some(Channel::Socket(socket)) = &mut watched.channel else { return };
             let mut said = [0; 1];
             match socket.read(&mut said) {
                 Ok(1) if said[0] == READY && matches!(watched.stage, Stage::Waiting(_)) => self.ready(key),
@@ -331,7 +340,7 @@ impl Keeping {
         }
     }
 
-    /// Moves the queue pair to the error state, and closes the socket after that: what the peer learns from it is true.
+    /// Moves the queue pair to the error state, and closes the channel after that: what the peer learns from it is true.
     fn end(&mut self, key: u64) {
         let Some(watched) = self.links.get_mut(&key) else { return };
         if matches!(watched.stage, Stage::Ending | Stage::Settling(_)) {
@@ -339,10 +348,14 @@ impl Keeping {
         }
         watched.stage = Stage::Ending;
         watched.link.end();
-        if let Some(socket) = watched.socket.take() {
-            let _ = epoll::delete(&self.core.epoll, &socket);
-            // For the peer's sake, if a child process that is being started holds a copy of the socket.
-            let _ = socket.shutdown(std::net::Shutdown::Both);
+        match watched.channel.take() {
+            Some(Channel::Socket(socket)) => {
+                let _ = epoll::delete(&self.core.epoll, &socket);
+                // For the peer's sake, if a child process that is being started holds a copy of the socket.
+                let _ = socket.shutdown(std::net::Shutdown::Both);
+            }
+            Some(Channel::Other(told)) => told(),
+            None => {}
         }
         if !watched.link.queues.tell(News::Failed(watched.link.id)) {
             self.doomed.push_back(key);

@@ -35,17 +35,14 @@
 //! ever: a peer that is gone does not answer at all); and it gives up on a peer that does not answer, half a second to a
 //! second after the request. Idle connections are made to ask by the keeper: an empty WRITE three times a second.
 
-use std::{fmt, net::IpAddr, net::TcpStream, sync::Arc, time::Duration};
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use crate::{
     address::Address,
     error::Error,
     fabric::Fabric,
     memory::{Exclusive, Memory},
-    transport::{
-        Access, EndpointConfig, NoView, Transport,
-        host::{self, strangers::OPENING},
-    },
+    transport::{Access, EndpointConfig, LaneSpec, NoView, Transport, host},
 };
 
 mod connect;
@@ -68,7 +65,7 @@ mod sending;
 mod tables;
 
 pub use connect::{RdmaListener, RdmaRequest};
-pub use connection::RdmaConnection;
+pub use connection::{RdmaConnection, RdmaLeash};
 pub use device::{RdmaExport, RdmaRegion};
 pub use endpoint::{RdmaAttach, RdmaEndpoint};
 pub use events::DeviceEvents;
@@ -76,10 +73,11 @@ pub use joining::RdmaJoining;
 
 pub(crate) use device::capabilities;
 pub(crate) use library::load as load_libraries;
+pub(in crate::transport) use rail::peer_of;
 pub(in crate::transport) use tables::read_tables;
 
 use device::Device;
-use joining::{Joining, Place};
+use joining::{Impossible, Joining, Place};
 use keeper::Keeper;
 
 /// The `rdma` transport on one device.
@@ -128,20 +126,6 @@ impl Rdma {
         Ok(Self { keeper: Keeper::start(&device)?, device })
     }
 
-    /// Whether the opening of a stranger is meant for this provider.
-    pub(in crate::transport) fn is_meant(opening: &[u8; OPENING]) -> bool {
-        offer::Message::is_meant(opening)
-    }
-
-    /// What a stranger wants who has come, for any rail, to the door at `address`. `None`: he was told why he cannot come in.
-    pub(in crate::transport) fn request(
-        address: &Address,
-        socket: TcpStream,
-        opening: &[u8; OPENING],
-    ) -> Option<RdmaRequest> {
-        RdmaRequest::new(None, address, socket, opening)
-    }
-
     /// Name of the device.
     pub fn device_name(&self) -> &str {
         &self.device.name
@@ -162,10 +146,34 @@ impl Rdma {
     /// # Errors
     /// [`Error::Limit`] when the endpoint has no place left; [`Error::NoDevice`] when `ip` belongs to another device.
     pub fn join(&self, endpoint: &RdmaAttach, ip: IpAddr) -> Result<RdmaJoining, Error> {
+        self.join_with(endpoint, ip, usize::MAX)
+    }
+
+    /// As [`join`](Self::join), with a send queue of `depth` requests, at least 1 and at most the endpoint's.
+    ///
+    /// # Errors
+    /// As [`join`](Self::join).
+    pub fn join_with(&self, endpoint: &RdmaAttach, ip: IpAddr, depth: usize) -> Result<RdmaJoining, Error> {
         self.check_ours(endpoint);
         let place = Place::reserve(&endpoint.0)?;
         let local = self.device.local(ip).map_err(|reason| Error::NoDevice { reason })?;
-        Joining::new(&endpoint.0, place, local, usize::MAX).map(RdmaJoining)
+        Joining::new(&endpoint.0, place, local, depth).map(RdmaJoining)
+    }
+
+    /// Answers an offer that came over a channel of the program's own, which goes over TCP between `ips`: this end's address, and the peer's. As
+    /// [`join_with`](Self::join_with) and [`RdmaJoining::answer`]. On Ethernet the peer must offer the address that its channel comes from.
+    ///
+    /// # Errors
+    /// As those.
+    pub fn answer(
+        &self,
+        endpoint: &RdmaAttach,
+        ips: (IpAddr, IpAddr),
+        depth: usize,
+        offer: &[u8],
+    ) -> Result<RdmaJoining, Error> {
+        self.check_ours(endpoint);
+        connect::answer(&endpoint.0, ips, depth, offer).map(RdmaJoining).map_err(Impossible::report)
     }
 
     fn check_ours(&self, endpoint: &RdmaAttach) {
@@ -211,14 +219,13 @@ impl Transport for Rdma {
         RdmaListener::new(&self.device, address)
     }
 
-    fn connect(
+    fn connect_with(
         &self,
-        endpoint: &RdmaAttach,
         address: &Address,
-        private_data: &[u8],
+        lane: LaneSpec<'_, RdmaAttach>,
         timeout: Duration,
     ) -> Result<(RdmaConnection, Vec<u8>), Error> {
-        self.check_ours(endpoint);
-        connect::connect(&endpoint.0, address, private_data, timeout)
+        self.check_ours(lane.endpoint);
+        connect::connect(address, lane, timeout)
     }
 }

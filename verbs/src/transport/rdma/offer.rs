@@ -169,11 +169,6 @@ impl Message {
         bytes
     }
 
-    /// Whether these are meant for this protocol.
-    pub(super) fn is_meant(bytes: &[u8; MESSAGE]) -> bool {
-        bytes[..3] == MAGIC[..3]
-    }
-
     /// # Errors
     /// A sentence that names the field that is wrong, and its value.
     pub(super) fn decode(bytes: &[u8; MESSAGE]) -> Result<Self, String> {

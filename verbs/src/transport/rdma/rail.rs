@@ -1,14 +1,26 @@
 //! A transport as one rail of several: what peers are told of it, whom it does not reach, and connections at addresses that two sessions have
 //! agreed on.
 
-use std::{net::Ipv6Addr, time::Duration};
+use std::net::Ipv6Addr;
 
-use super::{Rdma, RdmaAttach, RdmaConnection, RdmaRequest, connect};
+use super::{
+    Rdma, RdmaAttach, RdmaJoining,
+    joining::{Joining, Place},
+    offer::Offer,
+};
 use crate::{
-    address::Address,
     error::Error,
+    fabric::Way,
     rails::{OwnAddress, Rail},
 };
+
+/// The kind of network and the address at which a peer wants to be reached whose offer this is.
+///
+/// # Errors
+/// A sentence that names what is wrong with the offer.
+pub(in crate::transport) fn peer_of(offer: &[u8]) -> Result<(Way, Ipv6Addr), String> {
+    Offer::decode(offer).map(|offer| (offer.way, offer.gid))
+}
 
 impl Rdma {
     /// What peers are told, and the addresses in the order in which they are told.
@@ -16,7 +28,7 @@ impl Rdma {
         self.device.rail()
     }
 
-    /// Whether the port is active now.
+    /// Whether the port is active.
     pub(in crate::transport) fn is_active(&self) -> bool {
         self.device.is_active()
     }
@@ -41,34 +53,35 @@ impl Rdma {
         self.device.near()
     }
 
-    /// Connects from an address of this rail, by a socket that goes any way.
+    /// As [`join_with`](Self::join_with), at an address of this rail.
     ///
     /// # Errors
-    /// As [`Transport::connect`](crate::transport::Transport::connect).
-    pub(in crate::transport) fn connect_at(
+    /// As there.
+    pub(in crate::transport) fn join_at(
         &self,
         endpoint: &RdmaAttach,
         from: &OwnAddress,
-        address: &Address,
-        private_data: &[u8],
-        timeout: Duration,
-    ) -> Result<(RdmaConnection, Vec<u8>), Error> {
+        depth: usize,
+    ) -> Result<RdmaJoining, Error> {
         self.check_ours(endpoint);
-        connect::connect_at(&endpoint.0, self.device.at(from), address, private_data, timeout)
+        let place = Place::reserve(&endpoint.0)?;
+        Joining::new(&endpoint.0, place, self.device.at(from), depth).map(RdmaJoining)
     }
 
-    /// Accepts, at an address of this rail, a peer that has come for any rail.
+    /// Answers an offer, at an address of this rail. (On Ethernet the kernel looks for the hardware address of the GID that is offered, for up
+    /// to a second if there is none.)
     ///
     /// # Errors
-    /// As [`Request::accept_with`](crate::transport::Request::accept_with).
-    pub(in crate::transport) fn accept_at(
+    /// As [`join_at`](Self::join_at) and [`RdmaJoining::answer`].
+    pub(in crate::transport) fn answer_at(
         &self,
-        request: RdmaRequest,
         endpoint: &RdmaAttach,
         at: &OwnAddress,
         depth: usize,
-    ) -> Result<RdmaConnection, Error> {
-        self.check_ours(endpoint);
-        request.accept_at(endpoint, self.device.at(at), depth, &[])
+        offer: &[u8],
+    ) -> Result<RdmaJoining, Error> {
+        let mut joining = self.join_at(endpoint, at, depth)?;
+        joining.answer(offer)?;
+        Ok(joining)
     }
 }

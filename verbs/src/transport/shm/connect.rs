@@ -25,7 +25,7 @@ use super::{
     admit,
     bell::Page,
     connection::ShmConnection,
-    endpoint::{Arrival, Seat, Shared},
+    endpoint::{Arrival, Seat, Shared, ShmAttach},
     hear::{Heard, Progress, hear},
     link::Link,
     region::{Offer, RemoteTable},
@@ -35,7 +35,7 @@ use super::{
 use crate::{
     address::Address,
     error::Error,
-    transport::{EndpointConfig, MAX_REQUEST_DATA, host::check_private_data},
+    transport::{EndpointConfig, LaneSpec, MAX_REQUEST_DATA, host::check_private_data},
 };
 
 /// How often a listener that has said half of its answer is looked at.
@@ -134,43 +134,73 @@ impl Patience<'_> {
     }
 }
 
-/// See [`Transport::connect`](crate::transport::Transport::connect).
-pub(super) fn connect_to(
-    shared: &Arc<Shared>,
-    address: &Address,
-    private_data: &[u8],
-    timeout: Duration,
-) -> Result<(ShmConnection, Vec<u8>), Error> {
-    let (_, name) = resolve(address)?;
-    check_private_data(private_data, MAX_REQUEST_DATA)?;
-    let patience = Patience { address, timeout, deadline: Instant::now().checked_add(timeout) };
-    let seat = Seat::reserve(shared)?;
-    let inner = &shared.inner;
-    let socket = dial(&name, inner.user, &patience)?;
-    // Before the listener gets anything: whose is it?
-    let user = admit::user_of_peer(&socket)?;
-    let stranger = |user| Error::OtherUser { address: address.to_string(), own: inner.user, peer: user };
-    if !inner.admit.admits(inner.user, user) {
-        return Err(stranger(user));
-    }
-    let offers = inner.registry.offers()?;
-    let hello = opening(Kind::Hello, &seat, &shared.config, shared.config.send_depth, &offers, private_data);
-    let users = (inner.user, user);
-    let said = send_opening(&socket, &hello, &[shared.bell_file()], &offers, users, patience.deadline);
-    let heard = match said {
-        Ok(()) => answer(&socket, shared, &patience)?,
-        Err(error) => parting_words(&socket, shared, error, &patience)?,
-    };
-    match heard.opening.kind {
-        Kind::Accept => {}
-        Kind::Refuse => {
-            let private_data = heard.opening.data;
-            return Err(Error::Refused { address: address.to_string(), private_data });
+/// A listener that has been told what is wanted, and has yet to answer: many can be asked before the first answer is awaited.
+pub(in crate::transport) struct Calling<'a> {
+    shared: Arc<Shared>,
+    patience: Patience<'a>,
+    seat: Seat,
+    depth: usize,
+    socket: OwnedFd,
+    /// User of the listener.
+    user: u32,
+    /// What became of saying hello.
+    said: Result<(), Error>,
+}
+
+impl<'a> Calling<'a> {
+    /// Connects, and says hello.
+    pub(in crate::transport) fn begin(
+        address: &'a Address,
+        lane: LaneSpec<'_, ShmAttach>,
+        timeout: Duration,
+    ) -> Result<Self, Error> {
+        let LaneSpec { endpoint, private_data, depth } = lane;
+        let shared = endpoint.0.clone();
+        let depth = depth.clamp(1, shared.config.send_depth);
+        let (_, name) = resolve(address)?;
+        check_private_data(private_data, MAX_REQUEST_DATA)?;
+        let patience = Patience { address, timeout, deadline: Instant::now().checked_add(timeout) };
+        let seat = Seat::reserve(&shared)?;
+        let inner = &shared.inner;
+        let socket = dial(&name, inner.user, &patience)?;
+        // Before the listener gets anything: whose is it?
+        let user = admit::user_of_peer(&socket)?;
+        if !inner.admit.admits(inner.user, user) {
+            return Err(stranger(address, inner.user, user));
         }
-        Kind::Forbid => return Err(stranger(heard.opening.admitted_user().unwrap_or(user))),
-        Kind::Hello => return Err(patience.unreachable("it wants to connect, too")),
+        let offers = inner.registry.offers()?;
+        let hello = opening(Kind::Hello, &seat, &shared.config, depth, &offers, private_data);
+        let users = (inner.user, user);
+        let said = send_opening(&socket, &hello, &[shared.bell_file()], &offers, users, patience.deadline);
+        Ok(Self { shared, patience, seat, depth, socket, user, said })
     }
-    established(shared, seat, socket, heard, &patience)
+
+    /// Hears the answer.
+    pub(in crate::transport) fn finish(self) -> Result<(ShmConnection, Vec<u8>), Error> {
+        let Self { shared, patience, seat, depth, socket, user, said } = self;
+        let address = patience.address;
+        let heard = match said {
+            Ok(()) => answer(&socket, &shared, &patience)?,
+            Err(error) => parting_words(&socket, &shared, error, &patience)?,
+        };
+        match heard.opening.kind {
+            Kind::Accept => {}
+            Kind::Refuse => {
+                let private_data = heard.opening.data;
+                return Err(Error::Refused { address: address.to_string(), private_data });
+            }
+            Kind::Forbid => {
+                let admitted = heard.opening.admitted_user().unwrap_or(user);
+                return Err(stranger(address, shared.inner.user, admitted));
+            }
+            Kind::Hello => return Err(patience.unreachable("it wants to connect, too")),
+        }
+        established(&shared, seat, depth, socket, heard, &patience)
+    }
+}
+
+fn stranger(address: &Address, own: u32, peer: u32) -> Error {
+    Error::OtherUser { address: address.to_string(), own, peer }
 }
 
 /// A socket that is connected to the listener.
@@ -249,6 +279,7 @@ fn parting_words(
 fn established(
     shared: &Shared,
     seat: Seat,
+    depth: usize,
     socket: OwnedFd,
     heard: Heard,
     patience: &Patience<'_>,
@@ -258,7 +289,7 @@ fn established(
     let [bell, inbox_file, outbox_file]: [OwnedFd; 3] =
         fds.try_into().map_err(|_| patience.unreachable("it sent no rings"))?;
     let config = &shared.config;
-    let (depth, buffers) = (config.send_depth, config.receive_buffers as u64);
+    let buffers = config.receive_buffers as u64;
     let inward = capacity(opening.send_depth, buffers, config.receive_size as u64);
     let outward = capacity(depth as u64, opening.receive_buffers, opening.receive_size);
     let mappings = &shared.inner.mappings;

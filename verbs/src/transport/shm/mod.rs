@@ -90,7 +90,7 @@ use crate::{
     address::Address,
     error::Error,
     memory::{Exclusive, Memory},
-    transport::{Access, EndpointConfig, Transport, host},
+    transport::{Access, EndpointConfig, LaneSpec, Transport, host},
 };
 
 mod admit;
@@ -121,6 +121,7 @@ pub(in crate::transport) mod suite;
 mod tests;
 
 pub use admit::Admit;
+pub(in crate::transport) use connect::Calling;
 pub use connection::ShmConnection;
 pub use endpoint::{ShmAttach, ShmEndpoint};
 pub use listen::{ShmListener, ShmRequest};
@@ -211,13 +212,12 @@ impl Transport for Shm {
         ShmListener::new(&self.0, address)
     }
 
-    fn connect(
+    fn connect_with(
         &self,
-        endpoint: &ShmAttach,
         address: &Address,
-        private_data: &[u8],
+        lane: LaneSpec<'_, ShmAttach>,
         timeout: Duration,
     ) -> Result<(ShmConnection, Vec<u8>), Error> {
-        connect::connect_to(&endpoint.0, address, private_data, timeout)
+        connect::Calling::begin(address, lane, timeout)?.finish()
     }
 }

@@ -14,7 +14,7 @@ use crate::{
     address::Address,
     error::Error,
     memory::{Exclusive, Memory},
-    transport::{Access, EndpointConfig, MAX_REQUEST_DATA, Runtime, Transport},
+    transport::{Access, EndpointConfig, LaneSpec, MAX_REQUEST_DATA, Runtime, Transport},
 };
 
 impl Transport for Node {
@@ -58,11 +58,10 @@ impl Transport for Node {
         Ok(Listener::new(self, address))
     }
 
-    fn connect(
+    fn connect_with(
         &self,
-        endpoint: &Attach,
         address: &Address,
-        private_data: &[u8],
+        LaneSpec { endpoint, private_data, depth }: LaneSpec<'_, Attach>,
         timeout: Duration,
     ) -> Result<(Connection, Vec<u8>), Error> {
         let target = name(address)?;
@@ -94,6 +93,8 @@ impl Transport for Node {
         });
         let mut world = self.shared.lock();
         if let Some(Answer::Accepted { link, data }) = answer {
+            let end = world.end(link, 0);
+            end.depth = end.depth.min(depth.max(1));
             return Ok((Connection::new(self, link, 0, &world), data));
         }
         world.attempts[number].abandoned = true;

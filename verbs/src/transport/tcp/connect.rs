@@ -10,7 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::net::sockopt;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::{self, AddressFamily, SocketFlags, SocketType, sockopt},
+};
 
 use super::{
     connection::TcpConnection,
@@ -22,7 +26,7 @@ use crate::{
     address::Address,
     error::Error,
     transport::{
-        Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request,
+        LaneSpec, Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request,
         host::{check_private_data, strangers::Door},
     },
 };
@@ -71,52 +75,143 @@ fn opening(kind: OpeningKind, shared: &Shared, depth: usize, private_data: &[u8]
 
 /// See [`Transport::connect`](crate::transport::Transport::connect).
 pub(super) fn connect_to(
-    shared: &Arc<Shared>,
     address: &Address,
-    private_data: &[u8],
+    lane: LaneSpec<'_, TcpAttach>,
     timeout: Duration,
 ) -> Result<(TcpConnection, Vec<u8>), Error> {
     let addresses = resolve(address)?;
-    check_private_data(private_data, MAX_REQUEST_DATA)?;
-    let deadline = Instant::now().checked_add(timeout);
-    let left = || deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
-    let late =
-        || Error::Timeout { what: format!("connecting to `{address}`"), seconds: timeout.as_secs_f64() };
-    let unreachable = |reason: String| Error::Unreachable { address: address.to_string(), reason };
-    let seat = Seat::reserve(shared)?;
-    let depth = shared.config.send_depth;
-    let mut socket = dial(&addresses, left).map_err(|error| match error.kind() {
-        ErrorKind::TimedOut | ErrorKind::WouldBlock => late(),
-        _ => unreachable(error.to_string()),
+    let patience = Patience { address, timeout, deadline: Instant::now().checked_add(timeout) };
+    let mut calling = Calling::new(patience, lane, |patience| {
+        dial(&addresses, || patience.left()).map_err(|error| match error.kind() {
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => patience.late(),
+            _ => patience.unreachable(error.to_string()),
+        })
     })?;
-    let said = socket.write_all(&opening(OpeningKind::Hello, shared, depth, private_data).encode());
-    said.map_err(|error| unreachable(error.to_string()))?;
-    let mut answer = [0; OPENING];
-    let mut heard = 0;
-    while heard < OPENING {
-        let left = left();
-        if left.is_zero() {
-            return Err(late());
-        }
-        socket.set_read_timeout(Some(left)).map_err(Error::io("setsockopt(SO_RCVTIMEO)"))?;
-        match socket.read(&mut answer[heard..]) {
-            Ok(0) => return Err(unreachable("it closed the connection".to_owned())),
-            Ok(count) => heard += count,
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-            Err(error) => return Err(unreachable(error.to_string())),
+    calling.say()?;
+    calling.finish()
+}
+
+/// The time that a call may take.
+struct Patience<'a> {
+    address: &'a Address,
+    timeout: Duration,
+    deadline: Option<Instant>,
+}
+
+impl Patience<'_> {
+    fn left(&self) -> Duration {
+        self.deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()))
+    }
+
+    fn late(&self) -> Error {
+        let what = format!("connecting to `{}`", self.address);
+        Error::Timeout { what, seconds: self.timeout.as_secs_f64() }
+    }
+
+    fn unreachable(&self, reason: impl Into<String>) -> Error {
+        Error::Unreachable { address: self.address.to_string(), reason: reason.into() }
+    }
+
+    /// Waits until `socket` is ready for `what`.
+    fn wait(&self, socket: &TcpStream, what: PollFlags) -> Result<(), Error> {
+        loop {
+            let left = self.left().min(Duration::from_secs(3600));
+            if left.is_zero() {
+                return Err(self.late());
+            }
+            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut [PollFd::new(socket, what)], Some(&left)) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(e) => return Err(Error::io("poll(socket)")(e.into())),
+            }
         }
     }
-    let answer = Opening::decode(&answer).map_err(unreachable)?;
-    match answer.kind {
-        OpeningKind::Accept => {}
-        OpeningKind::Refuse => {
-            return Err(Error::Refused { address: address.to_string(), private_data: answer.private_data });
-        }
-        OpeningKind::Hello => return Err(unreachable("it wants to connect, too".to_owned())),
+}
+
+/// A connection that is being made. Many can be begun, then told what is wanted, before the first answer is awaited.
+pub(in crate::transport) struct Calling<'a> {
+    shared: Arc<Shared>,
+    patience: Patience<'a>,
+    seat: Seat,
+    depth: usize,
+    socket: TcpStream,
+    opening: Opening,
+}
+
+impl<'a> Calling<'a> {
+    fn new(
+        patience: Patience<'a>,
+        lane: LaneSpec<'_, TcpAttach>,
+        dial: impl FnOnce(&Patience<'_>) -> Result<TcpStream, Error>,
+    ) -> Result<Self, Error> {
+        check_private_data(lane.private_data, MAX_REQUEST_DATA)?;
+        let shared = lane.endpoint.0.clone();
+        let seat = Seat::reserve(&shared)?;
+        let depth = lane.depth.clamp(1, shared.config.send_depth);
+        let opening = opening(OpeningKind::Hello, &shared, depth, lane.private_data);
+        let socket = dial(&patience)?;
+        Ok(Self { shared, patience, seat, depth, socket, opening })
     }
-    prepare(&socket)?;
-    let link = seat.occupy(socket, depth, answer.send_depth);
-    Ok((TcpConnection::new(shared.clone(), link), answer.private_data))
+
+    /// Begins to connect to `at`, which `address` names, and waits for nothing.
+    pub(in crate::transport) fn begin(
+        address: &'a Address,
+        at: SocketAddr,
+        lane: LaneSpec<'_, TcpAttach>,
+        timeout: Duration,
+    ) -> Result<Self, Error> {
+        let patience = Patience { address, timeout, deadline: Instant::now().checked_add(timeout) };
+        Self::new(patience, lane, |patience| {
+            let family = if at.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = net::socket_with(family, SocketType::STREAM, flags, None)
+                .map_err(|e| Error::io("socket()")(e.into()))?;
+            match net::connect(&socket, &at) {
+                Ok(()) | Err(Errno::INPROGRESS | Errno::INTR) => Ok(socket.into()),
+                Err(e) => Err(patience.unreachable(io::Error::from(e).to_string())),
+            }
+        })
+    }
+
+    /// Says what is wanted, when the socket is connected.
+    pub(in crate::transport) fn say(&mut self) -> Result<(), Error> {
+        self.patience.wait(&self.socket, PollFlags::OUT)?;
+        if let Some(error) = self.socket.take_error().map_err(Error::io("getsockopt(SO_ERROR)"))? {
+            return Err(self.patience.unreachable(error.to_string()));
+        }
+        // The socket has sent nothing yet, so it has room for that.
+        let said = self.socket.write_all(&self.opening.encode());
+        said.map_err(|error| self.patience.unreachable(error.to_string()))
+    }
+
+    /// Hears the answer.
+    pub(in crate::transport) fn finish(self) -> Result<(TcpConnection, Vec<u8>), Error> {
+        let Self { shared, patience, seat, depth, mut socket, .. } = self;
+        let mut answer = [0; OPENING];
+        let mut heard = 0;
+        while heard < OPENING {
+            patience.wait(&socket, PollFlags::IN)?;
+            match socket.read(&mut answer[heard..]) {
+                Ok(0) => return Err(patience.unreachable("it closed the connection")),
+                Ok(count) => heard += count,
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                Err(error) => return Err(patience.unreachable(error.to_string())),
+            }
+        }
+        let answer = Opening::decode(&answer).map_err(|reason| patience.unreachable(reason))?;
+        let address = patience.address.to_string();
+        match answer.kind {
+            OpeningKind::Accept => {}
+            OpeningKind::Refuse => {
+                return Err(Error::Refused { address, private_data: answer.private_data });
+            }
+            OpeningKind::Hello => return Err(patience.unreachable("it wants to connect, too")),
+        }
+        prepare(&socket)?;
+        let link = seat.occupy(socket, depth, answer.send_depth);
+        Ok((TcpConnection::new(shared, link), answer.private_data))
+    }
 }
 
 /// Connects to the first of the addresses that answers.

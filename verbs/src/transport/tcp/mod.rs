@@ -42,7 +42,7 @@ use crate::{
     address::Address,
     error::Error,
     memory::{Exclusive, Memory},
-    transport::{Access, EndpointConfig, NoView, Transport, host},
+    transport::{Access, EndpointConfig, LaneSpec, NoView, Transport, host},
 };
 
 mod connect;
@@ -59,8 +59,8 @@ mod suite;
 mod tests;
 mod wire;
 
+pub(in crate::transport) use connect::{Calling, bind, dial, look_up};
 pub use connect::{TcpListener, TcpRequest};
-pub(in crate::transport) use connect::{bind, dial, look_up};
 pub use connection::TcpConnection;
 pub use endpoint::{TcpAttach, TcpEndpoint};
 pub use region::{TcpExport, TcpRegion};
@@ -116,13 +116,12 @@ impl Transport for Tcp {
         TcpListener::new(address)
     }
 
-    fn connect(
+    fn connect_with(
         &self,
-        endpoint: &TcpAttach,
         address: &Address,
-        private_data: &[u8],
+        lane: LaneSpec<'_, TcpAttach>,
         timeout: Duration,
     ) -> Result<(TcpConnection, Vec<u8>), Error> {
-        connect::connect_to(&endpoint.0, address, private_data, timeout)
+        connect::connect_to(address, lane, timeout)
     }
 }

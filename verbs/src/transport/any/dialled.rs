@@ -1,0 +1,413 @@
+//! The client's end of a session, and the lanes that it makes.
+//!
+//! ```text
+//!  ways with a handshake of their own              ways that take offers (`rdma`)
+//!  LANES ─▶                                        LANES, an offer for each ─▶
+//!        ◀─ GO: a token for each                   ◀─ ANSWER for each, with the server's offer
+//!  connects all, with the tokens ─▶                READY for each ─▶
+//!        ◀─ ANSWER for each
+//! ```
+//!
+//! So what is waited for does not depend on how many lanes there are. A token opens one lane, in place of private data; what the server's
+//! program says goes by the session.
+
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{SocketAddr, TcpStream},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    HostConnection,
+    attendant::{Answer, Call, Unheard},
+    connection::{Lane, Route},
+    dial::{Asked, Failed, Made, Spec},
+    line::{Ear, Line},
+    peer::this_process,
+    region::PeerRegions,
+};
+#[cfg(feature = "rdma")]
+use super::{
+    rails::{Picked, Picks},
+    request::tied,
+};
+#[cfg(feature = "rdma")]
+use crate::transport::rdma::RdmaJoining;
+use crate::{
+    address::Address,
+    error::Error,
+    rails::Rail,
+    session::{
+        Way,
+        noise::{Initiator, Piece, piece},
+        wire::{Boot, LaneRails, Message, Offer, Token, Verdict, Wanted},
+    },
+    transport::{LaneSpec, shm, tcp},
+};
+
+/// How long a server may take for its last word on a lane that has been refused.
+const LAST_WORD: Duration = Duration::from_secs(2);
+
+/// An established session.
+pub(super) struct Session {
+    call: Arc<Call>,
+    server: SocketAddr,
+    /// Number of the next lane.
+    next: u32,
+    same_host: bool,
+    offers: Vec<Offer>,
+    /// The server's.
+    #[cfg_attr(not(feature = "rdma"), expect(dead_code))]
+    rails: Vec<Rail>,
+}
+
+/// Why no more is heard of lanes that were asked for.
+fn unheard(asked: &Asked<'_>, why: Unheard) -> Error {
+    match why {
+        Unheard::Late => asked.late(),
+        Unheard::Over(reason) => asked.unreachable(reason),
+    }
+}
+
+impl Session {
+    /// Connects, shakes hands, and hears what the server offers.
+    pub(super) fn begin(asked: &Asked<'_>) -> Result<Self, Error> {
+        let addresses = tcp::look_up(asked.address, asked.name, asked.port)?;
+        let socket = tcp::dial(&addresses, || asked.left()).map_err(|error| match error.kind() {
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => asked.late(),
+            _ => asked.unreachable(error.to_string()),
+        })?;
+        let lost = |error: std::io::Error| asked.unreachable(error.to_string());
+        socket.set_nodelay(true).map_err(lost)?;
+        let server = socket.peer_addr().map_err(lost)?;
+        let (initiator, opening) = Initiator::start(asked.host.0.keys.first());
+        // Neither this nor the hello is more than an empty socket takes.
+        (&socket).write_all(&opening).map_err(lost)?;
+        let mut heard = Vec::new();
+        let answer = hear(&socket, &mut heard, asked)?;
+        let mut cipher = initiator.finish(&answer).map_err(|reason| asked.no_session(reason))?;
+        let boot: Boot = asked.host.0.boot;
+        let hello = Message::Hello { boot, process: this_process(), rails: asked.host.told_rails() };
+        let hello = cipher.seal(&hello.encode());
+        (&socket).write_all(&hello).map_err(lost)?;
+        let welcome = hear(&socket, &mut heard, asked)?;
+        let welcome = cipher.open(&welcome).map_err(|reason| asked.no_session(reason))?;
+        let (theirs, process, offers, rails) = match Message::decode(&welcome) {
+            Ok(Message::Welcome { boot, process, offers, rails }) => (boot, process, offers, rails),
+            Ok(other) => {
+                return Err(asked
+                    .unreachable(format!("its first message is no welcome, but of kind {}", other.kind())));
+            }
+            Err(error) => return Err(asked.unreachable(format!("it sent a malformed message: {error}"))),
+        };
+        let serve = |bell: &_| Line::new(socket, cipher, asked.address.to_string(), bell);
+        let call = asked.host.0.attend(|bell| {
+            let line = serve(bell).map_err(lost)?;
+            line.introduce(process);
+            Ok((Call::new(line), Ear(heard)))
+        })?;
+        asked.host.note_peer(&call.line);
+        Ok(Self { call, server, next: 0, same_host: theirs == boot, offers, rails })
+    }
+
+    /// Whether lanes are better made in a new one. If so it is set aside.
+    pub(super) fn is_stale(&self) -> bool {
+        if self.call.line.age() >= super::dial::STALE {
+            self.call.set_aside("the server was not heard any more");
+        }
+        self.call.over().is_some()
+    }
+
+    /// Whether a way may lead there; or why it does not.
+    pub(super) fn leads(&self, asked: &Asked<'_>, way: Way) -> Result<(), String> {
+        if !asked.host.has(way) {
+            return Err(asked.host.why_not(way));
+        }
+        match self.offer(way) {
+            None => Err("the server does not use it".to_owned()),
+            Some(_) if way == Way::Shm && !self.same_host => Err("the server is on another host".to_owned()),
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn offer(&self, way: Way) -> Option<&Offer> {
+        self.offers.iter().find(|offer| offer.way == way)
+    }
+
+    /// Makes lanes by a way that may lead there, on which the user may insist.
+    pub(super) fn lanes(
+        &mut self,
+        asked: &Asked<'_>,
+        way: Way,
+        #[cfg_attr(not(feature = "rdma"), expect(unused_variables))] insists: bool,
+        lanes: &[Spec<'_>],
+    ) -> Result<Vec<Made>, Failed> {
+        match way {
+            #[cfg(feature = "rdma")]
+            Way::Rdma => self.by_rails(asked, insists, lanes),
+            #[cfg(not(feature = "rdma"))]
+            Way::Rdma => Err(Failed::Way(asked.host.why_not(way))),
+            Way::Shm => {
+                let place = self.offer(way).map(|offer| offer.place.clone()).expect("it leads there");
+                let place = Address::Shm(place.into());
+                let begin = |lane: &Spec<'_>, token: &Token| {
+                    let endpoint = lane.endpoint.shm()?;
+                    let lane = LaneSpec { endpoint: &endpoint, private_data: token, depth: lane.depth };
+                    shm::Calling::begin(&place, lane, asked.left())
+                };
+                let finish = |calling: shm::Calling<'_>| Ok(Lane::Shm(calling.finish()?.0));
+                self.by_tokens(asked, Route::Shm, lanes, begin, |_| Ok(()), finish)
+            }
+            Way::Tcp => {
+                // Not by the name: it may lead to another server the next time.
+                let server = self.server;
+                let begin = |lane: &Spec<'_>, token: &Token| {
+                    let endpoint = lane.endpoint.tcp()?;
+                    let lane = LaneSpec { endpoint: &endpoint, private_data: token, depth: lane.depth };
+                    tcp::Calling::begin(asked.address, server, lane, asked.left())
+                };
+                let finish = |calling: tcp::Calling<'_>| Ok(Lane::Tcp(calling.finish()?.0));
+                self.by_tokens(asked, Route::Tcp, lanes, begin, tcp::Calling::say, finish)
+            }
+        }
+    }
+
+    /// Asks for lanes: the number of the first.
+    fn ask(
+        &mut self,
+        asked: &Asked<'_>,
+        route: Route,
+        rails: LaneRails,
+        lanes: Vec<Wanted>,
+    ) -> Result<u32, Failed> {
+        let over = |reason: String| Failed::NotAsked(asked.unreachable(reason));
+        let (first, count) = (self.next, lanes.len() as u32);
+        self.next = first.checked_add(count).filter(|next| *next < u32::MAX).ok_or_else(|| {
+            self.call.set_aside("its lanes have no numbers left");
+            over("the session has no numbers left for lanes".to_owned())
+        })?;
+        self.call.want(first..self.next);
+        let (way, regions) = (route.way(), asked.host.0.regions.offers(route));
+        self.call.line.say(&Message::Lanes { first, way, rails, regions, lanes }).map_err(over)?;
+        Ok(first)
+    }
+
+    /// The lanes of a way with a handshake of its own, which `begin`s for each, `goes_on` for each, and then `finish`es for each.
+    fn by_tokens<C>(
+        &mut self,
+        asked: &Asked<'_>,
+        route: Route,
+        lanes: &[Spec<'_>],
+        begin: impl Fn(&Spec<'_>, &Token) -> Result<C, Error>,
+        go_on: impl Fn(&mut C) -> Result<(), Error>,
+        finish: impl Fn(C) -> Result<Lane, Error>,
+    ) -> Result<Vec<Made>, Failed> {
+        let wanted = |lane: &Spec<'_>| Wanted { offer: Vec::new(), data: lane.private_data.to_vec() };
+        let wanted = lanes.iter().map(wanted).collect();
+        let first = self.ask(asked, route, LaneRails::default(), wanted)?;
+        let tokens = self.call.tokens(asked.deadline).map_err(|why| match why {
+            Unheard::Late => Failed::Lane(asked.late()),
+            Unheard::Over(reason) => Failed::NotAsked(asked.unreachable(reason)),
+        })?;
+        let failed = |number: u32, error| self.failed(asked, number, error);
+        let mut calling = Vec::with_capacity(lanes.len());
+        for (number, (lane, token)) in (first..).zip(lanes.iter().zip(&tokens)) {
+            calling.push((number, begin(lane, token).map_err(|error| failed(number, error))?));
+        }
+        for (number, calling) in &mut calling {
+            go_on(calling).map_err(|error| failed(*number, error))?;
+        }
+        let mut made = Vec::with_capacity(lanes.len());
+        for (number, calling) in calling {
+            made.push((number, finish(calling).map_err(|error| failed(number, error))?));
+        }
+        let answered = |(number, lane)| {
+            let answer = self.call.answer(number, asked.deadline);
+            let answer = answer.map_err(|why| Failed::Lane(unheard(asked, why)))?;
+            let Answer { regions, data, .. } = accepted(asked, answer)?;
+            let regions = PeerRegions::told(regions);
+            let connection = HostConnection::new(asked.host, lane, route, regions).map_err(Failed::Lane)?;
+            Ok((connection, data))
+        };
+        made.into_iter().map(answered).collect()
+    }
+
+    /// What it means that lane `number` was not made.
+    fn failed(&self, asked: &Asked<'_>, number: u32, error: Error) -> Failed {
+        match error {
+            Error::Refused { .. } => {
+                let deadline = Instant::now() + asked.left().min(LAST_WORD);
+                match self.call.answer(number, Some(deadline)) {
+                    Ok(answer) => match accepted(asked, answer) {
+                        Err(failed) => failed,
+                        Ok(_) => Failed::Lane(asked.unreachable("it refused a lane that it had accepted")),
+                    },
+                    // The server has heard of no lane: somebody else listens there.
+                    Err(Unheard::Late) => {
+                        Failed::Way("who listens there is not the server of this session".to_owned())
+                    }
+                    Err(why) => Failed::Lane(unheard(asked, why)),
+                }
+            }
+            Error::Unreachable { reason, .. } | Error::NoDevice { reason } => Failed::Way(reason),
+            // Without a key shared memory is for one user. Memory that cannot be pinned need not be pinned for other ways.
+            error @ (Error::OtherUser { .. } | Error::Memlock { .. }) => Failed::Way(error.to_string()),
+            Error::Timeout { .. } => Failed::Lane(asked.late()),
+            error => Failed::Lane(error),
+        }
+    }
+}
+
+/// The answer to a lane that was accepted.
+fn accepted(asked: &Asked<'_>, answer: Answer) -> Result<Answer, Failed> {
+    match answer.verdict {
+        Verdict::Accepted => Ok(answer),
+        Verdict::Refused => {
+            let address = asked.address.to_string();
+            Err(Failed::Lane(Error::Refused { address, private_data: answer.data }))
+        }
+        Verdict::Impossible => Err(Failed::Way(String::from_utf8_lossy(&answer.data).into_owned())),
+    }
+}
+
+#[cfg(feature = "rdma")]
+impl Session {
+    /// Lanes of RDMA, by the best rails that lead there. Each has its turn; those that go by the same rails are asked for together.
+    fn by_rails(
+        &mut self,
+        asked: &Asked<'_>,
+        insists: bool,
+        lanes: &[Spec<'_>],
+    ) -> Result<Vec<Made>, Failed> {
+        let theirs = self.rails.clone();
+        let mut groups: Vec<(Picks<'_>, Picked, Vec<usize>)> = Vec::new();
+        for number in 0..lanes.len() {
+            let mut picks = asked.host.0.rails.picks(&theirs, insists);
+            let Some(picked) = picks.next() else { return Err(Failed::Way(picks.none())) };
+            match groups.iter_mut().find(|(_, other, _)| *other == picked) {
+                Some((.., numbers)) => numbers.push(number),
+                None => groups.push((picks, picked, vec![number])),
+            }
+        }
+        let mut made: Vec<Option<Made>> = lanes.iter().map(|_| None).collect();
+        for (picks, picked, numbers) in groups {
+            let lanes: Vec<_> = numbers.iter().map(|number| lanes[*number]).collect();
+            let done = self.by_picks(asked, picks, picked, &lanes)?;
+            numbers.into_iter().zip(done).for_each(|(number, lane)| made[number] = Some(lane));
+        }
+        Ok(made.into_iter().map(|lane| lane.expect("each is of one group")).collect())
+    }
+
+    /// Lanes by the rails that were picked, or by the next best that lead there.
+    fn by_picks(
+        &mut self,
+        asked: &Asked<'_>,
+        mut picks: Picks<'_>,
+        first: Picked,
+        lanes: &[Spec<'_>],
+    ) -> Result<Vec<Made>, Failed> {
+        let (mut next, mut reasons) = (Some(first), Vec::new());
+        while let Some(picked) = next {
+            match self.by_offers(asked, &picked, lanes) {
+                Err(Failed::Way(reason)) => reasons.push(format!("{}: {reason}", picks.name(&picked))),
+                Err(Failed::Lane(Error::Timeout { .. })) => {}
+                made => return made,
+            }
+            picks.failed(&picked);
+            if asked.left().is_zero() {
+                return Err(Failed::Lane(asked.late()));
+            }
+            next = picks.next();
+        }
+        Err(Failed::Way(if reasons.is_empty() { picks.none() } else { reasons.join("; ") }))
+    }
+
+    /// Lanes by rails that were picked: the offers of the queue pairs travel in the session.
+    fn by_offers(
+        &mut self,
+        asked: &Asked<'_>,
+        picked: &Picked,
+        lanes: &[Spec<'_>],
+    ) -> Result<Vec<Made>, Failed> {
+        let failed = |error| match error {
+            Error::Limit { .. } => Failed::Lane(error),
+            error => Failed::Way(error.to_string()),
+        };
+        let line = self.call.line.clone();
+        let join = |lane: &Spec<'_>| asked.host.0.rails.join(picked, lane.endpoint, lane.depth);
+        let joinings = lanes.iter().map(join).collect::<Result<Vec<_>, _>>().map_err(failed)?;
+        let wanted = |(joining, lane): (&RdmaJoining, &Spec<'_>)| Wanted {
+            offer: joining.offer(),
+            data: lane.private_data.to_vec(),
+        };
+        let wanted: Vec<_> = joinings.iter().zip(lanes).map(wanted).collect();
+        // Before the server can speak of them.
+        (self.next..).zip(lanes).for_each(|(number, _)| line.pend(number));
+        let begun = self.next;
+        let first = self.ask(asked, picked.route(), picked.rails(), wanted).inspect_err(|_| {
+            (begun..).zip(lanes).for_each(|(number, _)| line.forget(number));
+        })?;
+        let mut made = Vec::with_capacity(lanes.len());
+        for (number, joining) in (first..).zip(joinings) {
+            match self.by_offer(asked, picked, number, joining) {
+                Ok(lane) => made.push(lane),
+                Err(error) => {
+                    // The server may have made its ends: it hears that nobody takes them.
+                    (number..self.next).for_each(|number| line.untie(number));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(made)
+    }
+
+    fn by_offer(
+        &self,
+        asked: &Asked<'_>,
+        picked: &Picked,
+        number: u32,
+        mut joining: RdmaJoining,
+    ) -> Result<Made, Failed> {
+        let answer = self.call.answer(number, asked.deadline);
+        let answer = answer.map_err(|why| Failed::Lane(unheard(asked, why)))?;
+        let Answer { offer, regions, data, .. } = accepted(asked, answer)?;
+        joining.finish(&offer).map_err(|error| Failed::Way(error.to_string()))?;
+        let lane = Lane::Rdma(tied(&self.call.line, number, joining));
+        let regions = PeerRegions::told(regions);
+        let connection =
+            HostConnection::new(asked.host, lane, picked.route(), regions).map_err(Failed::Lane)?;
+        // To a session that has ended nobody listens: the lane has ended with it.
+        let _ = self.call.line.say(&Message::Ready { number });
+        asked.host.0.rails.count(picked.route());
+        Ok((connection, data))
+    }
+}
+
+/// The next frame of a handshake, of which `heard` may hold a part.
+fn hear(mut socket: &TcpStream, heard: &mut Vec<u8>, asked: &Asked<'_>) -> Result<Vec<u8>, Error> {
+    loop {
+        match piece(heard) {
+            Piece::Frame(length) => {
+                let frame = heard[2..2 + length].to_vec();
+                heard.drain(..2 + length);
+                return Ok(frame);
+            }
+            Piece::Refused(reason) => return Err(asked.no_session(reason)),
+            Piece::Unfinished => {}
+        }
+        let left = asked.left();
+        if left.is_zero() {
+            return Err(asked.late());
+        }
+        let patience = left.min(Duration::from_secs(1 << 30));
+        socket.set_read_timeout(Some(patience)).map_err(Error::io("setsockopt(SO_RCVTIMEO)"))?;
+        let mut bytes = [0; 4096];
+        match socket.read(&mut bytes) {
+            Ok(0) => return Err(asked.unreachable("it closed the connection")),
+            Ok(count) => heard.extend_from_slice(&bytes[..count]),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => return Err(asked.unreachable(error.to_string())),
+        }
+    }
+}
