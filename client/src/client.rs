@@ -22,14 +22,15 @@ use fervor_verbs::{
     rails::RailStats,
     session::Key,
     transport::{
-        Access, Connection, Endpoint, EndpointConfig, Export, Region, RemoteRegion, Transport, any::Host,
+        Access, Connection, Endpoint, EndpointConfig, Export, Region, RemoteRegion, Transport,
+        any::{Host, Peer},
     },
 };
 use zerocopy::IntoBytes;
 
 use crate::{
     cache::Cache,
-    connect::{connect_one, find_shards, main_hello},
+    connect::{connect_mains, find_shards},
     error::Error,
     lane::Lanes,
     options::ClientOptions,
@@ -127,6 +128,12 @@ impl Client<Host> {
     pub fn rails(&self) -> Vec<RailStats> {
         self.core.transport.rails()
     }
+
+    /// The servers that it has `fervor://` sessions with, and since when one of them has said nothing, if one is silent: it is stopped, or out
+    /// of reach. (That alone ends nothing; standard error has a line about it.)
+    pub fn peers(&self) -> Vec<Peer> {
+        self.core.transport.peers()
+    }
 }
 
 impl<T: Transport> Client<T> {
@@ -155,16 +162,10 @@ impl<T: Transport> Client<T> {
         let slabs = sees.then(|| slab_memory(transport, options.slab_bytes)).transpose()?;
         // Without a lease it is nobody who could come back.
         let identity = if options.lease.is_zero() { 0 } else { transport.random().max(1) };
+        let attach = endpoint.attach();
+        let made = connect_mains(transport, &attach, &options, (&region.remote(), identity), &shards)?;
         let (mut connections, mut links) = (Vec::new(), Vec::new());
-        for (number, (address, shard)) in shards.into_iter().enumerate() {
-            let hello = main_hello(&options, &region.remote(), identity, (shard, number * CONTROL_BYTES));
-            let (connection, welcome) = connect_one(
-                transport,
-                &endpoint.attach(),
-                &address,
-                hello.as_bytes(),
-                options.connect_timeout,
-            )?;
+        for (number, ((address, shard), (connection, welcome))) in shards.into_iter().zip(made).enumerate() {
             // Where no network can break, what ends a connection is the end of the server.
             let breaks = !connection.ends_with_peer();
             let lease = if breaks { lease(options.lease, welcome.lease) } else { Duration::ZERO };
@@ -180,7 +181,7 @@ impl<T: Transport> Client<T> {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             identity,
             router: Router::new(links.len()),
-            attach: endpoint.attach(),
+            attach,
             engine: Mutex::new(Engine::new(transport, endpoint, memory, connections, &links)?),
             signal: transport.signal(),
             wanted: AtomicUsize::new(0),

@@ -8,7 +8,7 @@ use fervor_protocol::{
 };
 use fervor_verbs::{
     Address, Error as TransportError,
-    transport::{Connection, Endpoint, EndpointConfig, RemoteRegion, Transport},
+    transport::{Connection, Endpoint, EndpointConfig, LaneSpec, RemoteRegion, Transport},
 };
 use zerocopy::IntoBytes;
 
@@ -76,6 +76,35 @@ pub fn main_hello(
     hello
 }
 
+/// The main connections of a client to all shards, in their order: all those to one server at once.
+///
+/// # Errors
+/// A server is not there, or refuses. What was made is dropped then.
+pub fn connect_mains<T: Transport>(
+    transport: &T,
+    attach: &T::Attach,
+    options: &ClientOptions,
+    (region, identity): (&RemoteRegion, u64),
+    shards: &[(Address, u16)],
+) -> Result<Vec<(T::Connection, Welcome)>, Error> {
+    let mut made = Vec::with_capacity(shards.len());
+    for server in shards.chunk_by(|(one, _), (other, _)| one == other) {
+        let address = &server[0].0;
+        let numbers = made.len()..;
+        let hello = |(number, (_, shard)): (usize, &(Address, u16))| {
+            main_hello(options, region, identity, (*shard, number * CONTROL_BYTES))
+        };
+        let hellos: Vec<Hello> = numbers.zip(server).map(hello).collect();
+        let lanes: Vec<_> = hellos.iter().map(|hello| LaneSpec::new(attach, hello.as_bytes())).collect();
+        let connected = transport.connect_all(address, &lanes, options.connect_timeout);
+        for (connection, answer) in connected.map_err(|error| failed(address, error))? {
+            let welcome = Welcome::parse(&answer).map_err(|reason| refused(address, reason))?;
+            made.push((connection, welcome));
+        }
+    }
+    Ok(made)
+}
+
 /// Connects, with a handshake.
 ///
 /// # Errors
@@ -87,10 +116,7 @@ pub fn connect_one<T: Transport>(
     hello: &[u8],
     timeout: Duration,
 ) -> Result<(T::Connection, Welcome), Error> {
-    attempt(transport, attach, address, hello, timeout).map_err(|unmade| match unmade {
-        Unmade::Gone(cause) => cause.into(),
-        Unmade::Refused(error) => error,
-    })
+    attempt(transport, attach, address, hello, timeout).map_err(Error::from)
 }
 
 /// Why a connection was not made.
@@ -123,12 +149,32 @@ fn attempt<T: Transport>(
     hello: &[u8],
     timeout: Duration,
 ) -> Result<(T::Connection, Welcome), Unmade> {
-    let refused = |reason: String| Unmade::Refused(Error::Refused { address: address.to_string(), reason });
-    let (connection, answer) =
-        transport.connect(attach, address, hello, timeout).map_err(|error| match error {
-            TransportError::Refused { private_data, .. } => refused(Refusal::parse(&private_data).0),
-            TransportError::Unreachable { .. } | TransportError::Timeout { .. } => Unmade::Gone(error),
-            error => Unmade::Refused(error.into()),
-        })?;
-    Ok((connection, Welcome::parse(&answer).map_err(refused)?))
+    let made = transport.connect(attach, address, hello, timeout);
+    let (connection, answer) = made.map_err(|error| match error {
+        TransportError::Unreachable { .. } | TransportError::Timeout { .. } => Unmade::Gone(error),
+        error => Unmade::Refused(failed(address, error)),
+    })?;
+    let welcome = Welcome::parse(&answer).map_err(|reason| Unmade::Refused(refused(address, reason)))?;
+    Ok((connection, welcome))
+}
+
+impl From<Unmade> for Error {
+    fn from(unmade: Unmade) -> Self {
+        match unmade {
+            Unmade::Gone(cause) => cause.into(),
+            Unmade::Refused(error) => error,
+        }
+    }
+}
+
+fn refused(address: &Address, reason: String) -> Error {
+    Error::Refused { address: address.to_string(), reason }
+}
+
+/// What it means that nothing was connected.
+fn failed(address: &Address, error: TransportError) -> Error {
+    match error {
+        TransportError::Refused { private_data, .. } => refused(address, Refusal::parse(&private_data).0),
+        error => error.into(),
+    }
 }

@@ -237,9 +237,10 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot take signals")?;
     let server = Server::start(&transport, &config).map_err(|error| anyhow!("{error}"))?;
     println!("{}", server.budget());
-    for rail in transport.rails() {
-        println!("RDMA by {}{}", rail.name, if rail.active { "" } else { ", which is down now" });
+    for rail in transport.rails().iter().filter(|rail| !rail.active) {
+        println!("the rail {} is down now; it will be used when it is up", rail.name);
     }
+    println!("listening at {}: {}", server.address(), transport.ways());
     println!("fervor-server ready at {}", server.address());
     std::io::stdout().flush()?;
     signals.forever().next();

@@ -75,6 +75,20 @@ impl Drop for Program {
     }
 }
 
+/// A server says by which ways it can be reached, before it says that it is ready.
+#[test]
+fn a_server_says_which_ways_lead_to_it() {
+    let address: Address = "fervor://127.0.0.1:0".parse().unwrap();
+    let mut child = Program::command(&address, &["--shards", "1", "--memory", "1M"]).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let before: Vec<String> = lines.take_while(|line| !line.contains("ready at")).collect();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let line = before.iter().find(|line| line.starts_with("listening at fervor://127.0.0.1:")).unwrap();
+    let (_, ways) = line.rsplit_once(": ").unwrap();
+    assert!(ways.starts_with("shm, ") && ways.ends_with("tcp") && !line.contains(":0:"), "{line}");
+}
+
 fn connect(address: &Address, clients: u16) -> Client {
     let options = ClientOptions { clients, ..ClientOptions::default() };
     Client::connect_with(&[address.to_string()], options).unwrap()

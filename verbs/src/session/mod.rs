@@ -1,8 +1,8 @@
 //! What two processes say to each other before data flows between them: who they are, and how they can be reached.
 //!
 //! A *session* is an encrypted stream of messages between two processes, over TCP. Each has authenticated the other by a pre-shared
-//! key, if there is one. Over it they agree on *lanes*: connections of one of the providers, which carry the data. This module is
-//! about bytes alone. The sockets, and what becomes of the messages, are in [`transport::any`](crate::transport::any).
+//! key, if there is one. Over it they agree on *lanes*: connections of one of the providers, which carry the data; and each hears whether the
+//! other lives. This module is about bytes alone. The sockets, and what becomes of the messages, are in [`transport::any`](crate::transport::any).
 //!
 //! | file | what it is |
 //! |---|---|
@@ -13,7 +13,7 @@
 //! # Trust
 //!
 //! **Who may come in.** A server that has keys talks to those who have one of them, and to nobody else. Who has none learns the
-//! server's version, and what a device of it is called if he comes by RDMA's own opening: no more.
+//! server's version, and no more.
 //!
 //! **What crosses the wire in clear.** The name of the client's key; the token of a lane, which opens that lane, once; and what lanes
 //! carry. RDMA encrypts nothing, and neither does the `tcp` provider. So a lane's messages, rows and updates, the names of tables in them,

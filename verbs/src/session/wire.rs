@@ -7,7 +7,7 @@
 //! | [`Message::Lanes`] | client | it wants lanes: by which way (and which rails, if it is RDMA), each for what, and its regions |
 //! | [`Message::Go`] | server | with these tokens the lanes will be let in. (Lanes that bring an offer need none.) |
 //! | [`Message::Answer`] | server | what became of one lane, and the server's regions |
-//! | [`Message::Ready`] | client | its end of a lane that brought an offer can receive now |
+//! | [`Message::Ready`] | client | its ends of lanes that brought offers can receive now |
 //! | [`Message::Ended`] | both | a lane that brought an offer has ended there, or was given up |
 //! | [`Message::Leaving`] | server | it makes no more lanes; those that there are go on |
 //! | [`Message::Beat`] | both | nothing, once a second: it lives |
@@ -177,7 +177,8 @@ pub(crate) enum Message {
         data: Vec<u8>,
     },
     Ready {
-        number: u32,
+        first: u32,
+        count: u16,
     },
     Ended {
         number: u32,
@@ -260,9 +261,10 @@ impl Message {
                 put_regions(&mut out, regions);
                 put_bytes(&mut out, data);
             }
-            Message::Ready { number } => {
+            Message::Ready { first, count } => {
                 out.push(6);
-                out.extend(number.to_le_bytes());
+                out.extend(first.to_le_bytes());
+                out.extend(count.to_le_bytes());
             }
             Message::Ended { number } => {
                 out.push(7);
@@ -295,7 +297,10 @@ impl Message {
                 regions: rest.regions()?,
                 data: rest.bytes("private data", MAX_REPLY_DATA)?.to_vec(),
             },
-            6 => Message::Ready { number: rest.u32("number")? },
+            6 => {
+                let first = rest.u32("number")?;
+                Message::Ready { first, count: rest.count_lanes(first)? as u16 }
+            }
             7 => Message::Ended { number: rest.u32("number")? },
             8 => Message::Leaving,
             9 => Message::Beat,

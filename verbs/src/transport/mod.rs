@@ -369,8 +369,9 @@ pub trait Transport: Runtime + Clone + Send + Sync + 'static {
         timeout: Duration,
     ) -> Result<(Self::Connection, Vec<u8>), Error>;
 
-    /// Makes all of `lanes`, in their order, or none: what was made before one fails is dropped, and its peer is told. `timeout` is for
-    /// all together. A provider that can asks for many at once, and then waits once; others make one after the other.
+    /// Makes all of `lanes`, in their order, or none: what was made before one fails is dropped, and its peer is told. A provider that can
+    /// asks for many at once, and then waits once; others make one after the other. `timeout` is for each, and for all that are asked for
+    /// together.
     ///
     /// # Errors
     /// That of the first that fails.
@@ -380,10 +381,7 @@ pub trait Transport: Runtime + Clone + Send + Sync + 'static {
         lanes: &[LaneSpec<'_, Self::Attach>],
         timeout: Duration,
     ) -> Result<Vec<Connected<Self::Connection>>, Error> {
-        let until = self.now().saturating_add(timeout);
-        let one =
-            |lane: &LaneSpec<'_, _>| self.connect_with(address, *lane, until.saturating_sub(self.now()));
-        lanes.iter().map(one).collect()
+        lanes.iter().map(|lane| self.connect_with(address, *lane, timeout)).collect()
     }
 }
 

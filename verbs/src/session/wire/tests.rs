@@ -61,7 +61,7 @@ fn examples() -> Vec<Message> {
             regions: all,
             data: Vec::new(),
         },
-        Message::Ready { number: 7 },
+        Message::Ready { first: 7, count: MAX_LANES as u16 },
         Message::Ended { number: u32::MAX },
         Message::Leaving,
         Message::Beat,
@@ -125,6 +125,8 @@ fn an_error_names_the_field_and_the_value() {
     assert_eq!(error(&[4, 0, 0, 0, 0, 1, 0, 7]), "token has 1 of 16 bytes");
     assert_eq!(error(&[5, 0, 0, 0, 0, 3]), "verdict is 3, and there are 0 to 2");
     assert_eq!(error(&[6, 0, 0]), "number has 2 of 4 bytes");
+    assert_eq!(error(&[6, 0, 0, 0, 0, 0, 0]), "lanes are none");
+    assert_eq!(error(&[6, 0, 0, 0, 0, 129, 0]), "lanes has length 129, and 128 at most");
     assert_eq!(error(&[7]), "number has 0 of 4 bytes");
     assert_eq!(error(&[9, 0]), "end is followed by 1 bytes");
 }

@@ -116,6 +116,12 @@ impl Call {
         self.wait(deadline, |inbox| inbox.answers.remove(&number))
     }
 
+    /// Whether the answer to lane `number` is there.
+    #[cfg(feature = "rdma")]
+    pub(super) fn has_answer(&self, number: u32) -> bool {
+        self.inbox().answers.contains_key(&number)
+    }
+
     /// Takes what the server says.
     fn take(&self, message: Message) -> Result<(), String> {
         match message {
@@ -186,7 +192,7 @@ impl Served {
     fn take(&self, message: Message) -> Result<(), String> {
         match (self, message) {
             (Self::Call(call), message) => return call.take(message),
-            (Self::Leaving(line), Message::Ready { number }) => line.note_ready(number),
+            (Self::Leaving(line), Message::Ready { first, count }) => line.note_ready(first, count),
             (Self::Leaving(line), Message::Ended { number }) => line.note_ended(number),
             // It may ask for lanes before it hears that there are none any more: it makes a new session then.
             (Self::Leaving(_), Message::Beat | Message::Lanes { .. }) => {}

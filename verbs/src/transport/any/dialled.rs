@@ -4,13 +4,15 @@
 //!  ways with a handshake of their own              ways that take offers (`rdma`)
 //!  LANES ─▶                                        LANES, an offer for each ─▶
 //!        ◀─ GO: a token for each                   ◀─ ANSWER for each, with the server's offer
-//!  connects all, with the tokens ─▶                READY for each ─▶
+//!  connects all, with the tokens ─▶                READY ─▶
 //!        ◀─ ANSWER for each
 //! ```
 //!
 //! So what is waited for does not depend on how many lanes there are. A token opens one lane, in place of private data; what the server's
 //! program says goes by the session.
 
+#[cfg(feature = "rdma")]
+use std::ops::Range;
 use std::{
     io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpStream},
@@ -48,6 +50,10 @@ use crate::{
 
 /// How long a server may take for its last word on a lane that has been refused.
 const LAST_WORD: Duration = Duration::from_secs(2);
+
+/// Lanes that are offered in one message, and whose being ready is said in one at most.
+#[cfg(feature = "rdma")]
+const TOGETHER: usize = 16;
 
 /// An established session.
 pub(super) struct Session {
@@ -173,24 +179,28 @@ impl Session {
         }
     }
 
-    /// Asks for lanes: the number of the first.
-    fn ask(
-        &mut self,
-        asked: &Asked<'_>,
-        route: Route,
-        rails: LaneRails,
-        lanes: Vec<Wanted>,
-    ) -> Result<u32, Failed> {
-        let over = |reason: String| Failed::NotAsked(asked.unreachable(reason));
-        let (first, count) = (self.next, lanes.len() as u32);
-        self.next = first.checked_add(count).filter(|next| *next < u32::MAX).ok_or_else(|| {
+    /// Numbers for so many lanes, of which the first is returned. What comes for them is kept from now on.
+    fn number(&mut self, asked: &Asked<'_>, count: usize) -> Result<u32, Failed> {
+        let first = self.next;
+        self.next = first.checked_add(count as u32).filter(|next| *next < u32::MAX).ok_or_else(|| {
             self.call.set_aside("its lanes have no numbers left");
-            over("the session has no numbers left for lanes".to_owned())
+            Failed::NotAsked(asked.unreachable("the session has no numbers left for lanes"))
         })?;
         self.call.want(first..self.next);
-        let (way, regions) = (route.way(), asked.host.0.regions.offers(route));
-        self.call.line.say(&Message::Lanes { first, way, rails, regions, lanes }).map_err(over)?;
         Ok(first)
+    }
+
+    /// Asks for lanes.
+    fn ask(
+        &self,
+        asked: &Asked<'_>,
+        (route, rails): (Route, LaneRails),
+        first: u32,
+        lanes: Vec<Wanted>,
+    ) -> Result<(), Error> {
+        let (way, regions) = (route.way(), asked.host.0.regions.offers(route));
+        let said = self.call.line.say(&Message::Lanes { first, way, rails, regions, lanes });
+        said.map_err(|reason| asked.unreachable(reason))
     }
 
     /// The lanes of a way with a handshake of its own, which `begin`s for each, `goes_on` for each, and then `finish`es for each.
@@ -204,8 +214,9 @@ impl Session {
         finish: impl Fn(C) -> Result<Lane, Error>,
     ) -> Result<Vec<Made>, Failed> {
         let wanted = |lane: &Spec<'_>| Wanted { offer: Vec::new(), data: lane.private_data.to_vec() };
+        let first = self.number(asked, lanes.len())?;
         let wanted = lanes.iter().map(wanted).collect();
-        let first = self.ask(asked, route, LaneRails::default(), wanted)?;
+        self.ask(asked, (route, LaneRails::default()), first, wanted).map_err(Failed::NotAsked)?;
         let tokens = self.call.tokens(asked.deadline).map_err(|why| match why {
             Unheard::Late => Failed::Lane(asked.late()),
             Unheard::Over(reason) => Failed::NotAsked(asked.unreachable(reason)),
@@ -323,43 +334,75 @@ impl Session {
         Err(Failed::Way(if reasons.is_empty() { picks.none() } else { reasons.join("; ") }))
     }
 
-    /// Lanes by rails that were picked: the offers of the queue pairs travel in the session.
+    /// Lanes by rails that were picked: the offers of the queue pairs travel in the session. While more queue pairs are made, the server answers the offers of the
+    /// first ones.
     fn by_offers(
         &mut self,
         asked: &Asked<'_>,
         picked: &Picked,
         lanes: &[Spec<'_>],
     ) -> Result<Vec<Made>, Failed> {
-        let failed = |error| match error {
-            Error::Limit { .. } => Failed::Lane(error),
-            error => Failed::Way(error.to_string()),
-        };
-        let line = self.call.line.clone();
-        let join = |lane: &Spec<'_>| asked.host.0.rails.join(picked, lane.endpoint, lane.depth);
-        let joinings = lanes.iter().map(join).collect::<Result<Vec<_>, _>>().map_err(failed)?;
-        let wanted = |(joining, lane): (&RdmaJoining, &Spec<'_>)| Wanted {
-            offer: joining.offer(),
-            data: lane.private_data.to_vec(),
-        };
-        let wanted: Vec<_> = joinings.iter().zip(lanes).map(wanted).collect();
-        // Before the server can speak of them.
-        (self.next..).zip(lanes).for_each(|(number, _)| line.pend(number));
-        let begun = self.next;
-        let first = self.ask(asked, picked.route(), picked.rails(), wanted).inspect_err(|_| {
-            (begun..).zip(lanes).for_each(|(number, _)| line.forget(number));
-        })?;
+        let first = self.number(asked, lanes.len())?;
         let mut made = Vec::with_capacity(lanes.len());
-        for (number, joining) in (first..).zip(joinings) {
-            match self.by_offer(asked, picked, number, joining) {
-                Ok(lane) => made.push(lane),
-                Err(error) => {
-                    // The server may have made its ends: it hears that nobody takes them.
-                    (number..self.next).for_each(|number| line.untie(number));
-                    return Err(error);
+        let result = self.offer_all(asked, picked, first, lanes).and_then(|joinings| {
+            let mut ready = first;
+            for (number, joining) in (first..).zip(joinings) {
+                // The server's ends send nothing before they hear this. It is said at once if there is nothing else to do.
+                if !self.call.has_answer(number) || number - ready >= TOGETHER as u32 {
+                    self.say_ready(ready..number);
+                    ready = number;
                 }
+                made.push(self.by_offer(asked, picked, number, joining)?);
             }
+            self.say_ready(ready..self.next);
+            Ok(())
+        });
+        if result.is_err() {
+            // The server may have made its ends: it hears that nobody takes them. Those that are tied say so when they are dropped.
+            let rest = first + made.len() as u32..self.next;
+            rest.for_each(|number| self.call.line.untie(number));
         }
-        Ok(made)
+        result.map(|()| made)
+    }
+
+    /// Makes queue pairs, and offers them to the server.
+    fn offer_all(
+        &self,
+        asked: &Asked<'_>,
+        picked: &Picked,
+        first: u32,
+        lanes: &[Spec<'_>],
+    ) -> Result<Vec<RdmaJoining>, Failed> {
+        let line = &self.call.line;
+        let mut joinings = Vec::with_capacity(lanes.len());
+        for (number, lanes) in (first..).step_by(TOGETHER).zip(lanes.chunks(TOGETHER)) {
+            let mut wanted = Vec::with_capacity(lanes.len());
+            for (number, lane) in (number..).zip(lanes) {
+                let joining = asked.host.0.rails.join(picked, lane.endpoint, lane.depth);
+                let joining = joining.map_err(|error| match error {
+                    Error::Limit { .. } => Failed::Lane(error),
+                    error => Failed::Way(error.to_string()),
+                })?;
+                wanted.push(Wanted { offer: joining.offer(), data: lane.private_data.to_vec() });
+                joinings.push(joining);
+                // Before the server can speak of it.
+                line.pend(number);
+            }
+            self.ask(asked, (picked.route(), picked.rails()), number, wanted).map_err(|error| {
+                match number == first {
+                    true => Failed::NotAsked(error),
+                    false => Failed::Lane(error),
+                }
+            })?;
+        }
+        Ok(joinings)
+    }
+
+    fn say_ready(&self, lanes: Range<u32>) {
+        if let Some(count) = u16::try_from(lanes.len()).ok().filter(|count| *count > 0) {
+            // To a session that has ended nobody listens: the lanes have ended with it.
+            let _ = self.call.line.say(&Message::Ready { first: lanes.start, count });
+        }
     }
 
     fn by_offer(
@@ -377,8 +420,6 @@ impl Session {
         let regions = PeerRegions::told(regions);
         let connection =
             HostConnection::new(asked.host, lane, picked.route(), regions).map_err(Failed::Lane)?;
-        // To a session that has ended nobody listens: the lane has ended with it.
-        let _ = self.call.line.say(&Message::Ready { number });
         asked.host.0.rails.count(picked.route());
         Ok((connection, data))
     }

@@ -83,8 +83,8 @@ fn take(shared: &Shared, (line, key, unproven): Said<'_>, message: Message) -> R
             let lanes = (first..).zip(lanes).map(expect).collect::<Result<Vec<_>, &str>>()?;
             announce(shared, line, first, lanes)
         }
-        Message::Ready { number } if unproven.is_none() => {
-            line.note_ready(number);
+        Message::Ready { first, count } if unproven.is_none() => {
+            line.note_ready(first, count);
             Ok(())
         }
         Message::Ended { number } if unproven.is_none() => {

@@ -331,14 +331,16 @@ impl Line {
         }
     }
 
-    /// The peer says that its end can receive.
-    pub(super) fn note_ready(&self, number: u32) {
-        let mark = |lane: &mut Lane| {
-            lane.ready = true;
-            lane.leash.clone()
-        };
-        let leash = self.lanes().open.get_mut(&number).and_then(mark);
-        leash.iter().for_each(|leash| leash.ready());
+    /// The peer says that its ends of so many lanes can receive.
+    pub(super) fn note_ready(&self, first: u32, count: u16) {
+        for number in (first..).take(count.into()) {
+            let mark = |lane: &mut Lane| {
+                lane.ready = true;
+                lane.leash.clone()
+            };
+            let leash = self.lanes().open.get_mut(&number).and_then(mark);
+            leash.iter().for_each(|leash| leash.ready());
+        }
     }
 
     /// The peer says that its end has ended. It may speak of one that has ended here, too.

@@ -132,11 +132,11 @@ fn lanes_hear_of_their_peers_and_end_with_their_session() {
     let tie = |number: usize| line.tie(number as u32, lanes[number].clone());
     (0..5).for_each(|number| line.pend(number));
     // News that come before the lane is there are not lost.
-    line.note_ready(0);
+    line.note_ready(0, 1);
     line.note_ended(1);
     (0..4).for_each(tie);
     assert_eq!((lanes[0].seen(), lanes[1].seen()), (vec!["ready"], vec!["end"]));
-    line.note_ready(2);
+    line.note_ready(2, 1);
     line.note_ended(3);
     assert_eq!((lanes[2].seen(), lanes[3].seen()), (vec!["ready"], vec!["end"]));
     line.note_ended(99);

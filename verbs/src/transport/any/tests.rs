@@ -360,7 +360,7 @@ fn a_guest_that_breaks_the_rules_ends_its_own_session_alone() {
 
     // A way that does not lead here is an answer, and ends nothing. So are news of lanes that there are not.
     let wanted = Wanted { offer: vec![1], data: Vec::new() };
-    good.say(&Message::Ready { number: 7 });
+    good.say(&Message::Ready { first: 7, count: 9 });
     good.say(&Message::Ended { number: 7 });
     good.say(&Message::Beat);
     good.say(&Message::Lanes { first: 7, way: Way::Rdma, rails, regions: Vec::new(), lanes: vec![wanted] });
