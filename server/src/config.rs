@@ -194,6 +194,7 @@ impl Config {
             // Some have ended and wait to be polled.
             connections: self.clients + self.all_lanes() + 8,
             completion_vector: shard,
+            core: self.cores[shard],
         }
     }
 }
