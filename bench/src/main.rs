@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use fervor_bench::{
-    check, compare, connecting, demo, devices, latency, lda, limits, mf, paper, report, scaling, server,
-    start, throughput,
+    check, compare, connecting, demo, devices, flood, latency, lda, limits, mf, paper, report, scaling,
+    server, start, throughput,
 };
 
 /// Applications and measurements of the Fervor parameter server.
@@ -38,6 +38,8 @@ enum Command {
     Connect(connecting::ConnectOptions),
     /// How long a server takes until all its memory is there, beside filling as much memory
     Start(start::StartOptions),
+    /// How much slower a job is while strangers besiege its server with handshakes that they do not finish, and with garbage
+    Flood(flood::FloodOptions),
     /// Compare the latencies of several runs, from their logs
     Compare(compare::CompareOptions),
     /// Train on handwritten digits under all four models; draw the convergence and the factors
@@ -81,6 +83,7 @@ fn run(command: Command) -> Result<()> {
         Command::Throughput(options) => throughput::run(&options),
         Command::Connect(options) => connecting::run(&options),
         Command::Start(options) => start::run(&options),
+        Command::Flood(options) => flood::run(&options),
         Command::Compare(options) => compare::run(&options),
         Command::Devices => devices::run().map(|text| print!("{text}")),
         Command::Check(options) => check::run(&options).map(|checked| print!("{checked}")),

@@ -8,9 +8,10 @@
 use std::{
     collections::VecDeque,
     convert::Infallible,
+    ffi::OsString,
     io::{BufRead, BufReader, Read},
     os::unix::process::CommandExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
@@ -24,6 +25,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use clap::Args;
 use fervor_server::parse_size;
+use fervor_verbs::session::KEY_FILE_VARIABLE;
 use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
 
 /// The subcommand that calls [`with_parent`].
@@ -48,6 +50,21 @@ pub struct EmbeddedOptions {
     /// Memory of the server that is started
     #[arg(long, default_value = "512M", value_name = "SIZE", conflicts_with_all = ["server"])]
     pub memory: String,
+}
+
+/// Where a server is started, and with which keys.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Setting<'a> {
+    /// In this network namespace, as `ip netns` knows it, instead of that of this process.
+    pub host: Option<&'a str>,
+    /// With the keys of this file.
+    pub key_file: Option<&'a Path>,
+}
+
+/// The words that run `program` on a host: in its network namespace, if one is named.
+pub fn on_host(host: Option<&str>, program: &Path) -> Vec<OsString> {
+    let namespace = host.map(|host| ["ip", "netns", "exec", host].map(OsString::from));
+    namespace.into_iter().flatten().chain([program.as_os_str().to_owned()]).collect()
 }
 
 /// A running server that stops when this is dropped.
@@ -78,11 +95,27 @@ impl EmbeddedServer {
     /// # Errors
     /// As there.
     pub fn start_at(listen: &str, options: &EmbeddedOptions, clients: u16, lanes: u16) -> Result<Self> {
+        Self::start_in(Setting::default(), listen, options, clients, lanes)
+    }
+
+    /// As [`EmbeddedServer::start_at`], in a setting.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_in(
+        setting: Setting<'_>,
+        listen: &str,
+        options: &EmbeddedOptions,
+        clients: u16,
+        lanes: u16,
+    ) -> Result<Self> {
         let program = program()?;
         let own = std::env::current_exe().context("cannot find the own program")?;
-        let mut child = Command::new(own)
+        let mut command = Command::new(own);
+        setting.key_file.map(|keys| command.env(KEY_FILE_VARIABLE, keys));
+        let mut child = command
             .args([WITH_PARENT, &std::process::id().to_string()])
-            .arg(&program)
+            .args(on_host(setting.host, &program))
             .args(["--listen", listen])
             .args(["--shards", &options.shards.to_string(), "--memory", &options.memory])
             .args(["--clients", &clients.to_string(), "--lanes", &lanes.to_string()])
@@ -123,6 +156,11 @@ impl EmbeddedServer {
     /// Where it listens.
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// The number of its process.
+    pub fn process(&self) -> u32 {
+        self.child.id()
     }
 
     /// Looks whether it still runs.
@@ -193,7 +231,10 @@ impl Output {
 }
 
 /// The server program: in the folder of this program, or, for a test program, in the folder above.
-fn program() -> Result<PathBuf> {
+///
+/// # Errors
+/// It is not there.
+pub fn program() -> Result<PathBuf> {
     let own = std::env::current_exe().context("cannot find the own program")?;
     let folders = own.ancestors().skip(1).take(2);
     let candidates: Vec<PathBuf> = folders.map(|folder| folder.join("fervor-server")).collect();

@@ -147,6 +147,20 @@ fn throughput_has_a_row_for_each_setting() {
 }
 
 #[test]
+fn pushes_over_tcp_are_set_beside_a_stream() {
+    let folder = Folder::new();
+    let json = format!("--json={}", folder.file("stream.json"));
+    let measured = ["throughput", "--op=push", "--beside-stream", "--rounds=2", "--duration=0.1", &json];
+    let out = succeed(&[&measured[..], &["--size=4096"]].concat());
+    assert!(out.contains("TCP stream"), "{out}");
+    let results = folder.json("stream.json");
+    let beside = &results["rows"][0]["beside"];
+    let [ours, theirs, ratio] = ["best_ours", "best_theirs", "ratio"].map(|name| number(&beside[name]));
+    assert!(ours > 0.0 && theirs > 0.0 && (ratio - ours / theirs).abs() < 1e-9, "{beside}");
+    assert_eq!(beside["rounds"].as_array().map(Vec::len), Some(2));
+}
+
+#[test]
 fn throughput_refuses_nonsense_with_the_cure() {
     for (arguments, message) in [
         (&["--size=6"][..], "--size 6: an element has 4 bytes"),
@@ -156,7 +170,8 @@ fn throughput_refuses_nonsense_with_the_cure() {
             "--op read, --op many-read and --op push",
         ),
         (&["--op=read", "--beside-perftest"], "Start one with `fervor-server --listen rdma://ADDRESS:7471`"),
-        (&["--min-ratio=1"], "--beside-perftest"),
+        (&["--min-ratio=1"], "--min-ratio goes with --beside-perftest or --beside-stream"),
+        (&["--op=read", "--beside-stream"], "a stream has nothing like --op read"),
         (&["--op=inc", "--size=4", "--server=shm:///nonexistent/s.sock"], "/nonexistent/s.sock"),
     ] {
         let said = fail(&[&["throughput"][..], arguments].concat());

@@ -67,6 +67,36 @@ fn each_operation_gives_one_set_of_figures() {
 }
 
 #[test]
+fn strangers_besiege_a_server_and_leave_nothing_behind() {
+    for way in ["shm", "tcp"] {
+        let via = format!("--via={way}");
+        let few = ["flood", "--half-open=40", "--garbage=20", "--seconds=0.5", "--rounds=1", &via]
+            .map(String::from);
+        let out = succeed(&few);
+        let row: Vec<&str> =
+            out.lines().find(|line| line.starts_with(way)).expect("a row").split_whitespace().collect();
+        let [_, without, with, _, opened, _, "held", garbage, "0", before, "->", after, ..] = row[..] else {
+            panic!("{out}")
+        };
+        assert!([without, with].iter().all(|time| time.parse::<f64>().unwrap() > 0.0), "{out}");
+        assert!(opened.trim_end_matches(',').parse::<u32>().unwrap() >= 40, "{out}");
+        assert!(garbage.parse::<u32>().unwrap() > 0, "{out}");
+        assert_eq!(before, after, "sockets: {out}");
+    }
+    let much = [
+        "flood",
+        "--half-open=1",
+        "--garbage=1000000",
+        "--seconds=0.2",
+        "--rounds=1",
+        "--via=tcp",
+        "--check",
+    ];
+    let error = fail(&much.map(String::from));
+    assert!(error.contains("of 1000000 handshakes of garbage"), "{error}");
+}
+
+#[test]
 fn a_sweep_is_figures_values_and_a_picture_that_can_be_compared() {
     let folder = Folder::new();
     let file = |name: &str| folder.file(name);

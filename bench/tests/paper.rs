@@ -53,7 +53,7 @@ fn train<A: Application>(application: A, model: Model, clocks: usize, seed: u64)
 #[test]
 fn all_experiments_run_and_are_written() {
     let out = std::env::temp_dir().join(format!("fervor-paper-{}", std::process::id()));
-    let sections = paper::run_plan(&tiny(), "as in a test", &out, false).unwrap();
+    let sections = paper::run_plan(&tiny(), "as in a test", &out, &paper::Also::default()).unwrap();
     assert_eq!(sections.len(), 7);
     let page = std::fs::read_to_string(out.join("index.html")).unwrap();
     for section in &sections {

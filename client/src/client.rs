@@ -33,10 +33,11 @@ use crate::{
     connect::{connect_mains, find_shards, next_completion_vector},
     error::Error,
     lane::Lanes,
+    lock::lock,
     options::ClientOptions,
     session::{
         channel::Answer,
-        core::{Clocks, Core, For, lock},
+        core::{Clocks, Core, For},
         engine::Engine,
         link::{InPlace, Link},
     },
@@ -82,6 +83,8 @@ pub struct TableOptions {
 /// says that it goes, for a quarter of a second at most; nobody tells whether all of it arrived.
 pub struct Client<T: Transport = Host> {
     core: Arc<Core<T>>,
+    /// The way to rows that are READ.
+    lanes: Arc<Lanes<T>>,
     /// The part of the region that mirrors and slots lie in.
     space: Mutex<Space>,
     /// A thread is opening a table: others wait, lest one table is held twice.
@@ -196,7 +199,6 @@ impl<T: Transport> Client<T> {
             tables: RwLock::new(Vec::new()),
             bytes_read: AtomicU64::new(0),
             made: Mutex::new(Vec::new()),
-            lanes: Lanes::default(),
             links,
             region,
             options,
@@ -205,6 +207,7 @@ impl<T: Transport> Client<T> {
         let export = slabs.map(|slabs| (slabs.region, slabs.export));
         let client = Self {
             core: Arc::new(core),
+            lanes: Arc::default(),
             space: Mutex::new(space),
             opening: AtomicBool::new(false),
             _slabs: None,
@@ -420,7 +423,7 @@ impl<T: Transport> Client<T> {
     /// # Errors
     /// A server is lost.
     pub fn worker(&self) -> Result<Worker<T>, Error> {
-        Worker::new(self.core.clone())
+        Worker::new(self.core.clone(), self.lanes.clone())
     }
 
     /// What the client has moved so far.

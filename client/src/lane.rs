@@ -72,8 +72,9 @@ pub use seat::{Left, Seat};
 use crate::{
     connect::{Unmade, connect_lane, next_completion_vector},
     error::Error,
+    lock::lock,
     options::{ClientOptions, ReadLanes},
-    session::core::{Core, For, lock},
+    session::core::{Core, For},
 };
 
 /// Longest sleep: what is waited for wakes, and a peer that has died is found out by polling.
@@ -87,7 +88,7 @@ const SHARED_DEPTH: usize = 64;
 pub struct Lanes<T: Transport> {
     all: Mutex<Vec<Weak<Lane<T>>>>,
     /// Some lane had to be made anew.
-    pub broke: AtomicBool,
+    pub broke: Arc<AtomicBool>,
 }
 
 /// A worker's seat in a lane.
@@ -100,7 +101,7 @@ pub struct Seated<T: Transport> {
 
 impl<T: Transport> Default for Lanes<T> {
     fn default() -> Self {
-        Self { all: Mutex::default(), broke: AtomicBool::new(false) }
+        Self { all: Mutex::default(), broke: Arc::default() }
     }
 }
 
@@ -119,7 +120,7 @@ impl<T: Transport> Lanes<T> {
         let mut lanes = lock(&self.all);
         all = lanes.iter().filter_map(Weak::upgrade).filter(|lane| !lane.has_ended()).collect();
         let lane = if all.len() < most {
-            Arc::new(Lane::new(core)?)
+            Arc::new(Lane::new(core, self.broke.clone())?)
         } else {
             // Besides the list of this call, each worker holds its lane once.
             all.iter().min_by_key(|lane| Arc::strong_count(lane)).expect("there may be a lane").clone()
@@ -168,6 +169,8 @@ pub struct Lane<T: Transport> {
     names: Mutex<Names>,
     /// A worker connects: others wait, lest one shard is connected to twice.
     connecting: AtomicBool,
+    /// [`Lanes::broke`].
+    broke: Arc<AtomicBool>,
     /// Connections that have ended: their number, and to which shards they were.
     ends: AtomicUsize,
     ended: Mutex<Vec<(usize, WorkError)>>,
@@ -198,7 +201,7 @@ pub struct Read<'a, R> {
 }
 
 impl<T: Transport> Lane<T> {
-    fn new(core: &Core<T>) -> Result<Self, Error> {
+    fn new(core: &Core<T>, broke: Arc<AtomicBool>) -> Result<Self, Error> {
         let places = places(&core.options);
         let depth = match core.options.read_lanes {
             ReadLanes::Shared(_) => places.max(SHARED_DEPTH),
@@ -221,6 +224,7 @@ impl<T: Transport> Lane<T> {
             seats: Mutex::default(),
             names: Mutex::default(),
             connecting: AtomicBool::new(false),
+            broke,
             ends: AtomicUsize::new(0),
             ended: Mutex::default(),
             asleep: AtomicBool::new(false),
@@ -505,7 +509,7 @@ impl<T: Transport> Lane<T> {
                 Err(unmade) => unmade,
             };
             let now = core.transport.now();
-            let may_pass = matches!(unmade, Unmade::Gone(_)) || core.lanes.broke.load(Ordering::Relaxed);
+            let may_pass = matches!(unmade, Unmade::Gone(_)) || self.broke.load(Ordering::Relaxed);
             if now >= until || !may_pass {
                 return Err(match unmade {
                     Unmade::Gone(cause) => core.lost(shard, cause),

@@ -44,6 +44,7 @@ mod error;
 mod hash;
 mod known;
 mod lane;
+mod lock;
 mod merge;
 mod options;
 mod own;

@@ -21,7 +21,7 @@ use zerocopy::IntoBytes;
 
 use crate::{
     error::Error,
-    lane::{Halt, Lane, Left, PAUSE, Read, Seat, Seated, places},
+    lane::{Halt, Lane, Lanes, Left, PAUSE, Read, Seat, Seated, places},
     session::core::{Core, For},
 };
 
@@ -39,6 +39,7 @@ struct Flight {
 
 /// See the module.
 pub struct Reader<T: Transport> {
+    lanes: Arc<Lanes<T>>,
     lane: Arc<Lane<T>>,
     seat: Arc<Seat<T>>,
     scratch: T::Region,
@@ -60,14 +61,15 @@ impl<T: Transport> Reader<T> {
     ///
     /// # Errors
     /// The transport has no endpoint or no memory left.
-    pub fn new(core: &Core<T>) -> Result<Self, Error> {
-        let Seated { lane, seat, left } = core.lanes.join(core)?;
+    pub fn new(core: &Core<T>, lanes: &Arc<Lanes<T>>) -> Result<Self, Error> {
+        let Seated { lane, seat, left } = lanes.join(core)?;
         let places = places(&core.options);
         let (scratch, place_bytes) = match left {
             Some(left) => left.scratch,
             None => (scratch(&core.transport, places, PLACE_BYTES)?, PLACE_BYTES),
         };
         Ok(Self {
+            lanes: lanes.clone(),
             lane,
             seat,
             scratch,
@@ -175,9 +177,9 @@ impl<T: Transport> Reader<T> {
     }
 
     fn move_to_another_lane(&mut self, core: &Core<T>) -> Result<(), Error> {
-        core.lanes.broke.store(true, Ordering::Relaxed);
+        self.lanes.broke.store(true, Ordering::Relaxed);
         // The places of this worker may have to be longer than those of the one who sat there.
-        let Seated { lane, seat, left: _ } = core.lanes.join(core)?;
+        let Seated { lane, seat, left: _ } = self.lanes.join(core)?;
         let scratch = scratch(&core.transport, self.places, self.place_bytes)?;
         let mut place = vec![0; self.place_bytes];
         for offset in (0..self.places).map(|number| number * self.place_bytes) {

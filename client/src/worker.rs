@@ -12,9 +12,11 @@ use fervor_verbs::transport::{Transport, any::Host};
 
 use crate::{
     error::Error,
+    lane::Lanes,
+    lock::lock,
     own::{Horizon, Updates, WorkerUpdates},
     reader::Reader,
-    session::core::{Core, For, lock},
+    session::core::{Core, For},
     table::{Holding, Table, TableCore},
 };
 
@@ -63,6 +65,7 @@ pub struct Worker<T: Transport = Host> {
     clock: u64,
     /// Some shard's rows are not read in place.
     copies: bool,
+    lanes: Arc<Lanes<T>>,
     /// The way to rows that are READ, once there is one.
     reader: Option<Reader<T>>,
     updates: WorkerUpdates,
@@ -80,7 +83,7 @@ impl<T: Transport> fmt::Debug for Worker<T> {
 }
 
 impl<T: Transport> Worker<T> {
-    pub(crate) fn new(core: Arc<Core<T>>) -> Result<Self, Error> {
+    pub(crate) fn new(core: Arc<Core<T>>, lanes: Arc<Lanes<T>>) -> Result<Self, Error> {
         core.alive()?;
         let copies = core.links.iter().any(|link| link.place.get().is_none());
         let mut clocks = lock(&core.clocks);
@@ -92,6 +95,7 @@ impl<T: Transport> Worker<T> {
             id,
             clock,
             copies,
+            lanes,
             reader: None,
             updates: Vec::new(),
             prefetched: Vec::new(),

@@ -215,10 +215,7 @@ mod tests {
         let shortage = Some(Shortage { page: HugePage::Mib2, needed: 12, pool, said: None });
         let warnings = Placement { shortage, ..placement }.warnings();
         let [warning] = &warnings[..] else { panic!("{warnings:?}") };
-        assert!(
-            warning.starts_with("12 huge pages of 2 MiB are needed, and 9 of 10 are free; `echo 13 "),
-            "{warning}"
-        );
+        assert!(warning.starts_with("huge pages of 2 MiB: 12 needed, 9 of 10 free; `echo 13 "), "{warning}");
         assert!(warning.ends_with("shard 2 lies on ordinary pages"), "{warning}");
     }
 

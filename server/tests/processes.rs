@@ -168,7 +168,7 @@ fn huge_pages_that_are_not_there_are_a_warning_with_their_number() {
     let mut errors = String::new();
     server.child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
     let expected = match page.pool() {
-        Some(_) => format!("{needed} huge pages of 2 MiB are needed, and "),
+        Some(_) => format!("huge pages of 2 MiB: {needed} needed, "),
         None => "this machine has no huge pages of 2 MiB".to_owned(),
     };
     assert!(errors.contains(&expected), "{errors}");

@@ -15,6 +15,7 @@
 //! | [`scale`] | 6: more and more workers |
 //! | [`stragglers`] | 7: a slow worker, and pauses |
 //! | [`real`] | `--real`: on this machine |
+//! | [`hosts`] | `--cluster`: as processes on hosts of a slow network |
 
 use std::{
     fs,
@@ -22,8 +23,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
-use clap::Args;
+use anyhow::{Context as _, Result, ensure};
+use clap::{Args, value_parser};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
@@ -34,6 +35,7 @@ pub mod cluster;
 pub mod convergence;
 pub mod convex;
 pub mod differentials;
+pub mod hosts;
 pub mod lda;
 pub mod mf;
 pub mod page;
@@ -50,6 +52,7 @@ pub mod theory;
 pub mod training;
 pub mod value;
 
+use hosts::Hosts;
 use page::Preface;
 use plan::Plan;
 use runs::Runs;
@@ -91,6 +94,18 @@ pub struct PaperOptions {
     /// Also train on this machine, in real time
     #[arg(long)]
     pub real: bool,
+    /// Also train as processes on hosts of a slow network. Calls ci/cluster, which makes them and runs this command there
+    #[arg(long)]
+    pub cluster: bool,
+    /// Leave the simulated experiments out
+    #[arg(long)]
+    pub no_simulation: bool,
+    /// Values of s on those hosts [default: 1,3,10; with --quick 3]
+    #[arg(long, value_name = "S", value_delimiter = ',', requires = "cluster")]
+    pub staleness: Vec<u32>,
+    /// Runs of each on those hosts [default: 5; with --quick 1]
+    #[arg(long, requires = "cluster", value_parser = value_parser!(u16).range(1..=1000))]
+    pub rounds: Option<u16>,
     /// Measure on this machine how long computing takes, instead of using fixed times. Then no two runs are the same
     #[arg(long)]
     pub measure: bool,
@@ -104,6 +119,16 @@ pub struct PaperOptions {
 /// # Errors
 /// When a simulation fails, or the folder cannot be written.
 pub fn run(options: &PaperOptions) -> Result<Vec<Section>> {
+    let also = Also { real: options.real, hosts: options.cluster.then(|| Hosts::find(options)).transpose()? };
+    if options.no_simulation {
+        ensure!(
+            options.real || options.cluster,
+            "--no-simulation leaves nothing: say --real or --cluster, too"
+        );
+        let sections = also.sections(Instant::now())?;
+        let preface = Preface { machine: machine::Machine::this().to_string(), parameters: Vec::new() };
+        return finish(&options.out, None, &preface, sections);
+    }
     let mut plan = if options.quick { Plan::quick() } else { Plan::full() };
     plan.seed = options.seed;
     let measured = Costs::measure(&plan);
@@ -114,15 +139,38 @@ pub fn run(options: &PaperOptions) -> Result<Vec<Section>> {
         "{:?} for a rating, {:?} for a token; here and now they were measured as {:?} and {:?}",
         costs.rating, costs.token, measured.rating, measured.token
     );
-    run_plan(&plan, &note, &options.out, options.real)
+    run_plan(&plan, &note, &options.out, &also)
 }
 
-/// As [`run`], with a plan, and what there is to say about what computing costs. `real`: on this machine,
-/// too.
+/// What is run besides the simulations.
+#[derive(Debug, Default)]
+pub struct Also {
+    /// On this machine, too.
+    pub real: bool,
+    /// On hosts of a slow network, too.
+    pub hosts: Option<Hosts>,
+}
+
+impl Also {
+    fn sections(&self, start: Instant) -> Result<Vec<Section>> {
+        let mut sections = Vec::new();
+        if self.real {
+            println!("{:>4} s  on this machine", start.elapsed().as_secs());
+            sections.push(real::section()?);
+        }
+        if let Some(hosts) = &self.hosts {
+            println!("{:>4} s  on hosts of a slow network", start.elapsed().as_secs());
+            sections.push(hosts.section()?);
+        }
+        Ok(sections)
+    }
+}
+
+/// As [`run`], with a plan, and what there is to say about what computing costs.
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_plan(plan: &Plan, costs: &str, out: &Path, real: bool) -> Result<Vec<Section>> {
+pub fn run_plan(plan: &Plan, costs: &str, out: &Path, also: &Also) -> Result<Vec<Section>> {
     let start = Instant::now();
     more_files();
     let preface_parameters = parameters(plan, costs);
@@ -145,10 +193,7 @@ pub fn run_plan(plan: &Plan, costs: &str, out: &Path, real: bool) -> Result<Vec<
         experiments.iter().map(|experiment| (experiment.section)(plan, &runs)).collect::<Result<_>>()?;
     println!("{:>4} s  theory", start.elapsed().as_secs());
     sections.insert(4, theory::section(plan)?);
-    if real {
-        println!("{:>4} s  on this machine", start.elapsed().as_secs());
-        sections.push(real::section()?);
-    }
+    sections.extend(also.sections(start)?);
     let preface = Preface {
         machine: format!(
             "{} runs of training, {:.1} million events, were simulated in {:.0} s on {}.",
@@ -159,7 +204,17 @@ pub fn run_plan(plan: &Plan, costs: &str, out: &Path, real: bool) -> Result<Vec<
         ),
         parameters: preface_parameters,
     };
-    write(out, plan, &preface, &sections)?;
+    finish(out, Some(plan), &preface, sections)
+}
+
+/// Writes the sections, and tells what came of them.
+fn finish(
+    out: &Path,
+    plan: Option<&Plan>,
+    preface: &Preface,
+    sections: Vec<Section>,
+) -> Result<Vec<Section>> {
+    write(out, plan, preface, &sections)?;
     tell(&sections);
     println!("\n{}\nwrote {}", preface.machine, out.join("index.html").display());
     Ok(sections)
@@ -232,7 +287,7 @@ fn parameters(plan: &Plan, costs: &str) -> Vec<(String, String)> {
     ]
 }
 
-fn write(out: &Path, plan: &Plan, preface: &Preface, sections: &[Section]) -> Result<()> {
+fn write(out: &Path, plan: Option<&Plan>, preface: &Preface, sections: &[Section]) -> Result<()> {
     fs::create_dir_all(out).with_context(|| format!("cannot make the folder {}", out.display()))?;
     let put = |name: &str, text: &str| {
         let path = out.join(name);
@@ -266,6 +321,9 @@ fn tell(sections: &[Section]) {
         }
         for remark in &section.remarks {
             println!("   {remark}");
+        }
+        if section.title == hosts::TITLE {
+            println!("\n{}", section.table);
         }
     }
 }

@@ -10,7 +10,7 @@
 //! | `range` | `get_range` of `--batch` adjacent rows there | it was read |
 //! | `many-read` | `get_many` of `--batch` rows, with `--outstanding` READs in flight | it was read |
 //! | `inc` | `inc` of `--batch` rows of its own, then `clock` | its update was applied: the time until the servers have acknowledged all of them counts |
-//! | `push` | under ESSP(3): adds to one element of each row of a batch, then `clock`; a second client holds all rows | the server has pushed the whole row to that client |
+//! | `push` | under ESSP(3): adds to one element of each row of a batch, of four in turn, then `clock`; a second client holds all rows, the workers' own but a few | the server has pushed the whole row to the second client |
 //!
 //! The workers are threads of one client. Bytes are those of the rows, without headers. Each setting has a server of its own, unless one is
 //! named, and runs for `--duration`; `BW peak` is the best tenth of a second.
@@ -39,6 +39,7 @@ use crate::{
     perftest::{Perftest, PerftestOptions},
     report::write_json,
     server::{EmbeddedOptions, EmbeddedServer},
+    stream,
 };
 
 pub mod report;
@@ -49,6 +50,9 @@ use workers::{Moved, move_rows};
 
 /// WRITEs that perftest has outstanding beside pushes.
 const WRITES: u32 = 128;
+
+/// Clocks that workers may be ahead of what was pushed, the present one included: so many batches of rows has each of them.
+const CLOCKS: u64 = 4;
 
 /// An operation whose throughput is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -109,7 +113,7 @@ impl Op {
                 Model::Essp { staleness: 1 << 20 }
             }
             Op::Read | Op::ManyRead | Op::Inc => Model::Async,
-            Op::Push => Model::Essp { staleness: 3 },
+            Op::Push => Model::Essp { staleness: CLOCKS as u32 - 1 },
         }
     }
 
@@ -174,8 +178,12 @@ pub struct ThroughputOptions {
     /// Write the figures to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Fail if this moves less than RATIO times as much as perftest
-    #[arg(long, value_name = "RATIO", requires = "beside_perftest")]
+    /// For push: start the server at tcp://127.0.0.1, take turns with a bare TCP stream over loopback, as iperf3 sends one, and show the
+    /// ratio
+    #[arg(long, conflicts_with_all = ["server", "beside_perftest"])]
+    pub beside_stream: bool,
+    /// Fail if this moves less than RATIO times as much as what it is measured beside
+    #[arg(long, value_name = "RATIO")]
     pub min_ratio: Option<f64>,
     /// Measuring beside perftest.
     #[command(flatten)]
@@ -201,7 +209,42 @@ impl ThroughputOptions {
                 odd.name()
             );
         }
+        if self.beside_stream
+            && let Some(odd) = self.ops().iter().find(|op| **op != Op::Push)
+        {
+            bail!("a stream has nothing like --op {}: --beside-stream goes with --op push", odd.name());
+        }
+        ensure!(
+            self.min_ratio.is_none() || self.beside_stream || self.perftest.beside_perftest,
+            "--min-ratio goes with --beside-perftest or --beside-stream: there is nothing to compare with"
+        );
         self.perftest.validate(&self.server)
+    }
+}
+
+/// What a setting is measured in turns with.
+enum Rival<'a> {
+    Perftest { options: &'a PerftestOptions, tool: &'static str, depth: u32 },
+    Stream(Duration),
+}
+
+impl Rival<'_> {
+    fn tool(&self) -> &'static str {
+        match self {
+            Self::Perftest { tool, .. } => tool,
+            Self::Stream(_) => "TCP stream",
+        }
+    }
+
+    /// Bytes a second of it, with about `count` messages of `size` bytes.
+    fn measure(&self, size: u32, count: u64) -> Result<f64> {
+        match self {
+            Self::Perftest { options, tool, depth } => {
+                let perftest = Perftest::new(tool, &options.ends);
+                Ok(perftest.bandwidth(size, count.clamp(100, 1_000_000), *depth)?.average)
+            }
+            Self::Stream(duration) => stream::bandwidth(*duration),
+        }
     }
 }
 
@@ -231,7 +274,8 @@ impl Setting {
                 let size = self.size as usize;
                 ((ops::miss_bytes(size) / size) as u64).next_multiple_of(batch)
             }
-            op if op.writes() => batch * u64::from(self.workers),
+            Op::Push => CLOCKS * batch * u64::from(self.workers),
+            Op::Inc => batch * u64::from(self.workers),
             _ => batch,
         }
     }
@@ -292,43 +336,46 @@ fn settings(options: &ThroughputOptions) -> Result<Vec<Setting>> {
     Ok(settings)
 }
 
-/// Measures one setting: in one go, or in turns with perftest.
+/// Measures one setting: in one go, or in turns with something else.
 fn measure(options: &ThroughputOptions, setting: Setting) -> Result<Row> {
     let Setting { op, size, workers, shards, outstanding, batch, .. } = setting;
     let embedded = match options.server.is_empty() {
         true => {
             let server = EmbeddedOptions { shards, memory: options.memory.clone() };
-            Some(EmbeddedServer::start(&server, 2, setting.reads().lanes(workers))?)
+            let lanes = setting.reads().lanes(workers);
+            Some(match options.beside_stream {
+                true => EmbeddedServer::start_at("tcp://127.0.0.1:0", &server, 2, lanes)?,
+                false => EmbeddedServer::start(&server, 2, lanes)?,
+            })
         }
         false => None,
     };
     let urls = embedded.as_ref().map_or(options.server.clone(), |server| vec![server.url().to_owned()]);
     let duration = Duration::from_secs_f64(options.duration);
     let bytes = f64::from(size);
+    let rival = match op.perftest(outstanding).filter(|_| options.perftest.beside_perftest) {
+        Some((tool, depth)) => Some(Rival::Perftest { options: &options.perftest, tool, depth }),
+        None => options.beside_stream.then_some(Rival::Stream(duration)),
+    };
     let mut beside = None;
-    let moved = match op.perftest(outstanding).filter(|_| options.perftest.beside_perftest) {
+    let moved = match rival {
         None => move_rows(&urls, setting, duration)?,
-        Some((tool, depth)) => {
+        Some(rival) => {
             let (mut best, mut rounds) = (None::<Moved>, Vec::new());
             for _ in 0..options.perftest.rounds {
                 let moved = move_rows(&urls, setting, duration)?;
                 let rate = |moved: &Moved| moved.rows as f64 / moved.seconds;
-                let count = (rate(&moved) * options.duration) as u64;
-                let perftest = Perftest::new(tool, &options.perftest.ends);
-                let theirs = perftest.bandwidth(size, count.clamp(100, 1_000_000), depth)?;
-                rounds.push((rate(&moved) * bytes, theirs.average));
+                let theirs = rival.measure(size, (rate(&moved) * options.duration) as u64)?;
+                rounds.push((rate(&moved) * bytes, theirs));
                 if best.is_none_or(|best| rate(&best) < rate(&moved)) {
                     best = Some(moved);
                 }
             }
-            let best_of = |of: fn(&(f64, f64)) -> f64| rounds.iter().map(of).fold(0.0, f64::max);
-            let (best_ours, best_theirs) = (best_of(|round| round.0), best_of(|round| round.1));
-            let ratio = best_ours / best_theirs;
-            beside = Some(Beside { tool: tool.into(), best_ours, best_theirs, ratio, rounds });
+            beside = Some(Beside::new(rival.tool(), rounds));
             best.context("there was no round")?
         }
     };
-    let here = options.server.iter().all(|url| url.starts_with("shm://"));
+    let here = !options.beside_stream && options.server.iter().all(|url| url.starts_with("shm://"));
     let rows_per_second = moved.rows as f64 / moved.seconds;
     Ok(Row {
         op: op.name().into(),
@@ -361,6 +408,7 @@ mod tests {
         assert_eq!(setting(Op::Hit).rows(), 100);
         assert_eq!(setting(Op::ManyHit).rows(), 100);
         assert_eq!(setting(Op::Inc).rows(), 300);
+        assert_eq!(setting(Op::Push).rows(), 1200);
         let rows = setting(Op::ManyRead).rows();
         assert!(rows.is_multiple_of(100) && rows >= (4 << 20) / 64, "{rows}");
     }

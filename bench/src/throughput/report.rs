@@ -35,14 +35,14 @@ pub struct Row {
     pub peak_bytes_per_second: f64,
     /// What one worker could do at best, for a row, if it was measured.
     pub limit: Option<Limit>,
-    /// The same by perftest, if it was measured.
+    /// The same by perftest or a stream, if it was measured.
     pub beside: Option<Beside>,
 }
 
-/// What perftest gave, beside our own: bytes a second.
+/// What perftest or a stream gave, beside our own: bytes a second.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Beside {
-    /// Its program.
+    /// Its name.
     pub tool: String,
     /// In turn: ours and its.
     pub rounds: Vec<(f64, f64)>,
@@ -52,6 +52,15 @@ pub struct Beside {
     pub best_theirs: f64,
     /// Our best over its best.
     pub ratio: f64,
+}
+
+impl Beside {
+    /// Of rounds in turn: ours and that of `tool`.
+    pub fn new(tool: &str, rounds: Vec<(f64, f64)>) -> Self {
+        let best_of = |of: fn(&(f64, f64)) -> f64| rounds.iter().map(of).fold(0.0, f64::max);
+        let (best_ours, best_theirs) = (best_of(|round| round.0), best_of(|round| round.1));
+        Self { tool: tool.into(), best_ours, best_theirs, ratio: best_ours / best_theirs, rounds }
+    }
 }
 
 /// The results of a run.
@@ -118,7 +127,7 @@ impl fmt::Display for Throughput {
             )?;
         }
         let mut table =
-            TextTable::new(["op", "#bytes", "best[MB/sec]", "perftest", "best[MB/sec]", "ratio", "rounds"]);
+            TextTable::new(["op", "#bytes", "best[MB/sec]", "beside", "best[MB/sec]", "ratio", "rounds"]);
         for row in &self.rows {
             let Some(beside) = &row.beside else { continue };
             table.row([
@@ -150,13 +159,8 @@ mod tests {
 
     #[test]
     fn a_ratio_below_the_bound_fails() {
-        let beside = Beside {
-            tool: "ib_read_bw".into(),
-            rounds: Vec::new(),
-            best_ours: 80.0,
-            best_theirs: 100.0,
-            ratio: 0.8,
-        };
+        let beside = Beside::new("ib_read_bw", vec![(80.0, 90.0), (70.0, 100.0)]);
+        assert_eq!((beside.best_ours, beside.best_theirs), (80.0, 100.0));
         let row = Row {
             op: "many-read".into(),
             size: 4096,

@@ -15,13 +15,16 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use fervor_client::{Client, ClientOptions, Table, Worker};
+use fervor_client::{Client, ClientOptions, Table, TableOptions, Worker};
 
-use super::{Op, Setting};
+use super::{CLOCKS, Op, Setting};
 use crate::connect;
 
 /// `get`s between two looks at whether the time is up.
 const EACH: u64 = 64;
+
+/// Rows of a shard that the client has room for that updates what another holds.
+const FEW: usize = 4;
 
 /// How often it is looked how far the workers are.
 const LOOK: Duration = Duration::from_millis(100);
@@ -56,21 +59,25 @@ pub(super) fn move_rows(urls: &[String], setting: Setting, duration: Duration) -
         reads_in_flight: setting.outstanding as usize,
         ..connect::client_options(clients, setting.reads())
     };
-    let open = || -> Result<(Client, Table<i32>)> {
+    let open = |few: bool| -> Result<(Client, Table<i32>)> {
         let client = Client::connect_with(urls, options.clone())?;
-        let table = client.table(
+        // Room for a few rows of each shard, and not for all.
+        let cache_bytes = few.then(|| FEW * stride.max(128) * client.ways().len());
+        let table = client.table_with(
             &name,
             setting.rows(),
             setting.size as usize / size_of::<i32>(),
             setting.op.model(),
+            TableOptions { cache_bytes, ..TableOptions::default() },
         )?;
         Ok((client, table))
     };
-    let (client, table) = open()?;
+    // Who updates rows that another client holds is to be pushed none of them: only the other's are counted.
+    let (client, table) = open(setting.op == Op::Push)?;
     let seats = (0..setting.workers).map(|_| client.worker()).collect::<Result<Vec<_>, _>>()?;
     let reader = match setting.op {
         Op::Push => {
-            let (client, table) = open()?;
+            let (client, table) = open(false)?;
             let worker = client.worker()?;
             Some((client, table, worker))
         }
@@ -187,6 +194,7 @@ impl<'a> Mover<'a> {
         let (op, batch) = (setting.op, u64::from(setting.batch));
         // Those who read begin in different places; those who write have rows of their own.
         let first = match op {
+            Op::Push => number * batch * CLOCKS,
             op if op.writes() => number * batch,
             _ => (number * batch) % setting.rows(),
         };
@@ -260,8 +268,14 @@ impl<'a> Mover<'a> {
                     worker.inc_at(table, row, &[(0, 1)])?;
                 }
                 worker.clock()?;
-                // Waits for the reader, so that each clock has a round of its own.
-                worker.get(table, self.rows[0], &mut self.values)?;
+                // Waits for the reader, so that each clock has a round of its own. All workers look at one row, which is the only one
+                // that is pushed to this client.
+                worker.get(table, 0, &mut self.values)?;
+                // Other rows in each clock that the reader may be behind: else a round would push several clocks' updates of a row at
+                // once.
+                let batch = self.rows.len() as u64;
+                let own = CLOCKS * batch;
+                self.rows.iter_mut().for_each(|row| *row = *row / own * own + (*row + batch) % own);
                 Ok(self.rows.len() as u64)
             }
         }

@@ -3,7 +3,7 @@
 use fervor_protocol::row::Version;
 
 use super::*;
-use crate::session::core::lock;
+use crate::lock::lock;
 
 struct Enough<'a>(&'a AtomicBool);
 

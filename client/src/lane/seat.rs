@@ -7,7 +7,7 @@ use std::sync::{
 
 use fervor_verbs::transport::Transport;
 
-use crate::session::core::lock;
+use crate::lock::lock;
 
 /// One worker's part of a lane: the places that its READs go to.
 #[repr(align(128))]

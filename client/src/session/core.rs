@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError,
+        Arc, Mutex, MutexGuard, RwLock, TryLockError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -21,12 +21,11 @@ use zerocopy::IntoBytes;
 use crate::{
     connect::{connect_one, main_hello},
     error::Error,
-    lane::Lanes,
+    lock::lock,
     options::ClientOptions,
     session::{
         absence::Next,
         engine::{Engine, Surroundings},
-        farewell,
         link::{Link, Wish},
     },
     slab::Pool,
@@ -117,16 +116,8 @@ pub struct Core<T: Transport> {
     pub bytes_read: AtomicU64,
     /// Connections that were made again, by shard, for the engine.
     pub made: Mutex<Vec<(usize, T::Connection, Welcome)>>,
-    /// The way to rows that are READ.
-    pub lanes: Lanes<T>,
     /// The region that servers write; see [`Core::region`].
     pub region: T::Region,
-}
-
-/// A lock that a panicking thread leaves usable: what it guards is consistent between any two statements
-/// that can panic, or the panic was this client's own bug and is reported by that thread.
-pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<T: Transport> Core<T> {
@@ -370,11 +361,5 @@ impl<T: Transport> Core<T> {
         let mut wishes = lock(&self.links[shard].wishes);
         wishes.push(wish);
         wishes.len()
-    }
-}
-
-impl<T: Transport> Drop for Core<T> {
-    fn drop(&mut self) {
-        farewell::say(self);
     }
 }

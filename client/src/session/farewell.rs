@@ -20,10 +20,16 @@ use super::{
 };
 
 /// The longest time that dropping a client takes: many round trips of a network that works.
-pub const LONGEST: Duration = Duration::from_millis(250);
+const LONGEST: Duration = Duration::from_millis(250);
+
+impl<T: Transport> Drop for Core<T> {
+    fn drop(&mut self) {
+        say(self);
+    }
+}
 
 /// Says it to all shards that would wait. Nobody else uses the client any more.
-pub fn say<T: Transport>(core: &Core<T>) {
+fn say<T: Transport>(core: &Core<T>) {
     if thread::panicking() {
         return;
     }

@@ -105,7 +105,7 @@ impl<T: Transport> Worker<T> {
 
     #[cold]
     fn take_seat(&mut self) -> Result<(), Error> {
-        self.reader = Some(Reader::new(&self.core)?);
+        self.reader = Some(Reader::new(&self.core, &self.lanes)?);
         Ok(())
     }
 

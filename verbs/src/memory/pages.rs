@@ -150,7 +150,7 @@ impl fmt::Display for Shortage {
         match pool {
             None => write!(f, "this machine has no huge pages of {page}")?,
             Some(Pool { total, free }) => {
-                write!(f, "{needed} huge pages of {page} are needed, and {free} of {total} are free")?;
+                write!(f, "huge pages of {page}: {needed} needed, {free} of {total} free")?;
                 if free < needed {
                     let enough = total + needed - free;
                     write!(
@@ -197,10 +197,7 @@ mod tests {
         let pool = Some(Pool { total: 10, free: 4 });
         let shortage = Shortage { page: HugePage::Mib2, needed: 7, pool, said: Some("no memory".into()) };
         let text = shortage.to_string();
-        assert!(
-            text.starts_with("7 huge pages of 2 MiB are needed, and 4 of 10 are free; `echo 13 > "),
-            "{text}"
-        );
+        assert!(text.starts_with("huge pages of 2 MiB: 7 needed, 4 of 10 free; `echo 13 > "), "{text}");
         assert!(
             text.contains("/hugepages-2048kB/nr_hugepages`") && text.ends_with("said: no memory)"),
             "{text}"

@@ -10,30 +10,28 @@
 //!
 //! | what | written by | read by | under |
 //! |---|---|---|---|
-//! | `sending` | whoever posts, answers or flushes | the same | its lock, also during the call that hands bytes to the kernel |
+//! | `queue` | whoever posts or answers puts, the sender takes it over | the same | its lock, which is held for a moment |
+//! | `sending` | the sender, also during the call that hands bytes to the kernel | the same | its lock, which nobody but [`Link::end`] and a claim too early (below) waits for |
+//! | `signs` | | | how a thread that finds `sending` taken leaves its bytes to the one that has it: see `sender` |
 //! | `flying` | the posting thread adds, the engine takes away | the engine | its lock, which is held for a moment |
-//! | `offered`, `taken` | whoever flushes, before and after that call | the engine | the lock of `sending` to write; atomic to read |
-//! | `executed` | the engine | whoever flushes | atomic |
-//! | `blocked` | whoever flushes | the engine | the lock of `sending` to write; atomic to read |
+//! | `offered`, `taken` | the sender, before and after that call | the engine | atomic |
+//! | `executed` | the engine | whoever takes `queue` over | atomic |
+//! | `replying` | the engine adds, the sender takes away | the engine | atomic |
 //!
-//! So the engine takes answers while the posting thread is in a call of the kernel: those to what earlier calls have taken.
+//! Locks are taken in the order `sending`, `queue`, `flying`.
 //!
 //! **When a request completes.** The peer says how many it has executed. It can only have executed what it was sent: a claim beyond
 //! `offered` is no answer. But a request of which the kernel is still taking the payload must not complete, since the user may change
-//! the payload then. So a claim beyond `taken` waits for the lock: then no call is under way, and `taken` says it all. (Only a READ,
-//! which has no payload, may complete by `offered`: its reply is quick.) The engine has the answer from a socket to which `offered`
-//! was written before the request, so it sees that.
-//!
-//! **A full socket.** Whoever finds it full says `blocked`, and tries once more. The kernel reports room only after that second try, if
-//! it fails, and the engine looks at `blocked` only after such a report. So the engine sees it, and flushes. Without it reports of room
-//! are not heeded: each report of bytes that have come is one, too.
+//! the payload then. So a claim beyond `taken` waits for the lock of `sending`: then no call is under way, and `taken` says it all. (A
+//! READ has no payload, and may complete by `offered`.) The engine has the answer from a socket to which the request was written after
+//! `offered`, so it sees that.
 
 use std::{
     collections::VecDeque,
     io::ErrorKind,
     net::{Shutdown, TcpStream},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
@@ -41,6 +39,7 @@ use std::{
 use super::{
     outgoing::Outgoing,
     region::TcpRegion,
+    sender::{Signs, Try},
     wire::{FRAME, Frame, Kind, encode_refusal},
 };
 use crate::{
@@ -50,6 +49,8 @@ use crate::{
 
 /// Bytes that one call of `ring` hands to the kernel, about. The engine sends the rest.
 const RUNG: usize = 4 << 20;
+/// Turns of waiting for a call that hands over bytes, which is about to be over; then its thread is waited for.
+const CALL_TURNS: u32 = 100;
 
 /// What is left after a flush.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,8 +82,12 @@ pub(super) struct Link {
     taken: AtomicU64,
     /// Requests of the peer that have been executed.
     executed: AtomicU64,
-    /// The socket was full.
-    blocked: AtomicBool,
+    /// Replies that the kernel has not taken all of.
+    replying: AtomicU64,
+    /// Bytes were handed to the kernel since the last [`Link::beat`].
+    alive: AtomicBool,
+    signs: Signs<AtomicU64>,
+    queue: Mutex<Queue>,
     sending: Mutex<Sending>,
     flying: Mutex<Flying>,
 }
@@ -129,18 +134,22 @@ struct Flying {
     done: u64,
 }
 
-/// What is on its way out.
+/// What was put, and is not being sent yet.
 #[derive(Debug, Default)]
-struct Sending {
+struct Queue {
     out: Outgoing,
     /// Of how many requests the peer was told that they have been executed.
     told: u64,
-    /// Bytes were handed to the kernel since the last [`Link::beat`].
-    alive: bool,
+    /// Nothing goes in any more.
+    over: bool,
+}
+
+/// What is being sent.
+#[derive(Debug, Default)]
+struct Sending {
+    out: Outgoing,
     /// Why the socket takes nothing any more.
     failed: Option<WorkError>,
-    /// Nothing goes in or out any more.
-    over: bool,
 }
 
 /// What becomes of a connection, for the polling thread.
@@ -173,7 +182,7 @@ pub(super) enum Event {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Corrupt;
 
-impl Sending {
+impl Queue {
     /// Says how many requests have been executed, unless much waits: then it is said behind that.
     fn tell(&mut self, executed: u64) {
         if executed != self.told && !self.out.is_long() {
@@ -201,20 +210,25 @@ impl Link {
             offered: AtomicU64::new(0),
             taken: AtomicU64::new(0),
             executed: AtomicU64::new(0),
-            blocked: AtomicBool::new(false),
+            replying: AtomicU64::new(0),
+            alive: AtomicBool::new(false),
+            signs: Signs::default(),
+            queue: Mutex::default(),
             sending: Mutex::default(),
             flying: Mutex::default(),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Sending> {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
         // A panic while it is held is a bug of this provider, and the connection is of no more use than before.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sending(&self) -> MutexGuard<'_, Sending> {
         self.sending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Taken behind that of `sending` by whoever has both.
     fn flying(&self) -> MutexGuard<'_, Flying> {
-        // As for the other.
         self.flying.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -240,15 +254,15 @@ impl Link {
         if self.room() == 0 {
             return Err(PostError::Full);
         }
-        let mut sending = self.lock();
-        if sending.over {
+        let mut queue = self.queue();
+        if queue.over {
             return Err(PostError::Disconnected);
         }
         self.used.fetch_add(1, Ordering::AcqRel);
-        sending.out.put_bytes(&frame.encode());
-        payload(&mut sending.out);
+        queue.out.put_bytes(&frame.encode());
+        payload(&mut queue.out);
         // No byte of it goes before this lock is let go of.
-        self.flying().requests.push_back((sending.out.put(), posted));
+        self.flying().requests.push_back((queue.out.put(), posted));
         Ok(())
     }
 
@@ -263,58 +277,71 @@ impl Link {
         Ok(if news { self.flush(RUNG) } else { Flush::Done })
     }
 
-    /// Hands to the kernel what it takes, about `most` bytes at most. Of a socket that fails, the engine sees the end.
+    /// Hands to the kernel what it takes, about `most` bytes at most, or leaves that to who does so now. Of a socket that fails, the
+    /// engine sees the end.
     pub(super) fn flush(&self, most: usize) -> Flush {
-        let mut sending = self.lock();
-        let (mut handed, mut full) = (0, false);
-        loop {
-            sending.tell(self.executed.load(Ordering::Relaxed));
-            if sending.out.is_empty() {
-                return Flush::Done;
+        let lock = || match self.sending.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        let mut handed = 0;
+        self.signs.send(lock, |sending| self.hand_over(sending, &mut handed, most))
+    }
+
+    fn hand_over(&self, sending: &mut Sending, handed: &mut usize, most: usize) -> Try {
+        if sending.out.is_empty() && !self.take_over(sending) {
+            return Try::Nothing;
+        }
+        if *handed >= most {
+            return Try::More;
+        }
+        // SYNC POINT: the engine takes an answer to these bytes after this.
+        let offer = |offer| self.offered.store(offer, Ordering::Release);
+        let replies = sending.out.replies();
+        match sending.out.hand_over(&self.socket, offer) {
+            Ok((count, of)) => {
+                self.taken.store(sending.out.taken(), Ordering::Release);
+                self.replying.fetch_sub((replies - sending.out.replies()) as u64, Ordering::Release);
+                self.alive.store(true, Ordering::Relaxed);
+                *handed += count;
+                if count == of { Try::All } else { Try::Part }
             }
-            if handed >= most {
-                return Flush::More;
-            }
-            // SYNC POINT: an answer to these bytes is taken by the engine after this.
-            match sending.out.hand_over(&self.socket, |offer| self.offered.store(offer, Ordering::Release)) {
-                Ok((count, of)) => {
-                    self.taken.store(sending.out.taken(), Ordering::Release);
-                    sending.alive = true;
-                    handed += count;
-                    full = count < of;
-                    self.blocked.store(full, Ordering::SeqCst);
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock && !full => {
-                    full = true;
-                    self.blocked.store(true, Ordering::SeqCst);
-                }
-                Err(error) => {
-                    if error.kind() != ErrorKind::WouldBlock {
-                        // The socket tells it once.
-                        sending.failed = Some(cause(&error));
-                    }
-                    return Flush::Blocked;
-                }
+            Err(error) if error.kind() == ErrorKind::Interrupted => Try::All,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Try::Full,
+            Err(error) => {
+                // The socket tells it once.
+                sending.failed = Some(cause(&error));
+                Try::Failed
             }
         }
+    }
+
+    /// Takes over what was put. Whether that is anything.
+    fn take_over(&self, sending: &mut Sending) -> bool {
+        let mut queue = self.queue();
+        queue.tell(self.executed_so_far());
+        queue.out.hand_on(&mut sending.out);
+        !sending.out.is_empty()
     }
 
     /// The kernel reports that the socket has room. It does so now and then, also if nobody waits for that.
     pub(super) fn has_room(&self, most: usize) -> Flush {
-        if self.blocked.load(Ordering::SeqCst) { self.flush(most) } else { Flush::Done }
+        if self.signs.is_room_awaited() { self.flush(most) } else { Flush::Done }
     }
 
     /// Says something to a peer to which nothing was said for a while: its kernel answers, or its host is gone.
     pub(super) fn beat(&self) {
-        let mut sending = self.lock();
-        if !std::mem::take(&mut sending.alive) && sending.out.is_empty() {
-            let frame = Frame::answer(Kind::Executed, sending.told, 0).encode();
-            sending.out.put_bytes(&frame);
-            drop(sending);
-            self.flush(FRAME);
-            self.lock().alive = false;
+        // Where something waits, the kernel has something to say already.
+        if self.alive.swap(false, Ordering::Relaxed) || self.signs.is_room_awaited() {
+            return;
         }
+        let mut queue = self.queue();
+        let frame = Frame::answer(Kind::Executed, queue.told, 0).encode();
+        queue.out.put_bytes(&frame);
+        drop(queue);
+        self.flush(FRAME);
+        self.alive.store(false, Ordering::Relaxed);
     }
 
     /// A request of the peer is executed: by the engine.
@@ -332,21 +359,27 @@ impl Link {
     /// # Errors
     /// The peer has more READs out than its send queue holds.
     pub(super) fn reply(&self, memory: &Memory, offset: usize, length: usize) -> Result<(), Corrupt> {
-        let mut sending = self.lock();
-        if sending.out.replies() as u64 >= self.peer_depth {
-            return Err(Corrupt);
+        let has_too_many = || self.replying.load(Ordering::Acquire) >= self.peer_depth;
+        if has_too_many() {
+            // Those that the peer has had are not counted when the call that hands them over is over.
+            drop(self.sending());
+            if has_too_many() {
+                return Err(Corrupt);
+            }
         }
+        self.replying.fetch_add(1, Ordering::Relaxed);
         let before = self.executed.fetch_add(1, Ordering::Relaxed);
-        sending.out.put_bytes(&Frame::answer(Kind::Reply, before, length as u64).encode());
-        sending.out.put_reply(memory, offset, length);
-        sending.told = before + 1;
+        let mut queue = self.queue();
+        queue.out.put_bytes(&Frame::answer(Kind::Reply, before, length as u64).encode());
+        queue.out.put_reply(memory, offset, length);
+        queue.told = before + 1;
         Ok(())
     }
 
     /// Tells the peer that its next request is refused.
     pub(super) fn refuse(&self, error: WorkError) {
         let frame = Frame::answer(Kind::Refused, self.executed.load(Ordering::Relaxed), 0);
-        self.lock().out.put_bytes(&Frame { key: encode_refusal(error), ..frame }.encode());
+        self.queue().out.put_bytes(&Frame { key: encode_refusal(error), ..frame }.encode());
     }
 
     /// The peer has executed `executed` requests. Completes them.
@@ -362,12 +395,8 @@ impl Link {
             *usize::try_from(last).ok().and_then(|last| flying.requests.get(last)).ok_or(Corrupt)?;
         if end > self.taken.load(Ordering::Acquire) {
             drop(flying);
-            // The call that takes it is over then.
-            drop(self.lock());
+            self.await_taken(end)?;
             flying = self.flying();
-            if end > self.taken.load(Ordering::Acquire) {
-                return Err(Corrupt);
-            }
         }
         for _ in 0..count {
             match flying.requests.front() {
@@ -377,6 +406,22 @@ impl Link {
             }
         }
         Ok(())
+    }
+
+    /// Waits until the kernel has taken the stream up to `end`, all of which it was offered: for as long as a call takes.
+    fn await_taken(&self, end: u64) -> Result<(), Corrupt> {
+        if end > self.offered.load(Ordering::Acquire) {
+            return Err(Corrupt);
+        }
+        for _ in 0..CALL_TURNS {
+            if end <= self.taken.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
+        // No call is under way then.
+        drop(self.sending());
+        if end <= self.taken.load(Ordering::Acquire) { Ok(()) } else { Err(Corrupt) }
     }
 
     fn complete(self: &Arc<Self>, flying: &mut Flying, events: &mut Vec<Event>) {
@@ -424,13 +469,14 @@ impl Link {
         events: &mut Vec<Event>,
     ) {
         self.broken.store(true, Ordering::Release);
-        let mut sending = self.lock();
-        sending.over = true;
+        let mut sending = self.sending();
+        self.queue().over = true;
         // What one call takes may go; then the peer is told that nothing follows. It may be gone.
-        if !sending.out.is_empty() {
+        if !sending.out.is_empty() || self.take_over(&mut sending) {
             let _ = sending.out.hand_over(&self.socket, |_| ());
         }
         sending.out.clear();
+        self.queue().out.clear();
         let cause = match (cause, sending.failed) {
             (WorkError::Disconnected, Some(failed)) => failed,
             (cause, _) => cause,

@@ -13,6 +13,7 @@
 //! | `wire` | openings and frames |
 //! | `link` | a connection as its two threads share it: what is in flight, who hands what to the socket |
 //! | `outgoing` | what is on its way out, and from where the kernel takes it |
+//! | `sender` | which thread hands it to the kernel |
 //! | `inbound` | what comes in: requests are executed, answers complete |
 //! | `engine` | the thread of an endpoint that serves its sockets |
 //! | `shared` | what an endpoint's handles and its engine share |
@@ -56,6 +57,7 @@ mod inbound;
 mod link;
 mod outgoing;
 mod region;
+mod sender;
 mod shared;
 #[cfg(test)]
 mod suite;

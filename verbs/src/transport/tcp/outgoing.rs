@@ -13,8 +13,9 @@
 //! **What the peer READs is copied by words**, by [`Memory::read`], in pieces that end between two words: its owner may be changing it.
 //!
 //! **Bounds.** Bytes are copied at the put while `copied` has less than [`STAGE`] of them. Of what is put later, only heads and inline
-//! payloads are; of the rest the place is noted. So a peer that does not read makes this side keep twice `STAGE`, and heads and places,
-//! of which there are as many as the send queues of both sides allow.
+//! payloads are; of the rest the place is noted. So a peer that does not read makes this side keep a few times `STAGE` (a connection has
+//! one of these that is put to, and one that is sent), and heads and places, of which there are as many as the send queues of both sides
+//! allow.
 
 use std::{
     collections::VecDeque,
@@ -122,31 +123,36 @@ impl Outgoing {
         }
     }
 
-    /// Copies what the peer READs and is next, as far as there is room: it stands at `index` of the items.
-    fn copy_reply(&mut self, index: usize) {
-        let room = STAGE - self.late.len();
-        let Some(Item::Reply(memory, offset, length)) = self.items.get_mut(index) else { return };
-        let count = whole_words(*offset, *length, room);
-        if count == 0 {
-            return;
-        }
-        memory.read(*offset, self.late.grow(count));
-        (*offset, *length) = (*offset + count, *length - count);
-        if *length > 0 {
-            self.items.insert(index, Item::Late(count));
-        } else {
-            self.items[index] = Item::Late(count);
+    /// Copies what the peer READs and is among the next items, as far as there is room.
+    fn copy_replies(&mut self) {
+        let mut index = 0;
+        while index < self.items.len().min(PIECES) {
+            if let Item::Reply(memory, offset, length) = &mut self.items[index] {
+                let count = whole_words(*offset, *length, STAGE - self.late.len());
+                if count == 0 {
+                    return;
+                }
+                memory.read(*offset, self.late.grow(count));
+                (*offset, *length) = (*offset + count, *length - count);
+                if *length > 0 {
+                    return self.items.insert(index, Item::Late(count));
+                }
+                self.items[index] = Item::Late(count);
+            }
+            index += 1;
         }
     }
 
-    /// What a call can hand over next. It is good until this changes.
-    fn pieces(&mut self, pieces: &mut [libc::iovec; PIECES]) -> (usize, usize) {
+    /// What a call can hand over next: how many pieces, and bytes. They are good until this changes.
+    fn pieces(&self, pieces: &mut [libc::iovec; PIECES]) -> (usize, usize) {
         let (mut count, mut bytes) = (0, 0);
         let (mut copied, mut late) = (0, 0);
-        while count < PIECES && bytes < BYTES && count < self.items.len() {
-            self.copy_reply(count);
+        for (item, place) in self.items.iter().zip(pieces) {
             let most = BYTES - bytes;
-            let piece = match &self.items[count] {
+            let piece = match item {
+                // There was no room for a copy.
+                Item::Reply(..) => break,
+                _ if most == 0 => break,
                 Item::Copied(length) => {
                     let piece = self.copied.piece(copied, most.min(*length));
                     copied += length;
@@ -158,11 +164,9 @@ impl Outgoing {
                     piece
                 }
                 Item::Place(memory, offset, length) => memory.piece(*offset, most.min(*length)),
-                // There was no room.
-                Item::Reply(..) => break,
             };
             bytes += piece.iov_len;
-            pieces[count] = piece;
+            *place = piece;
             count += 1;
         }
         (count, bytes)
@@ -175,6 +179,7 @@ impl Outgoing {
         socket: &impl AsFd,
         offer: impl FnOnce(u64),
     ) -> io::Result<(usize, usize)> {
+        self.copy_replies();
         let mut pieces = [NOTHING; PIECES];
         let (count, bytes) = self.pieces(&mut pieces);
         offer(self.taken + bytes as u64);
@@ -215,6 +220,13 @@ impl Outgoing {
         while self.replies.front().is_some_and(|end| *end <= self.taken) {
             self.replies.pop_front();
         }
+    }
+
+    /// All of this, which follows on what `before` was, becomes that. It is empty.
+    pub(super) fn hand_on(&mut self, before: &mut Self) {
+        debug_assert!(before.is_empty() && before.put == self.taken, "{} bytes, {}", before.put, self.taken);
+        std::mem::swap(self, before);
+        (self.put, self.taken) = (before.put, before.put);
     }
 
     /// What the kernel has not taken is forgotten.
@@ -269,5 +281,107 @@ impl Bytes {
     fn piece(&self, at: usize, count: usize) -> libc::iovec {
         let bytes = &self.memory[self.start..self.end][at..at + count];
         libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Read, os::unix::net::UnixStream};
+
+    use super::*;
+
+    const LONG: usize = 1 << 20;
+
+    fn numbers() -> impl FnMut(usize) -> usize {
+        let mut state = 7_u64;
+        move |below| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize % below
+        }
+    }
+
+    /// Puts something of every kind and length, and notes what the peer is to read.
+    fn put_some(
+        out: &mut Outgoing,
+        memory: &Memory,
+        number: &mut impl FnMut(usize) -> usize,
+        all: &mut Vec<u8>,
+    ) {
+        let most = [9, 200, DIRECT + 100, 40_000, LONG / 2][number(5)];
+        let (offset, length) = (number(LONG / 2), number(most));
+        let mut bytes = vec![0; length];
+        memory.read(offset, &mut bytes);
+        match number(3) {
+            0 => out.put_bytes(&bytes),
+            1 => out.put_place(memory, offset, length),
+            _ => out.put_reply(memory, offset, length),
+        }
+        all.extend(bytes);
+    }
+
+    #[test]
+    fn all_that_is_put_comes_in_order_however_little_is_taken_at_a_time() {
+        let memory = Memory::new("out", LONG).unwrap();
+        memory.write(0, &(0..LONG).map(|i| (i * 5 + i / 253) as u8).collect::<Vec<_>>());
+        let (socket, mut peer) = UnixStream::pair().unwrap();
+        let mut number = numbers();
+        let (mut out, mut all, mut found) = (Outgoing::default(), Vec::new(), Vec::new());
+        let mut buffer = vec![0; 70_000];
+        for round in 0..400 {
+            for _ in 0..number(4) {
+                put_some(&mut out, &memory, &mut number, &mut all);
+            }
+            assert_eq!(out.put(), all.len() as u64);
+            let mut offered = 0;
+            while !out.is_empty() {
+                match out.hand_over(&socket, |offer| offered = offer) {
+                    Ok((count, of)) => {
+                        assert!(count > 0 && count <= of && out.taken() <= offered && offered <= out.put());
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            // In the last round the peer reads all.
+            while found.len() < out.taken() as usize {
+                let most = 1 + number(buffer.len());
+                let count = peer.read(&mut buffer[..most]).unwrap();
+                found.extend_from_slice(&buffer[..count]);
+                if round < 399 && number(3) == 0 {
+                    break;
+                }
+            }
+        }
+        while !out.is_empty() {
+            let (count, _) = out.hand_over(&socket, |_| ()).unwrap();
+            let from = found.len();
+            found.resize(from + count, 0);
+            peer.read_exact(&mut found[from..]).unwrap();
+        }
+        assert!(found == all, "{} bytes are not those that were put", all.len());
+        assert_eq!((out.replies(), out.taken()), (0, out.put()));
+    }
+
+    /// A peer that reads nothing makes this side copy no more than the bound, besides heads.
+    #[test]
+    fn what_waits_is_noted_and_not_copied() {
+        let memory = Memory::new("out", LONG).unwrap();
+        let mut out = Outgoing::default();
+        for _ in 0..100 {
+            out.put_bytes(&[0; 32]);
+            out.put_place(&memory, 0, DIRECT - 1);
+            out.put_bytes(&[0; 32]);
+            out.put_place(&memory, 3, LONG / 2);
+            out.put_bytes(&[0; 32]);
+            out.put_reply(&memory, 5, LONG / 2);
+        }
+        assert!(out.copied.len() <= STAGE + DIRECT + 100 * 3 * 32, "{} bytes are copied", out.copied.len());
+        assert_eq!((out.late.len(), out.replies()), (0, 100));
+        let (socket, _peer) = UnixStream::pair().unwrap();
+        while out.hand_over(&socket, |_| ()).is_ok() {
+            assert!(out.late.len() <= STAGE, "{} bytes are copied", out.late.len());
+        }
+        out.clear();
+        assert!(out.is_empty() && out.replies() == 0);
     }
 }
