@@ -232,8 +232,7 @@ impl Care {
                 line.has_lanes() || served.makes_lanes()
             }
             Err(reason) => {
-                // One that this side has ended says nothing more.
-                if let Some(reason) = reason.as_ref().filter(|_| line.lives()) {
+                if let Some(reason) = &reason {
                     say(format_args!("the session with {} ends: {reason}", line.name()));
                 }
                 served.end(reason.as_deref().unwrap_or("it closed the connection"));

@@ -107,6 +107,8 @@ struct Voice {
     cipher: Cipher,
     unsaid: Vec<u8>,
     over: bool,
+    /// Why it ended, if it was the peer's fault and nobody has said so yet.
+    fault: Option<String>,
 }
 
 /// See the module.
@@ -142,7 +144,7 @@ impl Line {
         sockopt::set_tcp_user_timeout(&socket, GONE.as_millis() as u32)?;
         Ok(Arc::new(Self {
             socket,
-            voice: Mutex::new(Voice { cipher, unsaid: Vec::new(), over: false }),
+            voice: Mutex::new(Voice { cipher, unsaid: Vec::new(), over: false, fault: None }),
             lanes: Mutex::default(),
             making: AtomicUsize::new(0),
             pulse: Pulse::new(),
@@ -237,17 +239,18 @@ impl Line {
             }
         };
         voice.unsaid.drain(..said);
-        let failed = match failed {
-            None if voice.unsaid.len() > MAX_UNSAID => Some("it does not read what it is told".to_owned()),
-            failed => failed,
-        };
-        match failed {
-            None => Ok(voice.unsaid.is_empty()),
-            Some(reason) => {
-                self.hang_up(voice);
-                Err(reason)
-            }
+        if voice.unsaid.len() > MAX_UNSAID {
+            let reason = "it does not read what it is told".to_owned();
+            self.hang_up(voice);
+            voice.fault = Some(reason.clone());
+            return Err(reason);
         }
+        if let Some(reason) = failed {
+            // Of a peer that is gone there is nothing more to say.
+            self.hang_up(voice);
+            return Err(reason);
+        }
+        Ok(voice.unsaid.is_empty())
     }
 
     /// The serving thread finds the end of the socket, and does the rest.
@@ -417,7 +420,7 @@ impl Ear {
             self.frames(line, &mut take).map_err(Some)?;
             let mut bytes = [0; 4096];
             match (&line.socket).read(&mut bytes) {
-                Ok(0) => return Err(None),
+                Ok(0) => return Err(line.voice().fault.take()),
                 Ok(count) => {
                     news = news.or(line.pulse.heard(Instant::now()));
                     self.0.extend_from_slice(&bytes[..count]);

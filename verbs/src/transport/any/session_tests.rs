@@ -174,6 +174,8 @@ fn a_peer_that_reads_nothing_ends_its_session_and_holds_up_nobody() {
     };
     assert!(reason.contains("does not read") && begun.elapsed() < PATIENCE, "{reason}");
     assert!(said > 10 && !line.lives());
+    // The thread that serves the session learns why.
+    assert_eq!(Ear::default().hear(&line, |_| Ok(())), Err(Some(reason)));
     drop(raw);
 }
 

@@ -1,6 +1,12 @@
 //! Connecting: private data, refusals, addresses.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use super::{
     Rig, Side,
@@ -10,8 +16,8 @@ use crate::{
     address::Address,
     error::Error,
     transport::{
-        Completion, Connection, Endpoint, EndpointConfig, Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA,
-        Payload, Request, Runtime, Transport,
+        Completion, Connection, Endpoint, EndpointConfig, LaneSpec, Listener, MAX_REPLY_DATA,
+        MAX_REQUEST_DATA, Payload, Request, Runtime, Transport,
     },
 };
 
@@ -310,4 +316,94 @@ pub(super) fn many_clients<R: Rig>(rig: &R) {
     connections.sort_by_key(Connection::id);
     connections.dedup_by_key(|connection| connection.id());
     assert_eq!(connections.len(), usize::from(CLIENTS), "two connections have the same id");
+}
+
+/// Connections that are asked for together come in their order, each with its own answer and its own depth.
+pub(super) fn together<R: Rig>(rig: &R) {
+    let (client, server) = (host(rig, Side::Client), host(rig, Side::Server));
+    let mut listener = server.transport.listen(&rig.address(0)).expect("listen");
+    let address = rig.dial(listener.address());
+    let acceptor = Background::start(&server.transport.clone(), move || {
+        let mut server = server;
+        let mut accepted = Vec::new();
+        for _ in 0..5 {
+            let request = listener.accept(PATIENCE).expect("accept").expect("nobody connects");
+            let asked = request.private_data().to_vec();
+            let connection = request.accept(&server.endpoint.attach(), &[&asked[..], &asked].concat());
+            accepted.push((asked, connection.expect("accept")));
+        }
+        // Each brings a message that says which one it is.
+        let deadline = server.transport.now() + PATIENCE;
+        let (mut seen, mut turn) = (0, 0);
+        while seen < 5 {
+            server.poll();
+            match server.take() {
+                Some(Completion::Received { connection, buffer, .. }) => {
+                    let message = server.endpoint.message(&buffer).to_vec();
+                    assert!(accepted.iter().any(|(asked, end)| *asked == message && end.id() == connection));
+                    server.endpoint.release(buffer);
+                    seen += 1;
+                }
+                Some(other) => panic!("expected a message, found {other:?}"),
+                None => assert!(server.transport.now() < deadline, "{seen} messages came"),
+            }
+            server.transport.relax(turn);
+            turn += 1;
+        }
+    });
+    let attach = client.endpoint.attach();
+    let asked: Vec<Vec<u8>> = (1..=5).map(|len| data(len, false)).collect();
+    let lanes: Vec<_> =
+        asked.iter().zip(1..).map(|(data, depth)| LaneSpec::new(&attach, data).with_depth(depth)).collect();
+    let mut made = client.transport.connect_all(&address, &lanes, PATIENCE).expect("connect");
+    assert_eq!(made.len(), 5);
+    for ((connection, reply), lane) in made.iter_mut().zip(&lanes) {
+        assert_eq!(reply[..], [lane.private_data, lane.private_data].concat());
+        assert_eq!(connection.room(), lane.depth);
+        connection.send(Payload::Inline(lane.private_data), None, None).expect("send");
+        connection.ring().expect("ring");
+    }
+    acceptor.join();
+    assert!(client.transport.connect_all(&address, &[], PATIENCE).expect("no connections").is_empty());
+}
+
+/// One is refused: none is there.
+pub(super) fn all_or_none<R: Rig>(rig: &R) {
+    let (mut client, server) = (host(rig, Side::Client), host(rig, Side::Server));
+    let mut listener = server.transport.listen(&rig.address(0)).expect("listen");
+    let address = rig.dial(listener.address());
+    let done = Arc::new(AtomicBool::new(false));
+    let stop = done.clone();
+    let acceptor = Background::start(&server.transport.clone(), move || {
+        let mut server = server;
+        let mut accepted = Vec::new();
+        // A provider may ask for those after the one that is refused, too.
+        while !stop.load(Ordering::SeqCst) {
+            match listener.accept(Duration::from_millis(20)).expect("accept") {
+                Some(request) if request.private_data() == data(3, false) => request.reject(b"not this one"),
+                Some(request) => {
+                    accepted.push(request.accept(&server.endpoint.attach(), b"").expect("accept"));
+                }
+                None => {}
+            }
+        }
+        assert!(accepted.len() >= 2, "{} were accepted before the one that was refused", accepted.len());
+        accepted.iter().for_each(|_| ends(&mut server));
+    });
+    let attach = client.endpoint.attach();
+    let asked: Vec<Vec<u8>> = (1..=4).map(|len| data(len, false)).collect();
+    let lanes: Vec<_> = asked.iter().map(|data| LaneSpec::new(&attach, data)).collect();
+    match client.transport.connect_all(&address, &lanes, PATIENCE) {
+        Err(Error::Refused { private_data, .. }) => assert_eq!(private_data, b"not this one"),
+        other => panic!("expected a refusal, found {:?}", other.map(|made| made.len())),
+    }
+    done.store(true, Ordering::SeqCst);
+    // Those that had been made end here, too.
+    let deadline = client.transport.now() + PATIENCE;
+    while !acceptor.is_done() {
+        client.poll();
+        assert!(client.transport.now() < deadline, "waited {PATIENCE:?} for the ends");
+        client.transport.relax(u32::MAX);
+    }
+    acceptor.join();
 }

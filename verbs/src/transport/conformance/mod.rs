@@ -214,6 +214,8 @@ macro_rules! conformance {
             handshake_server_posts_at_once = handshake::server_posts_at_once;
             handshake_connections_outlive_their_listener = handshake::dropped_listener;
         handshake_many_clients_at_once = handshake::many_clients;
+            handshake_several_are_made_together = handshake::together;
+            handshake_several_are_all_made_or_none = handshake::all_or_none;
             faults_disconnect_is_seen_by_both = faults::disconnect;
             faults_dropped_connection_disconnects = faults::dropped_connection;
             faults_dropped_endpoint_disconnects = faults::dropped_endpoint;

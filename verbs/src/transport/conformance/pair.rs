@@ -279,6 +279,11 @@ impl<T: Transport, X: Send + 'static> Background<T, X> {
         Self { thread: transport.spawn("helper", None, body).expect("spawn"), result }
     }
 
+    /// Whether it has its result.
+    pub(crate) fn is_done(&self) -> bool {
+        self.result.lock().expect("the slot of the result").is_some()
+    }
+
     pub(crate) fn join(self) -> X {
         assert!(self.thread.join(), "the helper thread panicked");
         self.result

@@ -139,6 +139,7 @@ impl Keeper {
         let keeping = Keeping {
             core: Arc::clone(&core),
             links: HashMap::new(),
+            settling: Vec::new(),
             doomed: VecDeque::new(),
             by_queue_pair: HashMap::new(),
         };
@@ -234,6 +235,8 @@ struct Watched {
 struct Keeping {
     core: Arc<Core>,
     links: HashMap<u64, Watched>,
+    /// Connections whose last buffers are waited for.
+    settling: Vec<u64>,
     /// Connections whose queue pairs are to be destroyed.
     doomed: VecDeque<u64>,
     /// Keys by the addresses of queue pairs.
@@ -246,7 +249,7 @@ impl Keeping {
         let mut space = [MaybeUninit::<epoll::Event>::uninit(); 64];
         while !self.core.stop.load(Ordering::Acquire) {
             let mut left = tick.saturating_duration_since(Instant::now());
-            if self.links.values().any(|watched| matches!(watched.stage, Stage::Settling(_))) {
+            if !self.settling.is_empty() {
                 left = left.min(LOOK);
             }
             if !self.doomed.is_empty() {
@@ -290,6 +293,7 @@ impl Keeping {
                 Order::Settle(key) => {
                     if let Some(watched) = self.links.get_mut(&key) {
                         watched.stage = Stage::Settling(Instant::now() + LAST_BUFFER);
+                        self.settling.push(key);
                     }
                 }
                 Order::Destroy(key) => self.doomed.push_back(key),
@@ -365,11 +369,17 @@ impl Keeping {
     /// Those whose last buffer was taken, or whose device says nothing of that.
     fn settle(&mut self) {
         let now = Instant::now();
-        let settled = |watched: &&mut Watched| matches!(watched.stage, Stage::Settling(until) if now >= until || watched.link.took_last_buffer());
-        for watched in self.links.values_mut().filter(settled) {
-            watched.stage = Stage::Ending;
-            if !watched.link.queues.tell(News::Settled(watched.link.id)) {
-                self.doomed.push_back(watched.link.key);
+        for key in std::mem::take(&mut self.settling) {
+            let Some(watched) = self.links.get_mut(&key) else { continue };
+            match watched.stage {
+                Stage::Settling(until) if now >= until || watched.link.took_last_buffer() => {
+                    watched.stage = Stage::Ending;
+                    if !watched.link.queues.tell(News::Settled(watched.link.id)) {
+                        self.doomed.push_back(key);
+                    }
+                }
+                Stage::Settling(_) => self.settling.push(key),
+                _ => {}
             }
         }
     }
