@@ -236,6 +236,7 @@ fn configure(arguments: &Arguments, transport: &Host) -> anyhow::Result<Config> 
     config.lanes = arguments.lanes;
     config.credits = arguments.credits;
     config.lease = arguments.lease;
+    config.rails = transport.rails().len();
     config.bookkeeping =
         arguments.bookkeeping.unwrap_or_else(|| Config::default_bookkeeping(arguments.memory));
     config.staging = arguments.staging.unwrap_or_else(|| Config::default_staging(arguments.clients));

@@ -3,6 +3,9 @@
 //! Whoever makes a lane by RDMA asks for [`Picks`], one after the other, until one leads there. What did not lead there, and which
 //! peers were lost, the rail itself remembers (`rdma::failures`): so a dead one is left out by lanes that are made afterwards, and used again
 //! when it is back. Which rails a lane goes by is decided in [`picking`](super::picking).
+//!
+//! **Trust.** A client may offer any address. On Ethernet the kernel looks for its hardware address, for a second if there is none, and the
+//! thread that accepts waits as long. So a peer that is let in can slow down those who come after it; it has to be let in by a session first.
 
 use std::{
     net::Ipv6Addr,
@@ -163,10 +166,17 @@ impl Rails {
     ) -> Result<(RdmaJoining, u8), Error> {
         let chosen = rdma::peer_of(offer).and_then(|(network, gid)| {
             let peer = RailAddress { network, gid, prefix: 128 };
-            self.choose(&peer, asked, endpoint.core()).ok_or_else(|| self.none_leads_to(&peer, asked))
+            let chosen = self.choose(&peer, asked, endpoint.core());
+            chosen.map(|(rail, at)| (rail, at, gid)).ok_or_else(|| self.none_leads_to(&peer, asked))
         });
-        let (rail, at) = chosen.map_err(|reason| Error::NoDevice { reason })?;
-        let joining = self.opened[rail].rdma.answer_at(&endpoint.rail(rail)?, &at, depth, offer)?;
+        let (rail, at, peer) = chosen.map_err(|reason| Error::NoDevice { reason })?;
+        let rdma = &self.opened[rail].rdma;
+        let joining = rdma.answer_at(&endpoint.rail(rail)?, &at, depth, offer).inspect_err(|error| {
+            // It says nothing of the network that there is no place.
+            if !matches!(error, Error::Limit { .. }) {
+                rdma.note_failure(peer);
+            }
+        })?;
         self.count(Route::Rail(rail as u8));
         Ok((joining, rail as u8))
     }
