@@ -6,6 +6,7 @@ use anyhow::Result;
 use fervor_verbs::{
     devices::{self, Capabilities, DeviceInfo, PortInfo},
     fabric::{self, Fabric},
+    rails::{self, Candidate},
 };
 
 use crate::report;
@@ -14,23 +15,30 @@ use crate::report;
 ///
 /// # Errors
 /// When there is a device that cannot be used for lack of a library; the message names the package. When an environment variable of the
-/// [`Fabric`] is wrong.
+/// [`Fabric`] or of the rails is wrong.
 pub fn run() -> Result<String> {
-    Ok(describe(&devices::list()?, &Fabric::from_env()?))
+    let (devices, fabric) = (devices::list()?, Fabric::from_env()?);
+    let rails = rails::candidates(&devices, &rails::from_environment()?, &fabric)?;
+    Ok(describe(&devices, &rails, &fabric))
 }
 
-fn describe(devices: &[DeviceInfo], fabric: &Fabric) -> String {
+fn describe(devices: &[DeviceInfo], rails: &[Candidate], fabric: &Fabric) -> String {
     if devices.is_empty() {
         return "This machine has no RDMA device. Use shm:// URLs, or see ci/soft-roce for devices in software.\n".into();
     }
     let mut text = String::new();
     for device in devices {
-        device_lines(&mut text, device, fabric).expect("a String takes everything");
+        device_lines(&mut text, device, rails, fabric).expect("a String takes everything");
     }
     text
 }
 
-fn device_lines(text: &mut String, device: &DeviceInfo, fabric: &Fabric) -> std::fmt::Result {
+fn device_lines(
+    text: &mut String,
+    device: &DeviceInfo,
+    rails: &[Candidate],
+    fabric: &Fabric,
+) -> std::fmt::Result {
     let DeviceInfo { name, guid, firmware, software, numa_node, local_cores, capabilities, ports } = device;
     write!(text, "{name}  GUID {guid}")?;
     if !firmware.is_empty() {
@@ -84,9 +92,30 @@ fn device_lines(text: &mut String, device: &DeviceInfo, fabric: &Fabric) -> std:
                 gid.interface
             )?;
         }
+        rail_line(text, device, port, rails, fabric)?;
         connection_lines(text, device, port, mtu.copied(), fabric)?;
     }
     Ok(())
+}
+
+/// Whether `port` would be a rail, and on which networks.
+fn rail_line(
+    text: &mut String,
+    device: &DeviceInfo,
+    port: &PortInfo,
+    rails: &[Candidate],
+    fabric: &Fabric,
+) -> std::fmt::Result {
+    let of_port = |rail: &&Candidate| rail.device == device.name && u32::from(rail.port) == port.number;
+    match rails.iter().find(of_port).map(|rail| (rail.name(), &rail.verdict)) {
+        Some((name, Ok(()))) => {
+            let addresses = rails::own_addresses(port, fabric);
+            let networks: Vec<_> = addresses.iter().map(|own| own.address.to_string()).collect();
+            writeln!(text, "    rail {name} of fervor:// programs: {}", networks.join(", "))
+        }
+        Some((_, Err(reason))) => writeln!(text, "    no rail of fervor:// programs: {reason}"),
+        None => Ok(()),
+    }
 }
 
 /// What a connection through `port` would use, and why.
@@ -130,6 +159,7 @@ mod tests {
             gid: "::ffff:10.7.0.1".parse().unwrap(),
             kind: GidKind::RoceV2,
             interface: "v0".into(),
+            prefix: Some(120),
         };
         let port = PortInfo {
             number: 1,
@@ -148,22 +178,31 @@ mod tests {
             capabilities: None,
             ports: vec![port],
         };
-        let text = describe(std::slice::from_ref(&device), &Fabric::default());
+        let devices = [device];
+        let described = |devices: &[DeviceInfo], fabric: &Fabric| {
+            describe(devices, &rails::candidates(devices, &[], fabric).unwrap(), fabric)
+        };
+        let text = described(&devices, &Fabric::default());
         for part in [
             "rxe0  GUID 0011:2233:4455:6677\n",
             "near cores 0,1",
             "port 1: ACTIVE, Ethernet",
             "RoCE v2     10.7.0.1  v0",
             "connections use GID 1 (RoCE v2 over IPv4): the best one",
+            "    rail rxe0:1 of fervor:// programs: RoCE v2 over IPv4 10.7.0.1/24",
             "hop limit 64",
             "timeout 2^16 x 4.096 us, 3 retries: a silent peer is given up after 1.07 s",
         ] {
             assert!(text.contains(part), "{text}");
         }
         let fabric = Fabric { gid_index: Some(3), ..Fabric::default() };
-        assert!(
-            describe(&[device], &fabric).contains("no connections: port 1 of rxe0 has no GID of index 3")
-        );
-        assert!(describe(&[], &fabric).contains("no RDMA device"));
+        let text = described(&devices, &fabric);
+        for part in [
+            "no connections: port 1 of rxe0 has no GID of index 3",
+            "no rail of fervor:// programs: it has no address",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert!(described(&[], &fabric).contains("no RDMA device"));
     }
 }

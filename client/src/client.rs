@@ -19,6 +19,8 @@ use fervor_protocol::{
 };
 use fervor_verbs::{
     Address, Exclusive, Memory,
+    rails::RailStats,
+    session::Key,
     transport::{
         Access, Connection, Endpoint, EndpointConfig, Export, Region, RemoteRegion, Transport, View,
         any::{Host, Peer},
@@ -87,8 +89,6 @@ pub struct Client<T: Transport = Host> {
     space: Mutex<Space>,
     /// A thread is opening a table: others wait, lest one table is held twice.
     opening: AtomicBool,
-    /// Per shard the server's address, and the provider of the connection to it.
-    ways: Vec<(Address, &'static str)>,
     /// The memory of slabs is exported as long as there are connections.
     _slabs: Option<T::Export>,
 }
@@ -119,11 +119,20 @@ impl Client<Host> {
         if addresses.is_empty() {
             return Err(Error::Servers("no server: give at least one URL, as in fervor://host:port".into()));
         }
-        let host = match &options.key {
-            Some(key) => Host::with_keys(&addresses, [key.clone()].into_iter().collect())?,
-            None => Host::for_addresses(&addresses)?,
+        let host = match (&options.key, &*options.devices) {
+            (Some(key), []) => Host::with_keys(&addresses, [key.clone()].into_iter().collect())?,
+            (None, []) => Host::for_addresses(&addresses)?,
+            (key, devices) => {
+                let key = key.clone().map_or_else(Key::from_environment, |key| Ok(Some(key)))?;
+                Host::with_devices(&addresses, key.into_iter().collect(), devices)?
+            }
         };
         Client::connect_on(&host, &addresses, options)
+    }
+
+    /// The ports of RDMA devices that it uses, and what they have done.
+    pub fn rails(&self) -> Vec<RailStats> {
+        self.core.transport.rails()
     }
 
     /// The servers that it has `fervor://` sessions with, and since when one of them has said nothing, if one is silent: it is stopped, or out
@@ -149,6 +158,7 @@ impl<T: Transport> Client<T> {
             // Some that are made again while others that were given up have not ended.
             connections: shards.len() + shards.len().min(SPARE_CONNECTIONS),
             completion_vector: next_completion_vector(),
+            core: None,
         };
         let endpoint = transport.endpoint(&config)?;
         let controls = (shards.len() * CONTROL_BYTES).next_multiple_of(4096);
@@ -160,14 +170,15 @@ impl<T: Transport> Client<T> {
         let identity = if options.lease.is_zero() { 0 } else { transport.random().max(1) };
         let attach = endpoint.attach();
         let made = connect_mains(transport, &attach, &options, (&region.remote(), identity), &shards)?;
-        let (mut connections, mut links, mut ways) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut connections, mut links) = (Vec::new(), Vec::new());
         for (number, ((address, shard), (connection, welcome))) in shards.into_iter().zip(made).enumerate() {
-            ways.push((address.clone(), connection.provider()));
             // Where no network can break, what ends a connection is the end of the server.
             let breaks = !connection.ends_with_peer();
             let lease = if breaks { lease(options.lease, welcome.lease) } else { Duration::ZERO };
+            let link = Link::new(address, shard, welcome, number * CONTROL_BYTES, lease);
+            *lock(&link.way) = connection.way();
             connections.push(connection);
-            links.push(Link::new(address, shard, welcome, number * CONTROL_BYTES, lease));
+            links.push(link);
         }
         let observer = observes(&links)?;
         static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -199,7 +210,6 @@ impl<T: Transport> Client<T> {
             lanes: Arc::default(),
             space: Mutex::new(space),
             opening: AtomicBool::new(false),
-            ways,
             _slabs: None,
         };
         let Some((region, export)) = export else { return Ok(client) };
@@ -207,9 +217,9 @@ impl<T: Transport> Client<T> {
         Ok(Self { _slabs: Some(export), ..client })
     }
 
-    /// By which way it reaches each shard: the server's address, and `shm`, `rdma`, `tcp` or `sim`.
-    pub fn ways(&self) -> &[(Address, &'static str)] {
-        &self.ways
+    /// By which way it reaches each shard now: the server's address, and `shm`, `rdma(mlx5_0:1)`, `tcp` or `sim`.
+    pub fn ways(&self) -> Vec<(Address, String)> {
+        self.core.links.iter().map(|link| (link.address.clone(), lock(&link.way).clone())).collect()
     }
 
     /// Finds out which shards' memory is seen from here, and names that of the slabs to them.

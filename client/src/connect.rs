@@ -33,6 +33,7 @@ pub fn find_shards<T: Transport>(
         read_depth: 1,
         connections: addresses.len(),
         completion_vector: next_completion_vector(),
+        core: None,
     };
     let endpoint = transport.endpoint(&config)?;
     let mut servers: Vec<(u64, &Address, u16)> = Vec::new();

@@ -214,6 +214,7 @@ impl<T: Transport> Lane<T> {
             read_depth: places.min(16),
             connections: core.links.len(),
             completion_vector: next_completion_vector(),
+            core: None,
         })?;
         Ok(Self {
             lines: core.links.iter().map(|_| OnceLock::new()).collect(),

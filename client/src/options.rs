@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr, time::Duration};
 
 use crate::error::Error;
 
-use fervor_verbs::session::Key;
+use fervor_verbs::{rails::RailName, session::Key};
 
 /// What a client may be told. `Default` is a job of one client.
 #[derive(Debug, Clone)]
@@ -37,6 +37,9 @@ pub struct ClientOptions {
     /// The key for `fervor://` servers that ask for one [default: that in the environment; see
     /// [`Key::from_environment`]].
     pub key: Option<Key>,
+    /// Ports of RDMA devices that are used for `fervor://` servers, all at once [default: those that `FERVOR_IB_HCA` names; or all that are
+    /// active].
+    pub devices: Vec<RailName>,
     /// How long a server may be out of reach before it is taken for lost. Until then the client tries to connect again, and goes on where
     /// it was; calls that need the server wait. The servers' own `--lease` bounds it, too. 0: a connection that breaks is an error at
     /// once. (Over shared memory it always is: nothing but the server's end breaks one.)
@@ -58,6 +61,7 @@ impl Default for ClientOptions {
             read_lanes: ReadLanes::default(),
             check: false,
             key: None,
+            devices: Vec::new(),
             lease: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(10),
         }

@@ -104,7 +104,7 @@ fn one_client_reads_in_place_here_and_copies_from_beyond_a_wire() {
     let near = serve(&keys, "", |config| config.id = 1);
     let far = serve(&keys, "?via=tcp", |config| config.id = 2);
     let client = connect(&keys[0], &[&near, &far], false).unwrap();
-    let mut ways: Vec<_> = client.ways().iter().map(|(_, way)| *way).collect();
+    let mut ways: Vec<_> = client.ways().into_iter().map(|(_, way)| way).collect();
     ways.sort_unstable();
     assert_eq!(ways, ["shm", "shm", "tcp", "tcp"]);
     let table = client.table::<f32>("t", 64, 4, Model::Essp { staleness: 1 }).unwrap();

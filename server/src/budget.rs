@@ -23,7 +23,7 @@ pub struct Budget {
     pub bookkeeping: usize,
     shards: usize,
     buffers: usize,
-    /// Ways that clients may come by: each has receive buffers of its own, from its first client on.
+    /// Ways that clients may come by, and rails of RDMA: each has receive buffers of its own, from its first client on.
     ways: usize,
 }
 
@@ -32,8 +32,13 @@ impl Budget {
     pub fn of(config: &Config, placement: &Placement) -> Self {
         let shards = config.cores.len();
         let buffers = config.clients * config.credits;
-        let ways =
-            if matches!(config.listen, Address::Session { via: None, .. }) { Way::ALL.len() } else { 1 };
+        let rails = config.rails.max(1);
+        let ways = match config.listen {
+            // Shared memory and TCP besides.
+            Address::Session { via: None, .. } => 2 + rails,
+            Address::Session { via: Some(Way::Rdma), .. } => rails,
+            _ => 1,
+        };
         Self {
             rows: placement.shards.iter().map(|shard| shard.bytes).sum(),
             receive: ways * shards * buffers * MESSAGE_BYTES,

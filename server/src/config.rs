@@ -57,6 +57,8 @@ pub struct Config {
     /// Bytes per shard that pushes are sent from. What is on its way to one client uses a part of it at most
     /// ([`Config::quota`]), and no row may be wider than that.
     pub staging: usize,
+    /// Ports of RDMA devices that it uses, for the budget: each has receive buffers of its own.
+    pub rails: usize,
     /// Tells this server from others of a job.
     pub id: u64,
     /// Where its shards begin to count.
@@ -79,6 +81,7 @@ impl Config {
             credits: 8,
             lease: DEFAULT_LEASE,
             staging: Self::default_staging(clients),
+            rails: 1,
             id: 0,
             origin: Origin::default(),
         }
@@ -194,6 +197,7 @@ impl Config {
             // Some have ended and wait to be polled.
             connections: self.clients + self.all_lanes() + 8,
             completion_vector: shard,
+            core: self.cores[shard],
         }
     }
 }

@@ -22,6 +22,7 @@ use fervor_server::{Budget, Config, Grant, Placement, Server, ServerError, parse
 use fervor_verbs::{
     Address,
     memory::Pages,
+    rails::RailName,
     session::{KEY_FILE_VARIABLE, Key, KeyRing},
     transport::any::Host,
 };
@@ -51,6 +52,12 @@ struct Arguments {
     /// the key in FERVOR_KEY, or those in the file that FERVOR_KEY_FILE names]
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
+
+    /// Ports of RDMA devices to use, all at once, as in mlx5_0:1,mlx5_1 (fervor:// alone). Clients are spread over them, and move to the others
+    /// when one fails [default: those that FERVOR_IB_HCA names; or all that are active, those of devices in software only if there is no
+    /// hardware. `fervor-bench devices` shows which]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    devices: Vec<RailName>,
 
     /// Listen beyond this host without a key. Whoever reaches the port can then read and change every table. (Within this host that
     /// needs no option: over TCP every user of it can, and over shared memory the server's own)
@@ -150,6 +157,14 @@ fn print_plan(budget: &Budget, placement: &Placement) {
     }
 }
 
+/// The ports of RDMA devices that are used.
+fn print_rails(transport: &Host) {
+    for rail in transport.rails() {
+        let state = if rail.active { "" } else { ", which is down now; it will be used when it is up" };
+        println!("RDMA by {}{state}", rail.name);
+    }
+}
+
 /// Refuses to listen where strangers can come in, unless there is a key or the user insists.
 fn check_exposure(arguments: &Arguments, keys: &KeyRing) -> anyhow::Result<()> {
     let host = match &arguments.listen {
@@ -221,6 +236,7 @@ fn configure(arguments: &Arguments, transport: &Host) -> anyhow::Result<Config> 
     config.lanes = arguments.lanes;
     config.credits = arguments.credits;
     config.lease = arguments.lease;
+    config.rails = transport.rails().len();
     config.bookkeeping =
         arguments.bookkeeping.unwrap_or_else(|| Config::default_bookkeeping(arguments.memory));
     config.staging = arguments.staging.unwrap_or_else(|| Config::default_staging(arguments.clients));
@@ -238,7 +254,7 @@ enum Event {
 }
 
 /// Runs a server until it is told to stop: returns it then, still running. `None`: it was told before it had started.
-fn serve(transport: &Host, config: Config, vectors: Option<usize>) -> anyhow::Result<Option<Server<Host>>> {
+fn serve(transport: &Host, config: Config, vectors: Vec<usize>) -> anyhow::Result<Option<Server<Host>>> {
     let (started, events) = mpsc::channel();
     let stop = started.clone();
     // Before the server starts: a signal that comes early is not lost.
@@ -259,7 +275,8 @@ fn serve(transport: &Host, config: Config, vectors: Option<usize>) -> anyhow::Re
             Event::Panicked => bail!("the start of the server panicked: its message is above"),
             Event::Started(result) => {
                 let started = result.map_err(|error| anyhow!("{error}"))?;
-                print_plan(started.budget(), &started.placement().clone().with_vectors(vectors));
+                print_plan(started.budget(), &started.placement().clone().with_vectors(vectors.clone()));
+                print_rails(transport);
                 println!("listening at {}: {}", started.address(), transport.ways());
                 println!("fervor-server ready at {}", started.address());
                 std::io::stdout().flush()?;
@@ -279,14 +296,19 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
     // These errors say all that there is to say; their sources are part of it.
     let listen = std::slice::from_ref(&arguments.listen);
-    let transport = Host::with_keys(listen, keys).map_err(|error| anyhow!("{error}"))?;
+    let transport = match &*arguments.devices {
+        [] => Host::with_keys(listen, keys),
+        devices => Host::with_devices(listen, keys, devices),
+    };
+    let transport = transport.map_err(|error| anyhow!("{error}"))?;
     let config = configure(&arguments, &transport)?;
     let vectors = cores::completion_vectors(&transport);
     config.check().map_err(|error| anyhow!("{error}"))?;
-    let placement = Placement::of(&config).with_vectors(vectors);
+    let placement = Placement::of(&config).with_vectors(vectors.clone());
     let budget = Budget::of(&config, &placement);
     if arguments.plan {
         print_plan(&budget, &placement);
+        print_rails(&transport);
     }
     check_memory(&budget, &placement)?;
     if arguments.plan {

@@ -41,8 +41,8 @@ pub struct Placement {
     pub shards: Vec<ShardPlacement>,
     /// The huge pages that were asked for, and are not all there.
     pub shortage: Option<Shortage>,
-    /// Completion vectors of the device that there is one of.
-    vectors: Option<usize>,
+    /// Completion vectors of each device.
+    vectors: Vec<usize>,
 }
 
 impl Placement {
@@ -80,12 +80,12 @@ impl Placement {
             Pages::Huge(page) => Shortage::expected(page, shards.len() * page.count(on_huge)),
             _ => None,
         };
-        Self { shards, shortage, vectors: None }
+        Self { shards, shortage, vectors: Vec::new() }
     }
 
-    /// On a device with so many completion vectors.
+    /// On devices with so many completion vectors each.
     #[must_use]
-    pub fn with_vectors(self, vectors: Option<usize>) -> Self {
+    pub fn with_vectors(self, vectors: Vec<usize>) -> Self {
         Self { vectors, ..self }
     }
 
@@ -148,9 +148,14 @@ impl fmt::Display for Placement {
                 Some(page) => format!("{} of {page}", page.count(shard.bytes)),
                 None => "ordinary".to_owned(),
             };
-            let vector = self.vectors.map(|vectors| shard.vector % vectors.max(1));
+            let vectors: Vec<_> = self.vectors.iter().map(|all| shard.vector % (*all).max(1)).collect();
+            let vector = match &*vectors {
+                [] => "-".to_owned(),
+                [first, others @ ..] if others.iter().all(|other| other == first) => first.to_string(),
+                all => all.iter().map(usize::to_string).collect::<Vec<_>>().join(","),
+            };
             let (core, node) = (or(shard.core, "any"), or(shard.node, "any"));
-            let (rows, vector) = (size(shard.bytes), or(vector, "-"));
+            let rows = size(shard.bytes);
             write!(f, "\n{number:>5} {core:>6} {node:>6} {rows:>12}   {pages:<20} {vector:>8}")?;
         }
         Ok(())
@@ -230,13 +235,15 @@ mod tests {
     #[test]
     fn vectors_go_round() {
         let config = config(vec![Some(0), Some(1), Some(2)], Pages::Any);
-        let placement = Placement::on(&config, &two_nodes(), &[0], |_| 0).with_vectors(Some(2));
-        let last: Vec<_> = placement
-            .to_string()
-            .lines()
-            .skip(1)
-            .map(|line| line.split(' ').next_back().map(str::to_owned))
-            .collect();
-        assert_eq!(last, ["0", "1", "0"].map(|vector| Some(vector.to_owned())));
+        let last = |vectors: &[usize]| -> Vec<String> {
+            let placement = Placement::on(&config, &two_nodes(), &[0], |_| 0).with_vectors(vectors.to_vec());
+            let text = placement.to_string();
+            text.lines().skip(1).filter_map(|line| line.split(' ').next_back()).map(str::to_owned).collect()
+        };
+        assert_eq!(last(&[2]), ["0", "1", "0"]);
+        // Devices that are alike share a number.
+        assert_eq!(last(&[2, 2]), ["0", "1", "0"]);
+        assert_eq!(last(&[2, 4]), ["0", "1", "0,2"]);
+        assert_eq!(last(&[]), ["-"; 3]);
     }
 }

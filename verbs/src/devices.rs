@@ -4,12 +4,13 @@
 //! |---|---|
 //! | names, ports, state, rate, link layer, NUMA node, nearby cores | sysfs (`/sys/class/infiniband`) |
 //! | limits, completion vectors, MTU | libibverbs (feature `rdma`) |
+//! | IP networks of GIDs | the addresses of the interfaces (`getifaddrs`) |
 //! | GIDs with their RoCE version | the crate `ibverbs` with the feature of that name; otherwise, and for devices that it cannot open (those whose first port is down), sysfs |
 
 use std::{fmt, fs, io, net::Ipv6Addr, path::Path};
 
 pub use crate::capabilities::Capabilities;
-use crate::error::Error;
+use crate::{error::Error, interfaces, rails::as_gid};
 
 pub(crate) const SYSFS: &str = "/sys/class/infiniband";
 
@@ -60,6 +61,9 @@ pub struct GidInfo {
     pub kind: GidKind,
     /// Network interface that it belongs to; empty for InfiniBand.
     pub interface: String,
+    /// Bits of it that are the same for all of its IP network. (An IPv4 address is the last 32 bits of a GID.) `None`: it is no address of
+    /// its interface.
+    pub prefix: Option<u8>,
 }
 
 /// What packets from a GID look like.
@@ -94,7 +98,7 @@ pub fn list() -> Result<Vec<DeviceInfo>, Error> {
     #[cfg(feature = "rdma")]
     let devices = with_capabilities(devices)?;
     #[cfg(feature = "ibverbs")]
-    let devices = by_ibverbs::with_gids(devices)?;
+    let devices = with_prefixes(by_ibverbs::with_gids(devices)?).map_err(Error::io("getifaddrs()"))?;
     Ok(devices)
 }
 
@@ -113,7 +117,21 @@ fn with_capabilities(mut devices: Vec<DeviceInfo>) -> Result<Vec<DeviceInfo>, Er
 
 /// What sysfs says, by name.
 pub(crate) fn from_sysfs() -> io::Result<Vec<DeviceInfo>> {
-    from_folder(Path::new(SYSFS))
+    with_prefixes(from_folder(Path::new(SYSFS))?)
+}
+
+/// Notes to which IP network each GID belongs.
+fn with_prefixes(mut devices: Vec<DeviceInfo>) -> io::Result<Vec<DeviceInfo>> {
+    if devices.is_empty() {
+        return Ok(devices);
+    }
+    let networks = interfaces::networks()?;
+    for gid in devices.iter_mut().flat_map(|device| &mut device.ports).flat_map(|port| &mut port.gids) {
+        let found = networks.iter().filter(|network| network.interface == gid.interface);
+        let mut found = found.map(|network| as_gid(network.ip, network.prefix));
+        gid.prefix = found.find(|(address, _)| *address == gid.gid).map(|(_, prefix)| prefix);
+    }
+    Ok(devices)
 }
 
 fn from_folder(root: &Path) -> io::Result<Vec<DeviceInfo>> {
@@ -177,6 +195,10 @@ fn port(folder: &Path, number: u32) -> io::Result<PortInfo> {
 fn gid(port: &Path, index: u32) -> Option<GidInfo> {
     let attribute = |name: &str| text(&port.join(name).join(index.to_string()));
     let gid: Ipv6Addr = attribute("gids").parse().ok()?;
+    // Most entries are empty, and there may be a thousand: nothing more of them is read.
+    if gid == Ipv6Addr::UNSPECIFIED {
+        return None;
+    }
     let kind = match attribute("gid_attrs/types").as_str() {
         "RoCE v2" => GidKind::RoceV2,
         // The kernel calls both this: on Ethernet it is RoCE version 1.
@@ -184,12 +206,7 @@ fn gid(port: &Path, index: u32) -> Option<GidInfo> {
         "IB/RoCE v1" => GidKind::InfiniBand,
         _ => return None,
     };
-    (gid != Ipv6Addr::UNSPECIFIED).then(|| GidInfo {
-        index,
-        gid,
-        kind,
-        interface: attribute("gid_attrs/ndevs"),
-    })
+    Some(GidInfo { index, gid, kind, interface: attribute("gid_attrs/ndevs"), prefix: None })
 }
 
 /// The processors of a list such as `0-3,8`.
@@ -241,6 +258,7 @@ mod by_ibverbs {
                     gid: Ipv6Addr::from_bits(bits),
                     kind,
                     interface,
+                    prefix: None,
                 });
             }
         }

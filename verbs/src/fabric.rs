@@ -117,7 +117,7 @@ impl Fabric {
     }
 }
 
-fn wrong(name: &str, value: &str, may_be: &str) -> Error {
+pub(crate) fn wrong(name: &str, value: &str, may_be: &str) -> Error {
     let reason = format!("it may be {may_be}; correct it, or unset it");
     Error::System {
         call: format!("reading the environment variable {name}={value}"),
@@ -139,7 +139,19 @@ pub enum Way {
 }
 
 impl Way {
-    fn of(gid: &GidInfo) -> Self {
+    const ALL: [Self; 4] = [Self::InfiniBand, Self::RoceV1, Self::RoceV2Ipv4, Self::RoceV2Ipv6];
+
+    /// Its number on the wire.
+    pub(crate) fn code(self) -> u8 {
+        1 + self as u8
+    }
+
+    /// The one of that number.
+    pub(crate) fn from_code(code: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|way| way.code() == code)
+    }
+
+    pub(crate) fn of(gid: &GidInfo) -> Self {
         match gid.kind {
             GidKind::InfiniBand => Self::InfiniBand,
             GidKind::RoceV1 => Self::RoceV1,
@@ -186,6 +198,8 @@ pub enum Reason {
     Best,
     /// [`Fabric::gid_index`] says so.
     Index,
+    /// The two ends agreed on it in their session.
+    Rail,
 }
 
 impl fmt::Display for Reason {
@@ -194,6 +208,7 @@ impl fmt::Display for Reason {
             Self::Address(ip) => write!(f, "the socket has its address {ip}"),
             Self::Best => f.write_str("the best one; a socket that has another of its addresses takes that"),
             Self::Index => f.write_str("FERVOR_IB_GID_INDEX says so"),
+            Self::Rail => f.write_str("it is an address of the rail"),
         }
     }
 }
@@ -303,7 +318,7 @@ mod tests {
     use super::*;
 
     fn gid(index: u32, gid: &str, kind: GidKind) -> GidInfo {
-        GidInfo { index, gid: gid.parse().unwrap(), kind, interface: "eth0".into() }
+        GidInfo { index, gid: gid.parse().unwrap(), kind, interface: "eth0".into(), prefix: None }
     }
 
     fn device(name: &str, link_layer: &str, state: &str, gids: Vec<GidInfo>) -> DeviceInfo {

@@ -12,6 +12,7 @@
 //! | [`devices`] | the RDMA devices of this host |
 //! | [`session`] | what two processes say before data flows: pre-shared keys, the cipher, the messages |
 //! | [`fabric`] | how RDMA packets travel: options, and which port and address a connection uses |
+//! | [`rails`] | the ports that one process uses at once |
 //! | [`error`] | what can go wrong: the call, the values, the cure |
 
 pub mod address;
@@ -21,7 +22,9 @@ pub mod error;
 pub mod fabric;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod interfaces;
 pub mod memory;
+pub mod rails;
 pub mod session;
 pub mod transport;
 

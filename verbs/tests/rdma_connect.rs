@@ -310,14 +310,20 @@ fn dropped_endpoints_give_everything_back() {
     }
 }
 
-/// Prints how long connections take, one after the other, and the memory that each takes.
-#[test]
-#[ignore = "a measurement: run it by name"]
-fn a_thousand_connections() {
-    let (client, server) = (on("rxe0"), on("rxe1"));
-    let number: usize =
-        env::var("FERVOR_TEST_CONNECTIONS").map_or(1000, |text| text.parse().expect("a number"));
-    let (mut listener, port) = listen(&server);
+/// How many connections a measurement makes.
+fn how_many() -> usize {
+    env::var("FERVOR_TEST_CONNECTIONS").map_or(1000, |text| text.parse().expect("a number"))
+}
+
+/// Memory that is free, KiB.
+fn free() -> i64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find(|line| line.starts_with("MemFree")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// An endpoint at each end for connections of which one end only serves READs.
+fn two_ends(client: &Rdma, server: &Rdma, number: usize) -> (RdmaEndpoint, RdmaEndpoint) {
     let config = EndpointConfig {
         receive_buffers: 8,
         send_depth: 1,
@@ -325,33 +331,21 @@ fn a_thousand_connections() {
         connections: number,
         ..EndpointConfig::default()
     };
-    let (mut asks, mut answers) = (client.endpoint(&config).unwrap(), server.endpoint(&config).unwrap());
-    let free = || {
-        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
-        let line = text.lines().find(|line| line.starts_with("MemFree")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse::<i64>().unwrap()
-    };
-    let before = free();
-    let begun = Instant::now();
-    let attach = answers.attach();
-    let (to_server, to_client) = thread::scope(|scope| {
-        let accept = scope.spawn(|| {
-            let one =
-                |_| listener.accept(PATIENCE).unwrap().expect("a request").accept(&attach, b"").unwrap();
-            (0..number).map(one).collect::<Vec<_>>()
-        });
-        let one = |_| client.connect(&asks.attach(), &dial(port), b"", PATIENCE).unwrap().0;
-        ((0..number).map(one).collect::<Vec<_>>(), accept.join().unwrap())
-    });
-    let took = begun.elapsed();
+    (client.endpoint(&config).unwrap(), server.endpoint(&config).unwrap())
+}
+
+fn print_memory(number: usize, took: Duration, before: i64, how: &str) {
     let kib = (before - free()) as f64 / (2 * number) as f64;
     println!(
-        "{number} connections in {took:?}: {:?} each; {kib:.1} KiB each at each end",
+        "{number} connections {how} in {took:?}: {:?} each; {kib:.1} KiB each at each end",
         took / number as u32
     );
+}
+
+/// Waits until all connections have ended, and prints how long that took.
+fn end_all(endpoints: [&mut RdmaEndpoint; 2], number: usize) {
     let begun = Instant::now();
-    drop((to_server, to_client));
-    for endpoint in [&mut asks, &mut answers] {
+    for endpoint in endpoints {
         let mut ended = 0;
         poll_for(endpoint, PATIENCE * 3, |_, completion| {
             ended += usize::from(matches!(completion, Completion::Disconnected { .. }));
@@ -360,4 +354,49 @@ fn a_thousand_connections() {
         .expect("the ends");
     }
     println!("their ends took {:?}", begun.elapsed());
+}
+
+/// Prints how long connections take, one after the other, and the memory that each takes with its socket.
+#[test]
+#[ignore = "a measurement: run it by name"]
+fn a_thousand_connections() {
+    let (client, server, number) = (on("rxe0"), on("rxe1"), how_many());
+    let (mut listener, port) = listen(&server);
+    let (mut asks, mut answers) = two_ends(&client, &server, number);
+    let (before, begun) = (free(), Instant::now());
+    let attach = answers.attach();
+    let connections = thread::scope(|scope| {
+        let accept = scope.spawn(|| {
+            let one =
+                |_| listener.accept(PATIENCE).unwrap().expect("a request").accept(&attach, b"").unwrap();
+            (0..number).map(one).collect::<Vec<_>>()
+        });
+        let one = |_| client.connect(&asks.attach(), &dial(port), b"", PATIENCE).unwrap().0;
+        ((0..number).map(one).collect::<Vec<_>>(), accept.join().unwrap())
+    });
+    print_memory(number, begun.elapsed(), before, "with sockets");
+    drop(connections);
+    end_all([&mut asks, &mut answers], number);
+}
+
+/// The same of connections whose offers travel over a channel that they share.
+#[test]
+#[ignore = "a measurement: run it by name"]
+fn a_thousand_connections_without_sockets() {
+    let (client, server, number) = (on("rxe0"), on("rxe1"), how_many());
+    let (mut asks, mut answers) = two_ends(&client, &server, number);
+    let (before, begun) = (free(), Instant::now());
+    let one = |_| {
+        let mut asking = client.join(&asks.attach(), ip("10.7.0.1")).unwrap();
+        let mut answering = server.join(&answers.attach(), ip("10.7.0.2")).unwrap();
+        answering.answer(&asking.offer()).unwrap();
+        asking.finish(&answering.offer()).unwrap();
+        let ends = (asking.connection(), answering.connection());
+        ends.1.peer_is_ready();
+        ends
+    };
+    let connections: Vec<_> = (0..number).map(one).collect();
+    print_memory(number, begun.elapsed(), before, "without sockets");
+    drop(connections);
+    end_all([&mut asks, &mut answers], number);
 }

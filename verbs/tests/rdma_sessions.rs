@@ -33,7 +33,8 @@ fn url(port: u16) -> Address {
 }
 
 fn host() -> Host {
-    Host::with_keys(&[url(0)], KeyRing::default()).unwrap_or_else(|error| panic!("{error}"))
+    let device = "rxe1".parse().unwrap();
+    Host::with_devices(&[url(0)], KeyRing::default(), &[device]).unwrap_or_else(|error| panic!("{error}"))
 }
 
 struct Pair {
@@ -302,7 +303,7 @@ fn memory_that_cannot_be_pinned_goes_other_ways() {
         .output()
         .expect("run setpriv");
     let (out, said) = (String::from_utf8_lossy(&child.stdout), String::from_utf8_lossy(&child.stderr));
-    assert!(out.contains("before: shm, rdma (rxe1), tcp\n"), "{out}\n{said}");
+    assert!(out.contains("before: shm, rdma (rxe0:1, rxe1:1), tcp\n"), "{out}\n{said}");
     assert!(out.contains("after: shm, tcp\n"), "{out}\n{said}");
     assert!(out.contains("bound: cannot register 8388608 bytes"), "{out}\n{said}");
     assert_eq!(said.matches("going without RDMA: cannot register 8388608 bytes").count(), 1, "{said}");

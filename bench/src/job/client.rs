@@ -141,6 +141,8 @@ pub fn finish<R>(client: Client, reports: Vec<WorkerReport<R>>, tell: Tell<'_, R
     }
     let stats = client.stats();
     let bytes = Bytes { read: stats.bytes_read, pushed: stats.bytes_pushed, sent: stats.bytes_sent };
+    let ways = client.ways().into_iter().map(|(_, way)| way).collect();
+    let rails = client.rails().iter().map(ToString::to_string).collect();
     client.close()?;
-    tell(Message::Client { bytes })
+    tell(Message::Client { bytes, ways, rails })
 }

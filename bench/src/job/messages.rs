@@ -40,6 +40,10 @@ pub enum Message<R> {
     Client {
         /// What it moved.
         bytes: Bytes,
+        /// By which ways it reached the shards at the end.
+        ways: Vec<String>,
+        /// What each rail of it has done.
+        rails: Vec<String>,
     },
     /// A client cannot go on.
     Failed {
@@ -96,6 +100,10 @@ pub struct Tally<R> {
     pub reports: Vec<WorkerReport<R>>,
     /// What the clients that are done moved.
     pub bytes: Bytes,
+    /// By which ways they reached shards at the end, and how many of these.
+    pub ways: BTreeMap<String, usize>,
+    /// What the rails of each have done.
+    pub rails: Vec<String>,
     /// Ratings or tokens trained on.
     pub count: u64,
 }
@@ -109,6 +117,8 @@ impl<R> Tally<R> {
             epochs: Vec::new(),
             reports: Vec::new(),
             bytes: Bytes::default(),
+            ways: BTreeMap::new(),
+            rails: Vec::new(),
             count: 0,
         }
     }
@@ -121,7 +131,9 @@ impl<R> Tally<R> {
                 return self.add_epoch(epoch, seconds, objective);
             }
             Message::Worker(report) => self.reports.push(report),
-            Message::Client { bytes } => {
+            Message::Client { bytes, ways, rails } => {
+                ways.into_iter().for_each(|way| *self.ways.entry(way).or_default() += 1);
+                self.rails.extend(rails);
                 self.bytes.read += bytes.read;
                 self.bytes.pushed += bytes.pushed;
                 self.bytes.sent += bytes.sent;
@@ -194,11 +206,16 @@ mod tests {
                 accesses,
                 result: None::<Vec<f32>>,
             }));
-            tally.add(Message::Client { bytes: Bytes { read: 1, pushed: 2, sent: 3 } });
+            let (ways, rails) =
+                (vec!["tcp".into(), format!("rdma(a:{worker})")], vec![format!("a:{worker}")]);
+            tally.add(Message::Client { bytes: Bytes { read: 1, pushed: 2, sent: 3 }, ways, rails });
             tally.add(Message::Progress { count: 7 });
         }
         assert_eq!(tally.bytes, Bytes { read: 2, pushed: 4, sent: 6 });
         assert_eq!(tally.count, 14);
+        let ways: Vec<_> = tally.ways.iter().map(|(way, shards)| (way.as_str(), *shards)).collect();
+        assert_eq!(ways, [("rdma(a:0)", 1), ("rdma(a:1)", 1), ("tcp", 2)]);
+        assert_eq!(tally.rails, ["a:0", "a:1"]);
         let sum = tally.accesses();
         assert_eq!((sum.waiting, sum.hits), (0.75, 20));
         assert_eq!(sum.clock_differential, BTreeMap::from([(-1, 6), (0, 1), (1, 1)]));
@@ -213,7 +230,11 @@ mod tests {
             Message::Progress { count: 5 },
             epoch(1, 2, 0.123456789, 1234567.875),
             Message::Worker(report),
-            Message::Client { bytes: Bytes { read: u64::MAX, pushed: 0, sent: 1 } },
+            Message::Client {
+                bytes: Bytes { read: u64::MAX, pushed: 0, sent: 1 },
+                ways: vec!["shm".into()],
+                rails: Vec::new(),
+            },
             Message::Failed { reason: "two\nlines and a \"quote\"".into() },
         ] {
             let line = serde_json::to_string(&message).unwrap();

@@ -5,6 +5,7 @@ use std::{ffi::OsString, path::PathBuf};
 use anyhow::{Result, bail};
 use clap::{Args, value_parser};
 use fervor_client::ClientOptions;
+use fervor_verbs::rails::RailName;
 
 use crate::{
     connect::{self, ReadOptions},
@@ -45,6 +46,10 @@ pub struct JobOptions {
     /// Be client number I of a job whose other clients are started elsewhere in the same way
     #[arg(long, value_name = "I", requires = "server")]
     pub client_index: Option<u16>,
+    /// Ports of RDMA devices that each client uses, all at once, as in mlx5_0:1,mlx5_1 [default: those that FERVOR_IB_HCA names; or all that
+    /// are active]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "server")]
+    pub devices: Vec<RailName>,
     /// Name of the job on the servers. Clients that give the same name work together. A name can be used once [default:
     /// a new name, or with --client-index the name of this command]
     #[arg(long)]
@@ -108,7 +113,7 @@ impl JobOptions {
         let oracle = if self.check { 2 * self.all_workers() * SPREAD * 64 } else { 0 };
         let cache_bytes = self.cache.unwrap_or((1 << 20) + 2 * rows as usize * row + oracle);
         let options = connect::client_options(self.clients, self.reads);
-        ClientOptions { cache_bytes, check: self.check, ..options }
+        ClientOptions { cache_bytes, check: self.check, devices: self.devices.clone(), ..options }
     }
 
     /// The model, as the reports name it: `none` without a server.
@@ -131,6 +136,7 @@ impl JobOptions {
         arguments.put("client-index", &index);
         arguments.put("job", &job);
         urls.iter().for_each(|url| arguments.put("server", url));
+        self.devices.iter().for_each(|device| arguments.put("devices", device));
         arguments.put("clocks-per-epoch", &self.clocks_per_epoch);
         arguments.put("epochs", &self.epochs);
         arguments.put("seed", &self.seed);
@@ -188,6 +194,19 @@ mod tests {
     use clap::FromArgMatches as _;
 
     use super::*;
+
+    #[test]
+    fn its_clients_use_the_devices_that_are_named() {
+        let command = JobOptions::augment_args(clap::Command::new("job").no_binary_name(true));
+        let given = ["--devices", "mlx5_0:1,mlx5_1", "--server", "fervor://a:1"];
+        let options = command.clone().try_get_matches_from(given).unwrap();
+        let options = JobOptions::from_arg_matches(&options).unwrap();
+        let mut arguments = Arguments::default();
+        options.put(0, "job", &options.server, &mut arguments);
+        let again = command.try_get_matches_from(arguments.0).unwrap();
+        let again = JobOptions::from_arg_matches(&again).unwrap().client_options(1, 1).devices;
+        assert_eq!(again.iter().map(RailName::to_string).collect::<Vec<_>>(), ["mlx5_0:1", "mlx5_1"]);
+    }
 
     #[test]
     fn a_job_that_is_checked_has_checked_clients() {

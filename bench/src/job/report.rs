@@ -86,6 +86,10 @@ pub struct Run {
     pub cache: Cache,
     /// What moved between clients and servers.
     pub bytes: Bytes,
+    /// By which ways clients reached shards at the end, and how many of these.
+    pub ways: BTreeMap<String, usize>,
+    /// What each rail of each client has done.
+    pub rails: Vec<String>,
     /// Where this was measured.
     pub machine: Machine,
 }
@@ -129,6 +133,8 @@ impl Run {
                 violations: accesses.violations,
             },
             bytes: tally.bytes,
+            ways: tally.ways.clone(),
+            rails: tally.rails.clone(),
             machine: Machine::this(),
         }
     }
@@ -189,7 +195,20 @@ impl Run {
             return Ok(());
         }
         writeln!(f, "{}", differential_table([self]))?;
-        writeln!(f, "{}", self.cache)
+        writeln!(f, "{}", self.cache)?;
+        self.write_ways(f)
+    }
+
+    /// How the shards were reached.
+    fn write_ways(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.ways.is_empty() {
+            let ways: Vec<_> = self.ways.iter().map(|(way, shards)| format!("{way} x {shards}")).collect();
+            writeln!(f, "connections to shards: {}", ways.join(", "))?;
+        }
+        if !self.rails.is_empty() {
+            writeln!(f, "rails: {}", self.rails.join("; "))?;
+        }
+        Ok(())
     }
 }
 

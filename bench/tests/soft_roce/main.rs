@@ -10,6 +10,7 @@
 //! | [`torn`] | raw READs are torn, rows never are |
 //! | [`training`] | processes learn as far as without RDMA, also when packets are lost |
 //! | [`peers`] | who is killed or vanishes is found out in time, and the others go on |
+//! | [`rails`] | two rails are used at once, and a job goes on by one when the other dies |
 //! | [`sessions`] | a session leads to RDMA, to shared memory and to TCP |
 //! | [`latency`] | latency beside perftest's |
 //! | [`program`], [`network`] | the programs, and the network between them |
@@ -21,6 +22,7 @@ mod latency;
 mod network;
 mod peers;
 mod program;
+mod rails;
 mod sessions;
 mod torn;
 mod training;

@@ -1,6 +1,6 @@
-//! The network between the two devices, made worse for a while.
+//! The network between the two devices, made worse for a while; and another one beside it.
 
-use std::process::Command;
+use std::{path::Path, process::Command};
 
 /// The netdevs under rxe0 and rxe1.
 const ENDS: [&str; 2] = ["v0", "v1"];
@@ -39,6 +39,49 @@ impl Drop for Lossy {
             if !removed.as_ref().is_ok_and(|status| status.success()) {
                 eprintln!("{end} stays lossy: {removed:?}");
             }
+        }
+    }
+}
+
+/// Another pair of devices, rxe2 (10.8.0.1) and rxe3 (10.8.0.2), until this is dropped.
+pub struct Second;
+
+impl Second {
+    pub fn up() -> Self {
+        let second = Self;
+        Self::make("up").expect("make the second pair of devices");
+        second
+    }
+
+    /// Takes the link between them down, as if a port or a switch had died.
+    pub fn take_down(&self) {
+        let status = Command::new("ip").args(["link", "set", "v2", "down"]).status().expect("run ip");
+        assert!(status.success(), "ip link set v2 down: {status}");
+    }
+
+    /// Loses all that is sent by it, though its ports stay up.
+    pub fn silence(&self) {
+        for end in ["v2", "v3"] {
+            tc(&["qdisc", "replace", "dev", end, "root", "netem", "loss", "100%"]);
+        }
+    }
+
+    fn make(what: &str) -> Result<(), String> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ci/soft-roce-net");
+        let output =
+            Command::new(script).args(["second", what]).output().map_err(|error| error.to_string())?;
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(String::from_utf8_lossy(&output.stderr).into_owned())
+        }
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        if let Err(error) = Self::make("down") {
+            eprintln!("the second pair of devices stays: {error}");
         }
     }
 }

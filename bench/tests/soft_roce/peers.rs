@@ -166,7 +166,7 @@ fn trains(server: &Server, index: &str, model: &[&str], epochs: &str) -> Program
 }
 
 /// The pass that a client says it has made.
-fn epoch(line: &str) -> Option<u32> {
+pub fn epoch(line: &str) -> Option<u32> {
     line.strip_prefix("epoch ")?.split_whitespace().next()?.parse().ok()
 }
 

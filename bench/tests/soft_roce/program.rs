@@ -151,11 +151,16 @@ impl Server {
 
     /// As [`Server::start`], at a URL on rxe1, with a lease in seconds.
     pub fn listening(listen: &str, shards: u16, lease: &str) -> Self {
+        Self::with(listen, shards, lease, &[])
+    }
+
+    /// As [`Server::listening`], with more options.
+    pub fn with(listen: &str, shards: u16, lease: &str, more: &[&str]) -> Self {
         let path = Path::new(env!("CARGO_BIN_EXE_fervor-bench")).with_file_name("fervor-server");
         let shards = shards.to_string();
         let place = ["--insecure", "--listen", listen, "--lease", lease];
         let size = ["--memory", "64M", "--clients", "4", "--shards", &shards];
-        let arguments = [&place[..], &size].concat();
+        let arguments = [&place[..], &size, more].concat();
         let mut program = Program::start(&path, &arguments);
         let url = program.wait_for(START, |line| {
             line.strip_prefix("fervor-server ready at ").map(|url| url.trim().to_owned())

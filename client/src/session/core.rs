@@ -15,7 +15,7 @@ use fervor_protocol::{
     route::Router,
     wire::Welcome,
 };
-use fervor_verbs::transport::{Attach, Endpoint, Region, Signal, Transport};
+use fervor_verbs::transport::{Attach, Connection, Endpoint, Region, Signal, Transport};
 use zerocopy::IntoBytes;
 
 use crate::{
@@ -264,6 +264,7 @@ impl<T: Transport> Core<T> {
                         connect_one(&self.transport, &self.attach, &link.address, hello.as_bytes(), time);
                     match made {
                         Ok((connection, welcome)) => {
+                            *lock(&link.way) = connection.way();
                             lock(&self.made).push((shard, connection, welcome));
                             // As in `drive`: whoever drives the engine looks again.
                             self.handed_over.store(true, Ordering::SeqCst);

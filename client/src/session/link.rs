@@ -163,6 +163,8 @@ pub struct Link<V> {
     pub posted: AtomicU64,
     pub wishes: Mutex<Vec<Wish>>,
     pub absence: Absence,
+    /// By which way it is connected, for people: written by who connects, and when it was connected again.
+    pub way: Mutex<String>,
     /// How long the shard may be out of reach before it is lost.
     pub lease: Duration,
     /// Why it is of no more use.
@@ -193,6 +195,7 @@ impl<V: View> Link<V> {
             posted: AtomicU64::new(welcome.origin),
             wishes: Mutex::new(Vec::new()),
             absence: Absence::default(),
+            way: Mutex::default(),
             lease,
             end: OnceLock::new(),
             welcome,

@@ -64,14 +64,23 @@ pub(crate) fn feed(data: &[u8]) -> bool {
 pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>, bool)> {
     use super::{
         Reason,
-        wire::{NamedRegion, Offer, Process, Verdict, Wanted, Way},
+        wire::{LaneRails, NamedRegion, Offer, Process, Verdict, Wanted, Way},
     };
-    use crate::transport::RemoteRegion;
+    use crate::{
+        fabric,
+        rails::{Rail, RailAddress},
+        transport::RemoteRegion,
+    };
 
     let region = RemoteRegion { address: 1 << 40, length: 1 << 30, key: 7 };
     let regions = vec![NamedRegion { name: 1, region }, NamedRegion { name: 2, region }];
     let offers = Way::ALL.map(|way| Offer { way, place: format!("/tmp/{way}") }).to_vec();
     let process = Process { host: "node-7".to_owned(), pid: 4711 };
+    let gid = "::ffff:10.7.0.1".parse().expect("a GID");
+    let address = RailAddress { network: fabric::Way::RoceV2Ipv4, gid, prefix: 120 };
+    let rail =
+        |port| Rail { name: format!("mlx5_0:{port}"), megabits: 100_000, addresses: vec![address; port] };
+    let rails = vec![rail(1), rail(2)];
     let wanted = Wanted { offer: vec![4; 32], data: b"private".to_vec() };
     let message = |message: Message| [vec![0], message.encode()].concat();
     // The same ones each time: without a key any first numbers are as good as others.
@@ -84,13 +93,18 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>, bool)> {
     named[10] = 4;
     named[11..15].copy_from_slice(b"fuzz");
     vec![
-        ("hello", message(Message::Hello { boot: [7; 16], process: process.clone() }), true),
-        ("welcome", message(Message::Welcome { boot: [8; 16], process, offers }), true),
+        (
+            "hello",
+            message(Message::Hello { boot: [7; 16], process: process.clone(), rails: rails.clone() }),
+            true,
+        ),
+        ("welcome", message(Message::Welcome { boot: [8; 16], process, offers, rails }), true),
         (
             "lanes",
             message(Message::Lanes {
                 first: 3,
                 way: Way::Rdma,
+                rails: LaneRails { own: 1, theirs: 0b101 },
                 regions: regions.clone(),
                 lanes: vec![wanted; 2],
             }),

@@ -2,9 +2,9 @@
 //!
 //! | message | from | says |
 //! |---|---|---|
-//! | [`Message::Hello`] | client, first | which process it is, on which host |
+//! | [`Message::Hello`] | client, first | which process it is, on which host, and its rails |
 //! | [`Message::Welcome`] | server, first | the same, and by which ways it can be reached |
-//! | [`Message::Lanes`] | client | it wants lanes: by which way, each for what, and its regions |
+//! | [`Message::Lanes`] | client | it wants lanes: by which way (and which rails, if it is RDMA), each for what, and its regions |
 //! | [`Message::Go`] | server | with these tokens the lanes will be let in. (Lanes that bring an offer need none.) |
 //! | [`Message::Answer`] | server | what became of one lane, and the server's regions |
 //! | [`Message::Ready`] | client | its ends of lanes that brought offers can receive now |
@@ -15,10 +15,14 @@
 //! A number is little-endian; a list or a string is led by its length in 2 bytes. Everything comes from a peer that may be hostile:
 //! an error says which field, and what is wrong with it.
 
-use std::fmt;
+use std::{fmt, net::Ipv6Addr};
 
 use super::noise::MAX_MESSAGE;
-use crate::transport::{MAX_REPLY_DATA, MAX_REQUEST_DATA, RemoteRegion};
+use crate::{
+    fabric::Way as Network,
+    rails::{MAX_ADDRESSES, MAX_NAME, MAX_RAILS, Rail, RailAddress},
+    transport::{MAX_REPLY_DATA, MAX_REQUEST_DATA, RemoteRegion},
+};
 
 /// Most regions that one side may name.
 pub(crate) const MAX_REGIONS: usize = 2048;
@@ -133,22 +137,36 @@ pub(crate) enum Verdict {
     Impossible = 2,
 }
 
+/// The rails that lanes by RDMA may go by. Zeros for those by another way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct LaneRails {
+    /// Number of the client's.
+    pub(crate) own: u8,
+    /// Those of the server: a bit for each.
+    pub(crate) theirs: u8,
+}
+
+const _: () = assert!(MAX_RAILS <= u8::BITS as usize);
+
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Message {
     Hello {
         boot: Boot,
         process: Process,
+        rails: Vec<Rail>,
     },
     Welcome {
         boot: Boot,
         process: Process,
         offers: Vec<Offer>,
+        rails: Vec<Rail>,
     },
     /// The lanes are numbered from `first` on.
     Lanes {
         first: u32,
         way: Way,
+        rails: LaneRails,
         regions: Vec<NamedRegion>,
         lanes: Vec<Wanted>,
     },
@@ -205,12 +223,13 @@ impl Message {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         match self {
-            Message::Hello { boot, process } => {
+            Message::Hello { boot, process, rails } => {
                 out.push(1);
                 out.extend(boot);
                 put_process(&mut out, process);
+                put_rails(&mut out, rails);
             }
-            Message::Welcome { boot, process, offers } => {
+            Message::Welcome { boot, process, offers, rails } => {
                 out.push(2);
                 out.extend(boot);
                 put_process(&mut out, process);
@@ -219,11 +238,12 @@ impl Message {
                     out.push(*way as u8);
                     put_bytes(&mut out, place.as_bytes());
                 }
+                put_rails(&mut out, rails);
             }
-            Message::Lanes { first, way, regions, lanes } => {
+            Message::Lanes { first, way, rails, regions, lanes } => {
                 out.push(3);
                 out.extend(first.to_le_bytes());
-                out.push(*way as u8);
+                out.extend([*way as u8, rails.own, rails.theirs]);
                 put_regions(&mut out, regions);
                 assert!((1..=MAX_LANES).contains(&lanes.len()), "{} lanes", lanes.len());
                 out.extend((lanes.len() as u16).to_le_bytes());
@@ -264,11 +284,14 @@ impl Message {
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut rest = Rest(bytes);
         let message = match rest.take::<1>("kind")?[0] {
-            1 => Message::Hello { boot: rest.take("boot id")?, process: rest.process()? },
+            1 => {
+                Message::Hello { boot: rest.take("boot id")?, process: rest.process()?, rails: rest.rails()? }
+            }
             2 => Message::Welcome {
                 boot: rest.take("boot id")?,
                 process: rest.process()?,
                 offers: rest.offers()?,
+                rails: rest.rails()?,
             },
             3 => rest.lanes()?,
             4 => Message::Go { first: rest.u32("number")?, tokens: rest.tokens()? },
@@ -313,6 +336,20 @@ fn put_regions(out: &mut Vec<u8>, regions: &[NamedRegion]) {
         out.extend(region.key.to_le_bytes());
         out.extend(region.address.to_le_bytes());
         out.extend(region.length.to_le_bytes());
+    }
+}
+
+fn put_rails(out: &mut Vec<u8>, rails: &[Rail]) {
+    assert!(rails.len() <= MAX_RAILS, "{} rails", rails.len());
+    out.extend((rails.len() as u16).to_le_bytes());
+    for Rail { name, megabits, addresses } in rails {
+        put_bytes(out, name.as_bytes());
+        out.extend(megabits.to_le_bytes());
+        out.extend((addresses.len() as u16).to_le_bytes());
+        for RailAddress { network, gid, prefix } in addresses {
+            out.extend([network.code(), *prefix]);
+            out.extend(gid.octets());
+        }
     }
 }
 
@@ -401,14 +438,15 @@ impl<'a> Rest<'a> {
     }
 
     fn lanes(&mut self) -> Result<Message, Malformed> {
-        let (first, way, regions) = (self.u32("number")?, self.way()?, self.regions()?);
+        let (first, way, rails) = (self.u32("number")?, self.way()?, self.lane_rails()?);
+        let regions = self.regions()?;
         let count = self.count_lanes(first)?;
         let lane = |_| {
             let offer = self.bytes("offer", MAX_LANE_OFFER)?.to_vec();
             Ok(Wanted { offer, data: self.bytes("private data", MAX_REQUEST_DATA)?.to_vec() })
         };
         let lanes = (0..count).map(lane).collect::<Result<_, _>>()?;
-        Ok(Message::Lanes { first, way, regions, lanes })
+        Ok(Message::Lanes { first, way, rails, regions, lanes })
     }
 
     fn tokens(&mut self) -> Result<Vec<Token>, Malformed> {
@@ -422,6 +460,42 @@ impl<'a> Rest<'a> {
             place.map_or_else(|_| malformed("place", "is no text"), |place| Ok(Offer { way, place }))
         };
         (0..self.length("offers", MAX_OFFERS)?).map(|_| offer(self)).collect()
+    }
+
+    fn rails(&mut self) -> Result<Vec<Rail>, Malformed> {
+        let rail = |rest: &mut Self| {
+            let name = rest.bytes("name of a rail", MAX_NAME)?;
+            // It is printed.
+            let printable = name.iter().all(|byte| byte.is_ascii_graphic());
+            let name = str::from_utf8(name).ok().filter(|_| printable).map(str::to_owned);
+            let name = name.map_or_else(|| malformed("name of a rail", "is no word"), Ok)?;
+            let megabits = rest.u32("rate of a rail")?;
+            let addresses = rest.length("addresses of a rail", MAX_ADDRESSES)?;
+            let addresses = (0..addresses).map(|_| rest.rail_address()).collect::<Result<_, _>>()?;
+            Ok(Rail { name, megabits, addresses })
+        };
+        (0..self.length("rails", MAX_RAILS)?).map(|_| rail(self)).collect()
+    }
+
+    fn rail_address(&mut self) -> Result<RailAddress, Malformed> {
+        let [code, prefix] = self.take("address of a rail")?;
+        let Some(network) = Network::from_code(code) else {
+            return malformed("address of a rail", format!("is of network {code}, which none has"));
+        };
+        if prefix > 128 {
+            return malformed("address of a rail", format!("has a prefix of {prefix} bits, and 128 at most"));
+        }
+        let gid = Ipv6Addr::from(self.take::<16>("address of a rail")?);
+        Ok(RailAddress { network, gid, prefix })
+    }
+
+    fn lane_rails(&mut self) -> Result<LaneRails, Malformed> {
+        let [own, theirs] = self.take("rails of lanes")?;
+        if usize::from(own) < MAX_RAILS {
+            Ok(LaneRails { own, theirs })
+        } else {
+            malformed("rails of lanes", format!("begin with number {own}, and {MAX_RAILS} are possible"))
+        }
     }
 
     fn regions(&mut self) -> Result<Vec<NamedRegion>, Malformed> {
@@ -444,131 +518,4 @@ impl<'a> Rest<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn examples() -> Vec<Message> {
-        let region = |name| NamedRegion {
-            name,
-            region: RemoteRegion { address: 1 << 40, length: u64::MAX, key: 0xffff_0000 | name },
-        };
-        let regions: Vec<_> = (0..3).map(region).collect();
-        let process = Process { host: "node-7.rack".to_owned(), pid: u32::MAX };
-        let nameless = Process { host: String::new(), pid: 0 };
-        let longest = Wanted { offer: vec![4; MAX_LANE_OFFER], data: vec![1; MAX_REQUEST_DATA] };
-        let all: Vec<_> = (0..MAX_REGIONS as u32).map(region).collect();
-        vec![
-            Message::Hello { boot: [7; 16], process: process.clone() },
-            Message::Welcome { boot: [8; 16], process: nameless, offers: Vec::new() },
-            Message::Welcome {
-                boot: [8; 16],
-                process,
-                offers: Way::ALL.map(|way| Offer { way, place: format!("/tmp/{way}") }).to_vec(),
-            },
-            Message::Lanes {
-                first: 3,
-                way: Way::Tcp,
-                regions: regions.clone(),
-                lanes: vec![longest.clone(), Wanted { offer: Vec::new(), data: Vec::new() }],
-            },
-            Message::Lanes {
-                first: u32::MAX - MAX_LANES as u32,
-                way: Way::Rdma,
-                regions: all.clone(),
-                lanes: vec![longest; MAX_LANES],
-            },
-            Message::Go { first: 1 << 31, tokens: vec![[9; 16]; 3] },
-            Message::Answer {
-                number: 0,
-                verdict: Verdict::Accepted,
-                offer: vec![5; MAX_LANE_OFFER],
-                regions,
-                data: vec![2; MAX_REPLY_DATA],
-            },
-            Message::Answer {
-                number: 0,
-                verdict: Verdict::Refused,
-                offer: Vec::new(),
-                regions: all,
-                data: Vec::new(),
-            },
-            Message::Ready { first: 7, count: MAX_LANES as u16 },
-            Message::Ended { number: u32::MAX },
-            Message::Leaving,
-            Message::Beat,
-        ]
-    }
-
-    #[test]
-    fn messages_round_trip_and_no_part_of_one_is_another() {
-        for message in examples() {
-            let bytes = message.encode();
-            assert!(bytes.len() <= MAX_MESSAGE);
-            assert_eq!(Message::decode(&bytes), Ok(message));
-            let step = 1 + bytes.len() / 500;
-            (0..bytes.len())
-                .step_by(step)
-                .for_each(|cut| assert!(Message::decode(&bytes[..cut]).is_err(), "{cut}"));
-            let error = Message::decode(&[&bytes[..], &[0]].concat()).unwrap_err().to_string();
-            assert_eq!(error, "end is followed by 1 bytes");
-        }
-    }
-
-    #[test]
-    fn an_error_names_the_field_and_the_value() {
-        let error = |bytes: &[u8]| Message::decode(bytes).unwrap_err().to_string();
-        assert_eq!(error(&[]), "kind has 0 of 1 bytes");
-        assert_eq!(error(&[10]), "kind is 10, which no message has");
-        assert_eq!(error(&[1, 1, 2]), "boot id has 2 of 16 bytes");
-        let hello = |host: &[u8]| {
-            let length = (host.len() as u16).to_le_bytes();
-            error(&[&[1][..], &[0; 20], &length, host].concat())
-        };
-        assert_eq!(hello(&[b'a'; 65]), "host name has length 65, and 64 at most");
-        assert_eq!(hello(b"a\x1b[2J"), "host name is \"a\\u{1b}[2J\", which has a control character");
-        assert_eq!(hello(&[0xff]), "host name is no text");
-        assert_eq!(error(&[3, 0, 0, 0, 0, 4]), "way is 4, which none has");
-        assert_eq!(error(&[3, 0, 0, 0, 0, 1, 0xff, 0xff]), "regions has length 65535, and 2048 at most");
-        assert_eq!(error(&[3, 0, 0, 0, 0, 1, 2, 0, 1]), "regions have 1 of 48 bytes");
-        assert_eq!(error(&[3, 0, 0, 0, 0, 1, 0, 0, 0, 0]), "lanes are none");
-        assert_eq!(error(&[3, 0, 0, 0, 0, 1, 0, 0, 129, 0]), "lanes has length 129, and 128 at most");
-        let last = u32::MAX.to_le_bytes();
-        let over = error(&[&[3][..], &last, &[1, 0, 0, 1, 0]].concat());
-        assert_eq!(over, "number is 4294967295, after which there are no 1 more");
-        assert_eq!(error(&[3, 0, 0, 0, 0, 1, 0, 0, 1, 0, 65, 0]), "offer has length 65, and 64 at most");
-        assert_eq!(
-            error(&[3, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 49, 0]),
-            "private data has length 49, and 48 at most"
-        );
-        assert_eq!(error(&[4, 0, 0, 0, 0, 0xff, 0]), "tokens has length 255, and 128 at most");
-        assert_eq!(error(&[4, 0, 0, 0, 0, 1, 0, 7]), "token has 1 of 16 bytes");
-        assert_eq!(error(&[5, 0, 0, 0, 0, 3]), "verdict is 3, and there are 0 to 2");
-        assert_eq!(error(&[6, 0, 0]), "number has 2 of 4 bytes");
-        assert_eq!(error(&[6, 0, 0, 0, 0, 0, 0]), "lanes are none");
-        assert_eq!(error(&[6, 0, 0, 0, 0, 129, 0]), "lanes has length 129, and 128 at most");
-        assert_eq!(error(&[7]), "number has 0 of 4 bytes");
-        assert_eq!(error(&[9, 0]), "end is followed by 1 bytes");
-    }
-
-    proptest! {
-        #[test]
-        fn whatever_comes_is_a_message_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            if let Ok(message) = Message::decode(&bytes) {
-                prop_assert_eq!(message.encode(), bytes);
-            }
-        }
-
-        #[test]
-        fn a_changed_message_is_a_message_or_an_error(
-            which in 0..12_usize, at in any::<prop::sample::Index>(), bits in 1..=255_u8,
-        ) {
-            let mut bytes = examples()[which].encode();
-            *at.get_mut(&mut bytes) ^= bits;
-            if let Ok(message) = Message::decode(&bytes) {
-                prop_assert_eq!(message.encode(), bytes);
-            }
-        }
-    }
-}
+mod tests;

@@ -257,6 +257,8 @@ pub struct EndpointConfig {
     pub connections: usize,
     /// Completion vector (interrupt) of the queue, for providers that have several: modulo their number.
     pub completion_vector: usize,
+    /// The processor that the polling thread is pinned to: of several NICs those near it are better. `None`: it is not, or does not matter.
+    pub core: Option<usize>,
 }
 
 impl Default for EndpointConfig {
@@ -268,6 +270,7 @@ impl Default for EndpointConfig {
             read_depth: 16,
             connections: 16,
             completion_vector: 0,
+            core: None,
         }
     }
 }
@@ -435,6 +438,11 @@ pub trait Connection: Send + fmt::Debug + 'static {
 
     /// Name of the provider that carries it: `rdma`, `shm`, `tcp` or `sim`.
     fn provider(&self) -> &'static str;
+
+    /// The provider, and what of it, for people: `rdma(mlx5_0:1)`.
+    fn way(&self) -> String {
+        self.provider().to_owned()
+    }
 
     /// Posts a work request.
     ///

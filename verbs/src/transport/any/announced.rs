@@ -9,7 +9,7 @@ use super::{
 use crate::{
     session::{
         Key, Way,
-        wire::{Message, NamedRegion, Verdict, Wanted},
+        wire::{LaneRails, Message, NamedRegion, Verdict, Wanted},
     },
     transport::MAX_REPLY_DATA,
 };
@@ -17,6 +17,9 @@ use crate::{
 /// What lanes have in common that were asked for in one message.
 pub(super) struct Batch {
     pub(super) way: Way,
+    /// Those that they may go by.
+    #[cfg_attr(not(feature = "rdma"), expect(dead_code))]
+    pub(super) rails: LaneRails,
     /// The regions of the client.
     pub(super) regions: Vec<NamedRegion>,
     pub(super) key: Option<Arc<Key>>,

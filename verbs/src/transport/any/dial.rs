@@ -4,14 +4,20 @@
 //! that was started again, say).
 //!
 //! Lanes are asked for together, and made all or none. If a way does not lead there (a socket that is in another container's folder, a device
-//! that the server's address does not belong to), the next best is tried, and the bad one not again in this session.
+//! that the server's address does not belong to), the next best is tried, and the bad one not again in this session. RDMA leads there by
+//! several pairs of rails, which are tried one after the other; what fails, the rails remember ([`rails`](super::rails)).
 
 use std::{
     sync::PoisonError,
     time::{Duration, Instant},
 };
 
-use super::{Host, HostAttach, HostConnection, connection::Lane, dialled::Session, region::PeerRegions};
+use super::{
+    Host, HostAttach, HostConnection,
+    connection::{Lane, Route},
+    dialled::Session,
+    region::PeerRegions,
+};
 use crate::{
     address::Address,
     error::Error,
@@ -144,9 +150,12 @@ fn make(
     for way in Way::ALL.into_iter().filter(|way| via.is_none_or(|via| via == *way)) {
         let bad = dialled.bad.iter().find(|(bad, _)| *bad == way).map(|(_, reason)| reason.clone());
         let leads = bad.map_or_else(|| session.leads(asked, way), Err);
-        let reason = match leads.map(|()| session.lanes(asked, way, lanes)) {
+        let reason = match leads.map(|()| session.lanes(asked, way, via.is_some(), lanes)) {
             Ok(Err(Failed::Way(reason))) => {
-                dialled.bad.push((way, reason.clone()));
+                // Of rails some may come back.
+                if way != Way::Rdma {
+                    dialled.bad.push((way, reason.clone()));
+                }
                 reason
             }
             Ok(made) => return made,
@@ -170,25 +179,25 @@ fn direct(host: &Host, address: &Address, lane: Spec<'_>, timeout: Duration) -> 
         return Err(Error::WrongProvider { address: address.to_string(), provider });
     }
     let LaneSpec { endpoint, private_data, depth } = lane;
-    let (lane, reply) = match way {
+    let (route, lane, reply) = match way {
         Way::Shm => {
             let spec = LaneSpec { endpoint: &endpoint.shm()?, private_data, depth };
             let made = host.0.shm.as_ref().ok_or_else(none)?.connect_with(address, spec, timeout)?;
-            (Lane::Shm(made.0), made.1)
+            (Route::Shm, Lane::Shm(made.0), made.1)
         }
         Way::Tcp => {
             let spec = LaneSpec { endpoint: &endpoint.tcp()?, private_data, depth };
             let made = host.0.tcp.as_ref().ok_or_else(none)?.connect_with(address, spec, timeout)?;
-            (Lane::Tcp(made.0), made.1)
+            (Route::Tcp, Lane::Tcp(made.0), made.1)
         }
         #[cfg(feature = "rdma")]
         Way::Rdma => {
-            let spec = LaneSpec { endpoint: &endpoint.rdma()?, private_data, depth };
-            let made = host.0.rdma.as_ref().ok_or_else(none)?.connect_with(address, spec, timeout)?;
-            (Lane::Rdma(made.0), made.1)
+            let spec = LaneSpec { endpoint: &endpoint.rail(0)?, private_data, depth };
+            let made = host.0.rails.get(0).ok_or_else(none)?.connect_with(address, spec, timeout)?;
+            (Route::Rail(0), Lane::Rdma(made.0), made.1)
         }
         #[cfg(not(feature = "rdma"))]
         Way::Rdma => return Err(none()),
     };
-    Ok((HostConnection::new(lane, PeerRegions::default())?, reply))
+    Ok((HostConnection::new(host, lane, route, PeerRegions::default())?, reply))
 }

@@ -20,26 +20,30 @@ use std::{
     time::{Duration, Instant},
 };
 
-#[cfg(feature = "rdma")]
-use super::request::tied;
 use super::{
     HostConnection,
     attendant::{Answer, Call, Unheard},
-    connection::Lane,
+    connection::{Lane, Route},
     dial::{Asked, Failed, Made, Spec},
     line::{Ear, Line},
     peer::this_process,
     region::PeerRegions,
 };
 #[cfg(feature = "rdma")]
+use super::{
+    rails::{Picked, Picks},
+    request::tied,
+};
+#[cfg(feature = "rdma")]
 use crate::transport::rdma::RdmaJoining;
 use crate::{
     address::Address,
     error::Error,
+    rails::Rail,
     session::{
         Way,
         noise::{Initiator, Piece, piece},
-        wire::{Boot, Message, Offer, Token, Verdict, Wanted},
+        wire::{Boot, LaneRails, Message, Offer, Token, Verdict, Wanted},
     },
     transport::{LaneSpec, shm, tcp},
 };
@@ -59,6 +63,9 @@ pub(super) struct Session {
     next: u32,
     same_host: bool,
     offers: Vec<Offer>,
+    /// The server's.
+    #[cfg_attr(not(feature = "rdma"), expect(dead_code))]
+    rails: Vec<Rail>,
 }
 
 /// Why no more is heard of lanes that were asked for.
@@ -87,12 +94,13 @@ impl Session {
         let answer = hear(&socket, &mut heard, asked)?;
         let mut cipher = initiator.finish(&answer).map_err(|reason| asked.no_session(reason))?;
         let boot: Boot = asked.host.0.boot;
-        let hello = cipher.seal(&Message::Hello { boot, process: this_process() }.encode());
+        let hello = Message::Hello { boot, process: this_process(), rails: asked.host.told_rails() };
+        let hello = cipher.seal(&hello.encode());
         (&socket).write_all(&hello).map_err(lost)?;
         let welcome = hear(&socket, &mut heard, asked)?;
         let welcome = cipher.open(&welcome).map_err(|reason| asked.no_session(reason))?;
-        let (theirs, process, offers) = match Message::decode(&welcome) {
-            Ok(Message::Welcome { boot, process, offers }) => (boot, process, offers),
+        let (theirs, process, offers, rails) = match Message::decode(&welcome) {
+            Ok(Message::Welcome { boot, process, offers, rails }) => (boot, process, offers, rails),
             Ok(other) => {
                 return Err(asked
                     .unreachable(format!("its first message is no welcome, but of kind {}", other.kind())));
@@ -106,7 +114,7 @@ impl Session {
             Ok((Call::new(line), Ear(heard)))
         })?;
         asked.host.note_peer(&call.line);
-        Ok(Self { call, server, next: 0, same_host: theirs == boot, offers })
+        Ok(Self { call, server, next: 0, same_host: theirs == boot, offers, rails })
     }
 
     /// Whether lanes are better made in a new one. If so it is set aside.
@@ -133,16 +141,17 @@ impl Session {
         self.offers.iter().find(|offer| offer.way == way)
     }
 
-    /// Makes lanes by a way that may lead there.
+    /// Makes lanes by a way that may lead there, on which the user may insist.
     pub(super) fn lanes(
         &mut self,
         asked: &Asked<'_>,
         way: Way,
+        #[cfg_attr(not(feature = "rdma"), expect(unused_variables))] insists: bool,
         lanes: &[Spec<'_>],
     ) -> Result<Vec<Made>, Failed> {
         match way {
             #[cfg(feature = "rdma")]
-            Way::Rdma => self.by_offers(asked, lanes),
+            Way::Rdma => self.by_rails(asked, insists, lanes),
             #[cfg(not(feature = "rdma"))]
             Way::Rdma => Err(Failed::Way(asked.host.why_not(way))),
             Way::Shm => {
@@ -154,7 +163,7 @@ impl Session {
                     shm::Calling::begin(&place, lane, asked.left())
                 };
                 let finish = |calling: shm::Calling<'_>| Ok(Lane::Shm(calling.finish()?.0));
-                self.by_tokens(asked, way, lanes, begin, |_| Ok(()), finish)
+                self.by_tokens(asked, Route::Shm, lanes, begin, |_| Ok(()), finish)
             }
             Way::Tcp => {
                 // Not by the name: it may lead to another server the next time.
@@ -165,7 +174,7 @@ impl Session {
                     tcp::Calling::begin(asked.address, server, lane, asked.left())
                 };
                 let finish = |calling: tcp::Calling<'_>| Ok(Lane::Tcp(calling.finish()?.0));
-                self.by_tokens(asked, way, lanes, begin, tcp::Calling::say, finish)
+                self.by_tokens(asked, Route::Tcp, lanes, begin, tcp::Calling::say, finish)
             }
         }
     }
@@ -182,9 +191,15 @@ impl Session {
     }
 
     /// Asks for lanes.
-    fn ask(&self, asked: &Asked<'_>, way: Way, first: u32, lanes: Vec<Wanted>) -> Result<(), Error> {
-        let regions = asked.host.0.regions.offers(way);
-        let said = self.call.line.say(&Message::Lanes { first, way, regions, lanes });
+    fn ask(
+        &self,
+        asked: &Asked<'_>,
+        (route, rails): (Route, LaneRails),
+        first: u32,
+        lanes: Vec<Wanted>,
+    ) -> Result<(), Error> {
+        let (way, regions) = (route.way(), asked.host.0.regions.offers(route));
+        let said = self.call.line.say(&Message::Lanes { first, way, rails, regions, lanes });
         said.map_err(|reason| asked.unreachable(reason))
     }
 
@@ -192,7 +207,7 @@ impl Session {
     fn by_tokens<C>(
         &mut self,
         asked: &Asked<'_>,
-        way: Way,
+        route: Route,
         lanes: &[Spec<'_>],
         begin: impl Fn(&Spec<'_>, &Token) -> Result<C, Error>,
         go_on: impl Fn(&mut C) -> Result<(), Error>,
@@ -200,7 +215,8 @@ impl Session {
     ) -> Result<Vec<Made>, Failed> {
         let wanted = |lane: &Spec<'_>| Wanted { offer: Vec::new(), data: lane.private_data.to_vec() };
         let first = self.number(asked, lanes.len())?;
-        self.ask(asked, way, first, lanes.iter().map(wanted).collect()).map_err(Failed::NotAsked)?;
+        let wanted = lanes.iter().map(wanted).collect();
+        self.ask(asked, (route, LaneRails::default()), first, wanted).map_err(Failed::NotAsked)?;
         let tokens = self.call.tokens(asked.deadline).map_err(|why| match why {
             Unheard::Late => Failed::Lane(asked.late()),
             Unheard::Over(reason) => Failed::NotAsked(asked.unreachable(reason)),
@@ -221,7 +237,8 @@ impl Session {
             let answer = self.call.answer(number, asked.deadline);
             let answer = answer.map_err(|why| Failed::Lane(unheard(asked, why)))?;
             let Answer { regions, data, .. } = accepted(asked, answer)?;
-            let connection = HostConnection::new(lane, PeerRegions::told(regions)).map_err(Failed::Lane)?;
+            let regions = PeerRegions::told(regions);
+            let connection = HostConnection::new(asked.host, lane, route, regions).map_err(Failed::Lane)?;
             Ok((connection, data))
         };
         made.into_iter().map(answered).collect()
@@ -267,12 +284,67 @@ fn accepted(asked: &Asked<'_>, answer: Answer) -> Result<Answer, Failed> {
 
 #[cfg(feature = "rdma")]
 impl Session {
-    /// Lanes of RDMA: the offers of the queue pairs travel in the session. While more queue pairs are made, the server answers the offers of the
+    /// Lanes of RDMA, by the best rails that lead there. Each has its turn; those that go by the same rails are asked for together.
+    fn by_rails(
+        &mut self,
+        asked: &Asked<'_>,
+        insists: bool,
+        lanes: &[Spec<'_>],
+    ) -> Result<Vec<Made>, Failed> {
+        let theirs = self.rails.clone();
+        let mut groups: Vec<(Picks<'_>, Picked, Vec<usize>)> = Vec::new();
+        for number in 0..lanes.len() {
+            let mut picks = asked.host.0.rails.picks(&theirs, insists);
+            let Some(picked) = picks.next() else { return Err(Failed::Way(picks.none())) };
+            match groups.iter_mut().find(|(_, other, _)| *other == picked) {
+                Some((.., numbers)) => numbers.push(number),
+                None => groups.push((picks, picked, vec![number])),
+            }
+        }
+        let mut made: Vec<Option<Made>> = lanes.iter().map(|_| None).collect();
+        for (picks, picked, numbers) in groups {
+            let lanes: Vec<_> = numbers.iter().map(|number| lanes[*number]).collect();
+            let done = self.by_picks(asked, picks, picked, &lanes)?;
+            numbers.into_iter().zip(done).for_each(|(number, lane)| made[number] = Some(lane));
+        }
+        Ok(made.into_iter().map(|lane| lane.expect("each is of one group")).collect())
+    }
+
+    /// Lanes by the rails that were picked, or by the next best that lead there.
+    fn by_picks(
+        &mut self,
+        asked: &Asked<'_>,
+        mut picks: Picks<'_>,
+        first: Picked,
+        lanes: &[Spec<'_>],
+    ) -> Result<Vec<Made>, Failed> {
+        let (mut next, mut reasons) = (Some(first), Vec::new());
+        while let Some(picked) = next {
+            match self.by_offers(asked, &picked, lanes) {
+                Err(Failed::Way(reason)) => reasons.push(format!("{}: {reason}", picks.name(&picked))),
+                Err(Failed::Lane(Error::Timeout { .. })) => {}
+                made => return made,
+            }
+            picks.failed(&picked);
+            if asked.left().is_zero() {
+                return Err(Failed::Lane(asked.late()));
+            }
+            next = picks.next();
+        }
+        Err(Failed::Way(if reasons.is_empty() { picks.none() } else { reasons.join("; ") }))
+    }
+
+    /// Lanes by rails that were picked: the offers of the queue pairs travel in the session. While more queue pairs are made, the server answers the offers of the
     /// first ones.
-    fn by_offers(&mut self, asked: &Asked<'_>, lanes: &[Spec<'_>]) -> Result<Vec<Made>, Failed> {
+    fn by_offers(
+        &mut self,
+        asked: &Asked<'_>,
+        picked: &Picked,
+        lanes: &[Spec<'_>],
+    ) -> Result<Vec<Made>, Failed> {
         let first = self.number(asked, lanes.len())?;
         let mut made = Vec::with_capacity(lanes.len());
-        let result = self.offer_all(asked, first, lanes).and_then(|joinings| {
+        let result = self.offer_all(asked, picked, first, lanes).and_then(|joinings| {
             let mut ready = first;
             for (number, joining) in (first..).zip(joinings) {
                 // The server's ends send nothing before they hear this. It is said at once if there is nothing else to do.
@@ -280,7 +352,7 @@ impl Session {
                     self.say_ready(ready..number);
                     ready = number;
                 }
-                made.push(self.by_offer(asked, number, joining)?);
+                made.push(self.by_offer(asked, picked, number, joining)?);
             }
             self.say_ready(ready..self.next);
             Ok(())
@@ -297,16 +369,16 @@ impl Session {
     fn offer_all(
         &self,
         asked: &Asked<'_>,
+        picked: &Picked,
         first: u32,
         lanes: &[Spec<'_>],
     ) -> Result<Vec<RdmaJoining>, Failed> {
         let line = &self.call.line;
-        let (own, _) = line.ips().map_err(|error| Failed::NotAsked(asked.unreachable(error.to_string())))?;
         let mut joinings = Vec::with_capacity(lanes.len());
         for (number, lanes) in (first..).step_by(TOGETHER).zip(lanes.chunks(TOGETHER)) {
             let mut wanted = Vec::with_capacity(lanes.len());
             for (number, lane) in (number..).zip(lanes) {
-                let joining = asked.host.rdma_join(lane.endpoint, own, lane.depth);
+                let joining = asked.host.0.rails.join(picked, lane.endpoint, lane.depth);
                 let joining = joining.map_err(|error| match error {
                     Error::Limit { .. } => Failed::Lane(error),
                     error => Failed::Way(error.to_string()),
@@ -316,9 +388,11 @@ impl Session {
                 // Before the server can speak of it.
                 line.pend(number);
             }
-            self.ask(asked, Way::Rdma, number, wanted).map_err(|error| match number == first {
-                true => Failed::NotAsked(error),
-                false => Failed::Lane(error),
+            self.ask(asked, (picked.route(), picked.rails()), number, wanted).map_err(|error| {
+                match number == first {
+                    true => Failed::NotAsked(error),
+                    false => Failed::Lane(error),
+                }
             })?;
         }
         Ok(joinings)
@@ -331,13 +405,22 @@ impl Session {
         }
     }
 
-    fn by_offer(&self, asked: &Asked<'_>, number: u32, mut joining: RdmaJoining) -> Result<Made, Failed> {
+    fn by_offer(
+        &self,
+        asked: &Asked<'_>,
+        picked: &Picked,
+        number: u32,
+        mut joining: RdmaJoining,
+    ) -> Result<Made, Failed> {
         let answer = self.call.answer(number, asked.deadline);
         let answer = answer.map_err(|why| Failed::Lane(unheard(asked, why)))?;
         let Answer { offer, regions, data, .. } = accepted(asked, answer)?;
         joining.finish(&offer).map_err(|error| Failed::Way(error.to_string()))?;
         let lane = Lane::Rdma(tied(&self.call.line, number, joining));
-        let connection = HostConnection::new(lane, PeerRegions::told(regions)).map_err(Failed::Lane)?;
+        let regions = PeerRegions::told(regions);
+        let connection =
+            HostConnection::new(asked.host, lane, picked.route(), regions).map_err(Failed::Lane)?;
+        asked.host.0.rails.count(picked.route());
         Ok((connection, data))
     }
 }

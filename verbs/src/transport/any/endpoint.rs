@@ -1,17 +1,17 @@
 //! One endpoint for connections of several providers.
 //!
-//! It has an endpoint of a provider (an *inner* one) from the first connection of that provider on. Whoever makes that connection, a
+//! It has an endpoint of a provider or a rail (an *inner* one) from the first connection of that provider on. Whoever makes that connection, a
 //! thread that connects or accepts, makes the inner endpoint, and puts it where the polling thread finds it ([`Shared::inner`]).
 //! With one provider, and no sessions, it is there from the start.
 //!
 //! # Sleeping
-//! The polling thread can sleep in one inner endpoint alone: the *first* one, of `shm`, `rdma`, `tcp` in this order. Each other one
+//! The polling thread can sleep in one inner endpoint alone: the *first* one, of `shm`, the rails, `tcp` in this order. Each other one
 //! wakes it there when it has something:
 //!
 //! | | who wakes | when |
 //! |---|---|---|
 //! | `tcp` | the thread that serves its sockets ([`TcpEndpoint::wake_besides`]) | after it has published events |
-//! | `rdma` | a thread that sleeps on the completion channel ([`Watcher`]) | after it woke, if the polling thread had armed it |
+//! | `rdma`, each rail | a thread that sleeps on the completion channel ([`Watcher`]) | after it woke, if the polling thread had armed it |
 //!
 //! **No wake is lost.** [`Attach::wake`] of the first inner endpoint ends its present or its next wait. The polling thread looks at
 //! the others, and only then waits; what comes to another after that look is followed by a wake of the first. When a new inner
@@ -32,9 +32,12 @@ use std::{
     time::Duration,
 };
 
-use super::{Host, connection::host_id};
 #[cfg(feature = "rdma")]
-use crate::transport::rdma::{RdmaAttach, RdmaEndpoint};
+use super::watcher::Watcher;
+use super::{
+    Host, ID_BITS,
+    connection::{Route, host_id},
+};
 use crate::{
     error::Error,
     session::{Way, wire::NamedRegion},
@@ -45,14 +48,49 @@ use crate::{
         tcp::{TcpAttach, TcpEndpoint},
     },
 };
+#[cfg(feature = "rdma")]
+use crate::{
+    rails::MAX_RAILS,
+    transport::rdma::{RdmaAttach, RdmaEndpoint},
+};
 
 /// The inner endpoints.
 #[derive(Default)]
 struct Inner {
     shm: Option<ShmEndpoint>,
     tcp: Option<TcpEndpoint>,
+    /// In the order of the rails.
     #[cfg(feature = "rdma")]
-    rdma: Option<RdmaEndpoint>,
+    rails: Vec<InnerRail>,
+}
+
+/// The inner endpoint of a rail.
+#[cfg(feature = "rdma")]
+struct InnerRail {
+    rail: u8,
+    endpoint: RdmaEndpoint,
+    /// From the time on when the polling thread has slept elsewhere.
+    watcher: Option<Watcher>,
+}
+
+#[cfg(feature = "rdma")]
+impl Inner {
+    fn put(&mut self, rail: InnerRail) {
+        let place = self.rails.partition_point(|other| other.rail < rail.rail);
+        self.rails.insert(place, rail);
+    }
+
+    /// The endpoint of the rail of this code, if it is one.
+    #[inline]
+    fn rail(&self, code: u32) -> Option<&RdmaEndpoint> {
+        self.rails.iter().find(|inner| Route::Rail(inner.rail).code() == code).map(|inner| &inner.endpoint)
+    }
+
+    #[inline]
+    fn rail_mut(&mut self, code: u32) -> Option<&mut RdmaEndpoint> {
+        let found = self.rails.iter_mut().find(|inner| Route::Rail(inner.rail).code() == code);
+        found.map(|inner| &mut inner.endpoint)
+    }
 }
 
 /// Their handles.
@@ -61,7 +99,7 @@ struct Attaches {
     shm: OnceLock<ShmAttach>,
     tcp: OnceLock<TcpAttach>,
     #[cfg(feature = "rdma")]
-    rdma: OnceLock<RdmaAttach>,
+    rails: [OnceLock<RdmaAttach>; MAX_RAILS],
 }
 
 /// What the polling thread has not taken yet.
@@ -147,11 +185,13 @@ impl Shared {
     }
 
     #[cfg(feature = "rdma")]
-    fn rdma(&self) -> Result<RdmaAttach, Error> {
-        let rdma = self.host.0.rdma.as_ref().ok_or_else(|| self.host.lane_error(Way::Rdma));
+    fn rail(&self, rail: usize) -> Result<RdmaAttach, Error> {
+        let rdma = self.host.0.rails.get(rail).ok_or_else(|| self.host.lane_error(Way::Rdma));
         let dropped = |why: &str| Error::NoDevice { reason: why.to_owned() };
         let make = || self.host.0.pinning.endpoint(|| rdma?.endpoint(&self.config), dropped);
-        self.inner(&self.attaches.rdma, make, |inner, endpoint| inner.rdma = Some(endpoint))
+        self.inner(&self.attaches.rails[rail], make, |inner, endpoint| {
+            inner.put(InnerRail { rail: rail as u8, endpoint, watcher: None });
+        })
     }
 
     /// Wakes the polling thread where it sleeps.
@@ -160,8 +200,8 @@ impl Shared {
             return shm.wake();
         }
         #[cfg(feature = "rdma")]
-        if let Some(rdma) = self.attaches.rdma.get() {
-            return rdma.wake();
+        if let Some(rail) = self.attaches.rails.iter().find_map(OnceLock::get) {
+            return rail.wake();
         }
         if let Some(tcp) = self.attaches.tcp.get() {
             return tcp.wake();
@@ -176,9 +216,7 @@ impl Shared {
             shm.wake();
         }
         #[cfg(feature = "rdma")]
-        if let Some(rdma) = self.attaches.rdma.get() {
-            rdma.wake();
-        }
+        self.attaches.rails.iter().filter_map(OnceLock::get).for_each(Attach::wake);
         if let Some(tcp) = self.attaches.tcp.get() {
             tcp.wake();
         }
@@ -191,8 +229,6 @@ impl Shared {
 pub struct HostEndpoint {
     shared: Arc<Shared>,
     inner: Inner,
-    #[cfg(feature = "rdma")]
-    watcher: Option<Watcher>,
 }
 
 /// The handle of a [`HostEndpoint`] for other threads.
@@ -216,12 +252,7 @@ impl HostEndpoint {
             HostAttach(shared.clone()).make(way)?;
         }
         let inner = Inner::default();
-        let mut endpoint = Self {
-            shared,
-            inner,
-            #[cfg(feature = "rdma")]
-            watcher: None,
-        };
+        let mut endpoint = Self { shared, inner };
         endpoint.take_arrived();
         Ok(endpoint)
     }
@@ -237,49 +268,54 @@ impl HostEndpoint {
         self.inner.tcp = self.inner.tcp.take().or(arrived.inner.tcp.take());
         #[cfg(feature = "rdma")]
         {
-            self.inner.rdma = self.inner.rdma.take().or(arrived.inner.rdma.take());
+            arrived.inner.rails.drain(..).for_each(|rail| self.inner.put(rail));
         }
     }
 
-    /// Sleeps in `shm`, while the watcher sleeps on the completion channel.
+    /// Has watchers sleep on the queues of all rails, but for that in which the polling thread sleeps. `false`: there may be something to poll.
     #[cfg(feature = "rdma")]
-    fn watch_rdma(&mut self) -> bool {
-        let Some(rdma) = &mut self.inner.rdma else { return true };
-        if !rdma.arm() {
-            return false;
+    fn watch_rails(&mut self) -> bool {
+        let slept_in = usize::from(self.inner.shm.is_none());
+        for InnerRail { endpoint, watcher, .. } in self.inner.rails.iter_mut().skip(slept_in) {
+            if !endpoint.arm() {
+                return false;
+            }
+            let start = || {
+                let shared = Arc::clone(&self.shared);
+                Watcher::start(endpoint.attach(), move || shared.wake_first())
+            };
+            watcher.get_or_insert_with(start).watch();
         }
-        let shared = &self.shared;
-        self.watcher.get_or_insert_with(|| Watcher::start(rdma.attach(), Arc::clone(shared))).watch();
         true
     }
 }
 
-/// Marks the completions of an inner endpoint that were appended from `first` on as those of a way.
+/// Marks the completions of an inner endpoint that were appended from `first` on as those of a route.
 #[inline]
-fn mark(way: Way, first: usize, into: &mut [Completion]) {
+fn mark(route: Route, first: usize, into: &mut [Completion]) {
     for completion in &mut into[first..] {
         match completion {
             Completion::Work { connection, .. }
             | Completion::WriteImmediate { connection, .. }
-            | Completion::Disconnected { connection, .. } => *connection = host_id(way, *connection),
+            | Completion::Disconnected { connection, .. } => *connection = host_id(route, *connection),
             Completion::Received { connection, buffer, .. } => {
-                *connection = host_id(way, *connection);
-                buffer.index = buffer.index << 2 | way as u32;
+                *connection = host_id(route, *connection);
+                buffer.index = buffer.index << ROUTE_BITS | route.code();
             }
         }
     }
 }
 
-/// The receive buffer as its inner endpoint knows it, and the way of that.
+/// The receive buffer as its inner endpoint knows it, and the code of its route.
 #[inline]
 fn unmark(buffer: &ReceiveBuffer) -> (u32, ReceiveBuffer) {
-    (buffer.index & 3, ReceiveBuffer { index: buffer.index >> 2, length: buffer.length })
+    let (index, length) = (buffer.index >> ROUTE_BITS, buffer.length);
+    (buffer.index & ((1 << ROUTE_BITS) - 1), ReceiveBuffer { index, length })
 }
 
-const SHM: u32 = Way::Shm as u32;
-const TCP: u32 = Way::Tcp as u32;
-#[cfg(feature = "rdma")]
-const RDMA: u32 = Way::Rdma as u32;
+const ROUTE_BITS: u32 = u32::BITS - ID_BITS;
+const SHM: u32 = Route::Shm.code();
+const TCP: u32 = Route::Tcp.code();
 const FOREIGN: &str = "a receive buffer of another endpoint";
 
 impl Endpoint for HostEndpoint {
@@ -296,18 +332,18 @@ impl Endpoint for HostEndpoint {
         if let Some(shm) = &mut self.inner.shm {
             let first = into.len();
             shm.poll(into);
-            mark(Way::Shm, first, into);
+            mark(Route::Shm, first, into);
         }
         #[cfg(feature = "rdma")]
-        if let Some(rdma) = &mut self.inner.rdma {
+        for InnerRail { rail, endpoint, .. } in &mut self.inner.rails {
             let first = into.len();
-            rdma.poll(into);
-            mark(Way::Rdma, first, into);
+            endpoint.poll(into);
+            mark(Route::Rail(*rail), first, into);
         }
         if let Some(tcp) = &mut self.inner.tcp {
             let first = into.len();
             tcp.poll(into);
-            mark(Way::Tcp, first, into);
+            mark(Route::Tcp, first, into);
         }
         into.len() - before
     }
@@ -320,15 +356,15 @@ impl Endpoint for HostEndpoint {
             return;
         }
         #[cfg(feature = "rdma")]
-        if self.inner.shm.is_some() && !self.watch_rdma() {
+        if !self.watch_rails() {
             return;
         }
         if let Some(shm) = &mut self.inner.shm {
             return shm.wait(timeout);
         }
         #[cfg(feature = "rdma")]
-        if let Some(rdma) = &mut self.inner.rdma {
-            return rdma.wait(timeout);
+        if let Some(first) = self.inner.rails.first_mut() {
+            return first.endpoint.wait(timeout);
         }
         if let Some(tcp) = &mut self.inner.tcp {
             return tcp.wait(timeout);
@@ -346,7 +382,8 @@ impl Endpoint for HostEndpoint {
             (SHM, buffer) => self.inner.shm.as_ref().expect(FOREIGN).message(&buffer),
             (TCP, buffer) => self.inner.tcp.as_ref().expect(FOREIGN).message(&buffer),
             #[cfg(feature = "rdma")]
-            (RDMA, buffer) => self.inner.rdma.as_ref().expect(FOREIGN).message(&buffer),
+            (code, buffer) => self.inner.rail(code).expect(FOREIGN).message(&buffer),
+            #[cfg(not(feature = "rdma"))]
             _ => panic!("{FOREIGN}"),
         }
     }
@@ -357,7 +394,8 @@ impl Endpoint for HostEndpoint {
             (SHM, buffer) => self.inner.shm.as_mut().expect(FOREIGN).release(buffer),
             (TCP, buffer) => self.inner.tcp.as_mut().expect(FOREIGN).release(buffer),
             #[cfg(feature = "rdma")]
-            (RDMA, buffer) => self.inner.rdma.as_mut().expect(FOREIGN).release(buffer),
+            (code, buffer) => self.inner.rail_mut(code).expect(FOREIGN).release(buffer),
+            #[cfg(not(feature = "rdma"))]
             _ => panic!("{FOREIGN}"),
         }
     }
@@ -380,23 +418,29 @@ impl HostAttach {
         Arc::ptr_eq(&self.0.host.0, &host.0)
     }
 
-    /// Its host.
+    /// What a peer is told of the host's regions, for a lane by this route.
+    pub(super) fn offers(&self, route: Route) -> Vec<NamedRegion> {
+        self.0.host.0.regions.offers(route)
+    }
+
+    /// The host.
     pub(super) fn host(&self) -> &Host {
         &self.0.host
     }
 
-    /// What a peer is told of the host's regions, for a lane of this way.
-    pub(super) fn offers(&self, way: Way) -> Vec<NamedRegion> {
-        self.0.host.0.regions.offers(way)
+    /// The processor that the polling thread is pinned to, if that is known.
+    #[cfg(feature = "rdma")]
+    pub(super) fn core(&self) -> Option<usize> {
+        self.0.config.core
     }
 
-    /// Makes the inner endpoint of a way, if there is none.
+    /// Makes the inner endpoint of a way, if there is none: of the first rail, if it is RDMA.
     fn make(&self, way: Way) -> Result<(), Error> {
         match way {
             Way::Shm => self.shm().map(drop),
             Way::Tcp => self.tcp().map(drop),
             #[cfg(feature = "rdma")]
-            Way::Rdma => self.rdma().map(drop),
+            Way::Rdma => self.rail(0).map(drop),
             #[cfg(not(feature = "rdma"))]
             Way::Rdma => Err(self.0.host.lane_error(way)),
         }
@@ -412,71 +456,16 @@ impl HostAttach {
         self.0.tcp()
     }
 
-    /// The inner endpoint of RDMA.
+    /// The inner endpoint of a rail.
     #[cfg(feature = "rdma")]
-    pub(super) fn rdma(&self) -> Result<RdmaAttach, Error> {
-        self.0.rdma()
+    pub(super) fn rail(&self, rail: usize) -> Result<RdmaAttach, Error> {
+        self.0.rail(rail)
     }
 }
 
 impl Attach for HostAttach {
     fn wake(&self) {
         self.0.wake_first();
-    }
-}
-
-/// The thread that sleeps on a completion channel for a polling thread that sleeps elsewhere.
-#[cfg(feature = "rdma")]
-struct Watcher {
-    attach: RdmaAttach,
-    orders: HostSignal,
-    ended: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-#[cfg(feature = "rdma")]
-impl Watcher {
-    fn start(attach: RdmaAttach, shared: Arc<Shared>) -> Self {
-        let (orders, ended) = (HostSignal::new(), Arc::new(AtomicBool::new(false)));
-        let (sleeper, heard, stop) = (attach.clone(), orders.clone(), ended.clone());
-        let body = move || {
-            let mut seen = 0;
-            while !stop.load(Ordering::SeqCst) {
-                // Each order is one arming of the channel.
-                heard.wait(seen, Duration::from_secs(3600));
-                let now = heard.epoch();
-                if now == seen || stop.load(Ordering::SeqCst) {
-                    continue;
-                }
-                seen = now;
-                sleeper.sleep(Duration::from_secs(3600));
-                shared.wake_first();
-            }
-        };
-        let thread = std::thread::Builder::new().name("fervor-watch-rdma".to_owned()).spawn(body);
-        Self {
-            attach,
-            orders,
-            ended,
-            thread: Some(thread.expect("the system has a thread for each endpoint")),
-        }
-    }
-
-    fn watch(&self) {
-        self.orders.notify();
-    }
-}
-
-#[cfg(feature = "rdma")]
-impl Drop for Watcher {
-    fn drop(&mut self) {
-        self.ended.store(true, Ordering::SeqCst);
-        self.orders.notify();
-        self.attach.wake();
-        if let Some(thread) = self.thread.take() {
-            // It says why it panicked.
-            let _ = thread.join();
-        }
     }
 }
 

@@ -68,10 +68,11 @@ fn take(shared: &Shared, (line, key, unproven): Said<'_>, message: Message) -> R
             shared.host.note_peer(line);
             let (boot, process) = (shared.host.0.boot, this_process());
             let goes = |offer: &Offer| key.is_none_or(|key| key.goes(offer.way));
+            let rails = shared.host.told_rails();
             let offers = shared.offers().into_iter().filter(goes).collect();
-            line.say(&Message::Welcome { boot, process, offers })
+            line.say(&Message::Welcome { boot, process, offers, rails })
         }
-        Message::Lanes { first, way, regions, lanes } if unproven.is_none() => {
+        Message::Lanes { first, way, rails, regions, lanes } if unproven.is_none() => {
             if !key.is_none_or(|key| key.goes(way)) {
                 return Err(format!(
                     "its key is limited, and it asks for a lane over {way}, which cannot be"
@@ -80,7 +81,7 @@ fn take(shared: &Shared, (line, key, unproven): Said<'_>, message: Message) -> R
             let busy = || "the server is being asked for too many lanes at a time".to_owned();
             let place = shared.batch().ok_or_else(busy)?;
             let (key, since) = (key.cloned(), Instant::now());
-            let batch = Arc::new(Batch { way, regions, key, since, _place: place });
+            let batch = Arc::new(Batch { way, rails, regions, key, since, _place: place });
             let expect = |(number, wanted)| {
                 let greedy = "it asks for more lanes at a time than a session may";
                 let place = Place::take(line, MAKING).ok_or(greedy)?;
@@ -110,7 +111,7 @@ fn announce(shared: &Shared, line: &Arc<Line>, first: u32, lanes: Vec<Expected>)
             "it asks for lanes that lack an offer, or have one that their way does not take".to_owned()
         );
     }
-    if let Err(reason) = shared.host.0.leads(way, line) {
+    if let Err(reason) = shared.host.0.leads(way) {
         for lane in lanes {
             lane.answer(Verdict::Impossible, Vec::new(), Vec::new(), sentence(&reason));
         }

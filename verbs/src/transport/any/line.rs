@@ -27,7 +27,7 @@
 use std::{
     collections::HashMap,
     io::{ErrorKind, Read, Write},
-    net::{IpAddr, Shutdown, TcpStream},
+    net::{Shutdown, TcpStream},
     os::fd::{AsFd, OwnedFd},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -172,12 +172,6 @@ impl Line {
 
     fn ring(&self) {
         self.bell.lock().unwrap_or_else(PoisonError::into_inner).ring();
-    }
-
-    /// The addresses of the socket: this end's, and the peer's.
-    #[cfg_attr(not(feature = "rdma"), allow(dead_code, reason = "lanes of RDMA alone live in a session"))]
-    pub(super) fn ips(&self) -> std::io::Result<(IpAddr, IpAddr)> {
-        Ok((self.socket.local_addr()?.ip(), self.socket.peer_addr()?.ip()))
     }
 
     /// The peer has said which process it is.

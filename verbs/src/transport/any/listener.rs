@@ -41,7 +41,7 @@ impl HostListener {
             Address::Shm(_) => Entrance::Shm(inner.shm.as_ref().ok_or_else(wrong)?.listen(address)?),
             Address::Tcp { .. } => Entrance::Tcp(inner.tcp.as_ref().ok_or_else(wrong)?.listen(address)?),
             #[cfg(feature = "rdma")]
-            Address::Rdma { .. } => Entrance::Rdma(inner.rdma.as_ref().ok_or_else(wrong)?.listen(address)?),
+            Address::Rdma { .. } => Entrance::Rdma(inner.rails.get(0).ok_or_else(wrong)?.listen(address)?),
             _ => return Err(wrong()),
         };
         Ok(Self(entrance))

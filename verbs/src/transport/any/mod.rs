@@ -9,12 +9,18 @@
 //! registered with each of them. An endpoint polls one endpoint of each provider that it has connections of. A connection is of one
 //! provider (a *lane*), and every call on it a `match`: statically dispatched, with a branch that the processor predicts.
 //!
+//! A host with sessions may have several providers of RDMA: one for each port that it uses, its *rails*. A region is registered with each of them.
+//! The two ends of a session tell each other their rails, and lanes are spread over those that are on a common network. A rail that
+//! fails is left out by lanes that are made afterwards; who lost a lane by it makes another one (a client does so within its lease).
+//!
 //! | file | what it is |
 //! |---|---|
 //! | `region` | regions with a name of this process, which each lane translates to its provider's |
 //! | `endpoint` | one endpoint for connections of several providers: polling, and sleeping until any has something |
 //! | `connection` | a lane |
 //! | `listener`, `request` | listening, and a peer that wants to connect |
+//! | `rails`, `picking` | the ports that the host uses for RDMA; which of them, of both sides, a lane goes by |
+//! | `watcher` | a thread that sleeps on the queue of a rail for a polling thread that sleeps elsewhere |
 //! | `line`, `peer` | one end of a session, and the lanes that end with it; who the peer is, and whether it is heard |
 //! | `dial`, `dialled`, `attendant` | the client's end: the ways to a server, making lanes, and the thread that serves its sessions |
 //! | `door`, `guests` | the server's end: who comes in, and the thread that serves their sessions |
@@ -23,8 +29,6 @@
 //!
 //! To give an object of one host to an object of another is a bug, and panics.
 
-#[cfg(feature = "rdma")]
-use std::net::IpAddr;
 use std::{
     collections::HashMap,
     fmt,
@@ -41,6 +45,7 @@ use crate::{
     address::Address,
     error::Error,
     memory::{Exclusive, Memory},
+    rails::{Rail, RailName, RailStats},
     session::{Key, KeyRing, Way, wire::Boot},
     transport::{Access, Connected, EndpointConfig, LaneSpec, Transport, host, shm, tcp},
 };
@@ -68,7 +73,11 @@ mod guests;
 mod line;
 mod listener;
 mod peer;
+#[cfg(any(feature = "rdma", test))]
+mod picking;
 mod pinning;
+#[cfg(feature = "rdma")]
+mod rails;
 #[cfg(test)]
 mod raw;
 mod region;
@@ -80,6 +89,8 @@ mod shared;
 mod suite;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "rdma")]
+mod watcher;
 
 pub use connection::HostConnection;
 pub use endpoint::{HostAttach, HostEndpoint};
@@ -88,8 +99,8 @@ pub use peer::Peer;
 pub use region::{HostExport, HostRegion};
 pub use request::HostRequest;
 
-/// A connection id of a provider within a host is below this; the bits above it say which provider.
-const ID_BITS: u32 = 30;
+/// A connection id of a provider within a host has so many bits; those above it say which provider, and which rail.
+const ID_BITS: u32 = 28;
 
 /// The transport of a real host.
 #[derive(Clone)]
@@ -100,7 +111,7 @@ struct Inner {
     shm: Option<shm::Shm>,
     tcp: Option<tcp::Tcp>,
     #[cfg(feature = "rdma")]
-    rdma: Option<rdma::Rdma>,
+    rails: rails::Rails,
     /// Why there is no RDMA here.
     no_rdma: String,
     /// Regions have names of this process, and peers are told them in sessions. Otherwise there is one provider.
@@ -136,6 +147,16 @@ impl Host {
     /// # Errors
     /// As there; keys for addresses that have no sessions.
     pub fn with_keys(addresses: &[Address], keys: KeyRing) -> Result<Self, Error> {
+        let sessions = addresses.iter().any(|address| matches!(address, Address::Session { .. }));
+        let devices = if sessions { crate::rails::from_environment()? } else { Vec::new() };
+        Self::with_devices(addresses, keys, &devices)
+    }
+
+    /// As [`with_keys`](Self::with_keys), with these rails: ports of RDMA devices, or all ports of a device. None: all that there are.
+    ///
+    /// # Errors
+    /// As there; a device that is not there; devices for addresses that have no sessions.
+    pub fn with_devices(addresses: &[Address], keys: KeyRing, devices: &[RailName]) -> Result<Self, Error> {
         let refuse =
             |address: &Address, reason: String| Err(Error::BadAddress { url: address.to_string(), reason });
         let Some(first) = addresses.first() else {
@@ -157,21 +178,56 @@ impl Host {
                 "a key was given, and only fervor://host:port has sessions that use one".to_owned(),
             );
         }
+        if let Some(device) = devices.first()
+            && !matches!(first, Address::Session { .. })
+        {
+            return refuse(
+                first,
+                format!(
+                    "devices were named ({device}), and only fervor://host:port uses several; an rdma:// address is that of its device"
+                ),
+            );
+        }
         let mut inner = Inner::new(keys);
         match first {
             Address::Shm(_) => inner.shm = Some(shm::Shm::new()?),
             Address::Tcp { .. } => inner.tcp = Some(tcp::Tcp::new()),
             Address::Rdma { .. } => inner.with_rdma(first)?,
-            Address::Session { .. } => inner.with_ways(addresses)?,
+            Address::Session { .. } => inner.with_ways(addresses, devices)?,
             Address::Sim(_) => return refuse(first, "only simulations have sim:// addresses".to_owned()),
         }
         Ok(Self(Arc::new(inner)))
     }
 
-    /// The RDMA provider, if the host has it.
+    /// The RDMA providers: one for each rail.
     #[cfg(feature = "rdma")]
-    pub fn rdma(&self) -> Option<&rdma::Rdma> {
-        self.0.rdma.as_ref()
+    pub fn rdma(&self) -> impl Iterator<Item = &rdma::Rdma> {
+        self.0.rails.iter()
+    }
+
+    /// The rails, and what they have done.
+    pub fn rails(&self) -> Vec<RailStats> {
+        #[cfg(feature = "rdma")]
+        return self.0.rails.stats();
+        #[cfg(not(feature = "rdma"))]
+        return Vec::new();
+    }
+
+    /// What peers are told of the rails.
+    fn told_rails(&self) -> Vec<Rail> {
+        #[cfg(feature = "rdma")]
+        return self.0.rails.told();
+        #[cfg(not(feature = "rdma"))]
+        return Vec::new();
+    }
+
+    /// The name of the rail of a route, if it is one by a rail.
+    fn rail_name(&self, route: connection::Route) -> Option<&str> {
+        match route {
+            #[cfg(feature = "rdma")]
+            connection::Route::Rail(rail) => Some(self.0.rails.name(rail.into())),
+            _ => None,
+        }
     }
 
     /// Whether the host can go that way.
@@ -180,7 +236,7 @@ impl Host {
             Way::Shm => self.0.shm.is_some(),
             Way::Tcp => self.0.tcp.is_some(),
             #[cfg(feature = "rdma")]
-            Way::Rdma => self.0.rdma.is_some() && self.0.pinning.dropped().is_none(),
+            Way::Rdma => !self.0.rails.is_empty() && self.0.pinning.dropped().is_none(),
             #[cfg(not(feature = "rdma"))]
             Way::Rdma => false,
         }
@@ -197,11 +253,11 @@ impl Host {
         }
     }
 
-    /// The ways that it can go, for people: `shm, rdma (mlx5_0), tcp`.
+    /// The ways that it can go, for people: `shm, rdma (mlx5_0:1, mlx5_1:1), tcp`.
     pub fn ways(&self) -> String {
         let name = |way: &Way| match way {
             #[cfg(feature = "rdma")]
-            Way::Rdma => format!("rdma ({})", self.0.rdma.as_ref().map_or("", rdma::Rdma::device_name)),
+            Way::Rdma => format!("rdma ({})", self.0.rails.names().join(", ")),
             way => way.to_string(),
         };
         Way::ALL.iter().filter(|way| self.has(**way)).map(name).collect::<Vec<_>>().join(", ")
@@ -222,31 +278,10 @@ impl Host {
 }
 
 #[cfg(feature = "rdma")]
-impl Host {
-    /// The end of a lane of RDMA that asks, for a session whose socket has this local address.
-    fn rdma_join(&self, endpoint: &HostAttach, ip: IpAddr, depth: usize) -> Result<rdma::RdmaJoining, Error> {
-        let rdma = self.0.rdma.as_ref().ok_or_else(|| self.lane_error(Way::Rdma))?;
-        rdma.join_with(&endpoint.rdma()?, ip, depth)
-    }
-
-    /// The end that answers, for a session whose socket has these addresses: this end's, and the peer's.
-    fn rdma_answer(
-        &self,
-        endpoint: &HostAttach,
-        ips: (IpAddr, IpAddr),
-        depth: usize,
-        offer: &[u8],
-    ) -> Result<rdma::RdmaJoining, Error> {
-        let rdma = self.0.rdma.as_ref().ok_or_else(|| self.lane_error(Way::Rdma))?;
-        rdma.answer(&endpoint.rdma()?, ips, depth, offer)
-    }
-}
-
-#[cfg(feature = "rdma")]
 impl From<rdma::Rdma> for Host {
     /// A host that has RDMA alone, on a device that was chosen.
     fn from(rdma: rdma::Rdma) -> Self {
-        Self(Arc::new(Inner { rdma: Some(rdma), ..Inner::new(KeyRing::default()) }))
+        Self(Arc::new(Inner { rails: rails::Rails::one(rdma), ..Inner::new(KeyRing::default()) }))
     }
 }
 
@@ -256,7 +291,7 @@ impl Inner {
             shm: None,
             tcp: None,
             #[cfg(feature = "rdma")]
-            rdma: None,
+            rails: rails::Rails::default(),
             no_rdma: String::new(),
             sessions: false,
             regions: region::Names::default(),
@@ -271,8 +306,32 @@ impl Inner {
 
     #[cfg(feature = "rdma")]
     fn with_rdma(&mut self, address: &Address) -> Result<(), Error> {
-        self.rdma = Some(rdma::Rdma::for_address(address)?);
+        self.rails = rails::Rails::one(rdma::Rdma::for_address(address)?);
         Ok(())
+    }
+
+    #[cfg(feature = "rdma")]
+    fn with_rails(&mut self, devices: &[RailName]) -> Result<(), Error> {
+        // A variable that says nonsense is an error, whatever other ways there are.
+        crate::fabric::Fabric::from_env()?;
+        match rails::Rails::open(devices) {
+            Ok(rails) => self.rails = rails,
+            Err(error) if !devices.is_empty() => return Err(error),
+            // It is one way of several; whoever finds that none leads anywhere says why.
+            Err(error) => self.no_rdma = error.to_string(),
+        }
+        Ok(())
+    }
+
+    #[cfg(not(feature = "rdma"))]
+    fn with_rails(&mut self, devices: &[RailName]) -> Result<(), Error> {
+        self.no_rdma = "this program was built without `rdma`".to_owned();
+        match devices.first() {
+            Some(device) => {
+                Err(Error::NoDevice { reason: format!("`{device}` cannot be used: {}", self.no_rdma) })
+            }
+            None => Ok(()),
+        }
     }
 
     #[cfg(not(feature = "rdma"))]
@@ -284,7 +343,7 @@ impl Inner {
     }
 
     /// All ways that `addresses` of sessions may go.
-    fn with_ways(&mut self, addresses: &[Address]) -> Result<(), Error> {
+    fn with_ways(&mut self, addresses: &[Address], devices: &[RailName]) -> Result<(), Error> {
         let asked = |way| {
             addresses.iter().find(
                 |address| matches!(address, Address::Session { via, .. } if via.is_none_or(|via| via == way)),
@@ -300,23 +359,14 @@ impl Inner {
         if asked(Way::Tcp).is_some() {
             self.tcp = Some(tcp::Tcp::new());
         }
-        let Some(address) = asked(Way::Rdma) else { return Ok(()) };
-        let Address::Session { host, port, via } = address else { unreachable!("`asked` finds no other") };
+        let Some(Address::Session { via, .. }) = asked(Way::Rdma) else { return Ok(()) };
         self.pinning.insists =
             addresses.iter().any(|address| matches!(address, Address::Session { via: Some(Way::Rdma), .. }));
-        // A variable that says nonsense is an error, whatever other ways there are.
-        #[cfg(feature = "rdma")]
-        crate::fabric::Fabric::from_env()?;
-        let device = Address::Rdma { host: host.clone(), port: *port, from: None };
-        match self.with_rdma(&device) {
-            Err(error) if *via == Some(Way::Rdma) => Err(error),
-            // It is one way of several; whoever finds that none leads anywhere says why.
-            Err(error) => {
-                self.no_rdma = error.to_string();
-                Ok(())
-            }
-            Ok(()) => Ok(()),
+        self.with_rails(devices)?;
+        if *via == Some(Way::Rdma) && !self.no_rdma.is_empty() {
+            return Err(Error::NoDevice { reason: self.no_rdma.clone() });
         }
+        Ok(())
     }
 
     /// The session with the server at `address`, begun or not.
@@ -360,35 +410,30 @@ impl Inner {
         }
     }
 
-    /// Whether lanes of a session may come by `way`; or why they cannot.
-    fn leads(&self, way: Way, line: &Line) -> Result<(), String> {
+    /// Whether lanes of sessions may come by `way`; or why they cannot.
+    fn leads(&self, way: Way) -> Result<(), String> {
         let there = match way {
             Way::Shm => self.shm.is_some(),
             Way::Tcp => self.tcp.is_some(),
-            Way::Rdma => return self.rdma_leads(line),
+            #[cfg(feature = "rdma")]
+            Way::Rdma => {
+                self.pinning.dropped().map_or(Ok(()), Err)?;
+                !self.rails.is_empty()
+            }
+            #[cfg(not(feature = "rdma"))]
+            Way::Rdma => false,
         };
         if there { Ok(()) } else { Err("the server does not use it".to_owned()) }
     }
 
-    /// What RDMA makes of memory, if there is some, and it can pin the memory.
+    /// What each rail makes of memory: nothing, if it cannot be pinned and need not be.
     #[cfg(feature = "rdma")]
-    fn pinned<T>(&self, register: impl FnOnce(&rdma::Rdma) -> Result<T, Error>) -> Result<Option<T>, Error> {
-        let Some(rdma) = &self.rdma else { return Ok(None) };
-        self.pinning.register(|| register(rdma))
-    }
-
-    #[cfg(feature = "rdma")]
-    fn rdma_leads(&self, line: &Line) -> Result<(), String> {
-        let rdma = self.rdma.as_ref().ok_or("the server does not use it")?;
-        self.pinning.dropped().map_or(Ok(()), Err)?;
-        let (own, _) = line.ips().map_err(|error| error.to_string())?;
-        rdma.leads_from(own)
-            .map_err(|error| format!("the server works on its device {}: {error}", rdma.device_name()))
-    }
-
-    #[cfg(not(feature = "rdma"))]
-    fn rdma_leads(&self, _: &Line) -> Result<(), String> {
-        Err("the server was built without it".to_owned())
+    fn pinned<T>(&self, register: impl Fn(&rdma::Rdma) -> Result<T, Error>) -> Result<Vec<T>, Error> {
+        if self.rails.is_empty() {
+            return Ok(Vec::new());
+        }
+        let all = || self.rails.iter().map(register).collect::<Result<Vec<_>, _>>();
+        Ok(self.pinning.register(all)?.unwrap_or_default())
     }
 }
 

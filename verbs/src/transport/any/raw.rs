@@ -10,7 +10,7 @@ use crate::{
     session::{
         Key, KeyRing, Way,
         noise::{Cipher, Initiator, Piece, piece, respond},
-        wire::{Message, Offer, Process, Token, Wanted},
+        wire::{LaneRails, Message, Offer, Process, Token, Wanted},
     },
     transport::host::strangers::OPENING,
 };
@@ -19,13 +19,19 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The first message of process 42 of host `far`.
 pub(super) fn hello() -> Message {
-    Message::Hello { boot: [1; 16], process: Process { host: "far".to_owned(), pid: 42 } }
+    Message::Hello { boot: [1; 16], process: Process { host: "far".to_owned(), pid: 42 }, rails: Vec::new() }
 }
 
 /// Asks for so many lanes.
 pub(super) fn lanes(first: u32, way: Way, count: usize) -> Message {
     let wanted = Wanted { offer: Vec::new(), data: b"raw".to_vec() };
-    Message::Lanes { first, way, regions: Vec::new(), lanes: vec![wanted; count] }
+    Message::Lanes {
+        first,
+        way,
+        rails: LaneRails::default(),
+        regions: Vec::new(),
+        lanes: vec![wanted; count],
+    }
 }
 
 /// A client that says what it likes.

@@ -1,6 +1,6 @@
 //! Regions of a host, which each of its providers has registered.
 //!
-//! To a provider a region has a key and an address; to another one it has others. A message that tells a peer of a region may go by
+//! To a provider a region has a key and an address; to another one, and to each rail of RDMA, it has others. A message that tells a peer of a region may go by
 //! any lane. So where there are several providers, a region has a *name*, one for all: its key is a number of this process, and its
 //! addresses are those that [`base`] gives to that number: a place with another region's key is outside that region. When a lane is made, each side is told, inside the session, what the lane's provider calls the regions of the
 //! other ([`offers`](Names::offers)); posting on the lane translates ([`PeerRegions`]).
@@ -12,35 +12,30 @@ use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
-use super::Host;
-#[cfg(feature = "rdma")]
-use crate::transport::rdma::{RdmaExport, RdmaRegion};
+use super::{Host, connection::Route};
 use crate::{
     error::Error,
     memory::{Exclusive, Memory},
-    session::{
-        Way,
-        wire::{MAX_REGIONS, NamedRegion},
-    },
+    session::wire::{MAX_REGIONS, NamedRegion},
     transport::{
         Access, Export, Region, RemoteAddress, RemoteRegion, Transport,
         shm::{ShmExport, ShmRegion},
         tcp::{TcpExport, TcpRegion},
     },
 };
+#[cfg(feature = "rdma")]
+use crate::{
+    rails::MAX_RAILS,
+    transport::rdma::{RdmaExport, RdmaRegion},
+};
 
-/// What `shm`, `rdma` and `tcp` call a region.
-type Called = [Option<RemoteRegion>; 3];
+/// What each provider calls a region, by the code of its [`Route`].
+type Called = [Option<RemoteRegion>; Route::COUNT];
 
 /// The address of the first byte of the region of this name.
 #[inline]
 fn base(name: u32) -> u64 {
     u64::from(name) << 40
-}
-
-/// The place of a way in [`Called`], which is in the order of their numbers.
-fn place(way: Way) -> usize {
-    way as usize - 1
 }
 
 /// A region that peers may reach, as long as it is registered.
@@ -80,12 +75,12 @@ impl Names {
         Ok(named)
     }
 
-    /// What a peer is told of the regions that there are, for a lane of this way.
-    pub(super) fn offers(&self, way: Way) -> Vec<NamedRegion> {
+    /// What a peer is told of the regions that there are, for a lane by this route.
+    pub(super) fn offers(&self, route: Route) -> Vec<NamedRegion> {
         let living = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let offer = |region: &Weak<Named>| {
             let named = region.upgrade()?;
-            Some(NamedRegion { name: named.name, region: named.called[place(way)]? })
+            Some(NamedRegion { name: named.name, region: named.called[route.code() as usize]? })
         };
         living.regions.iter().filter_map(offer).collect()
     }
@@ -144,8 +139,8 @@ pub(super) trait Pick<T> {
     /// The object.
     ///
     /// # Panics
-    /// When the host has none of that provider.
-    fn pick(&self) -> &T;
+    /// When the host has none of that provider, or of that rail.
+    fn pick(&self, rail: usize) -> &T;
 }
 
 /// Objects of two hosts were used together.
@@ -161,8 +156,9 @@ pub struct HostRegion {
     _named: Option<Arc<Named>>,
     shm: Option<ShmRegion>,
     tcp: Option<TcpRegion>,
+    /// With each rail.
     #[cfg(feature = "rdma")]
-    rdma: Option<RdmaRegion>,
+    rails: [Option<RdmaRegion>; MAX_RAILS],
     memory: Memory,
     remote: RemoteRegion,
 }
@@ -182,22 +178,23 @@ impl HostRegion {
         let inner = &host.0;
         let shm = inner.shm.as_ref().map(|shm| shm.register(memory, access)).transpose()?;
         let tcp = inner.tcp.as_ref().map(|tcp| tcp.register(memory, access)).transpose()?;
+        let mut called = Called::default();
+        called[Route::Shm.code() as usize] = shm.as_ref().map(Region::remote);
+        called[Route::Tcp.code() as usize] = tcp.as_ref().map(Region::remote);
         #[cfg(feature = "rdma")]
-        let rdma = inner.pinned(|rdma| rdma.register(memory, access))?;
-        #[cfg(not(feature = "rdma"))]
-        let rdma = None::<HostRegion>;
-        let called = [
-            shm.as_ref().map(Region::remote),
-            rdma.as_ref().map(Region::remote),
-            tcp.as_ref().map(Region::remote),
-        ];
+        let mut rails = [const { None }; MAX_RAILS];
+        #[cfg(feature = "rdma")]
+        for (number, region) in inner.pinned(|rdma| rdma.register(memory, access))?.into_iter().enumerate() {
+            called[Route::Rail(number as u8).code() as usize] = Some(region.remote());
+            rails[number] = Some(region);
+        }
         let reachable = inner.sessions && access != Access::Local;
         let named = reachable.then(|| inner.regions.insert(called)).transpose()?;
         Ok(Self {
             shm,
             tcp,
             #[cfg(feature = "rdma")]
-            rdma,
+            rails,
             memory: memory.clone(),
             remote: remote(host, called, named.as_ref(), memory.len()),
             _named: named,
@@ -207,14 +204,14 @@ impl HostRegion {
 
 impl Pick<ShmRegion> for HostRegion {
     #[inline]
-    fn pick(&self) -> &ShmRegion {
+    fn pick(&self, _: usize) -> &ShmRegion {
         self.shm.as_ref().unwrap_or_else(|| mixed())
     }
 }
 
 impl Pick<TcpRegion> for HostRegion {
     #[inline]
-    fn pick(&self) -> &TcpRegion {
+    fn pick(&self, _: usize) -> &TcpRegion {
         self.tcp.as_ref().unwrap_or_else(|| mixed())
     }
 }
@@ -222,8 +219,8 @@ impl Pick<TcpRegion> for HostRegion {
 #[cfg(feature = "rdma")]
 impl Pick<RdmaRegion> for HostRegion {
     #[inline]
-    fn pick(&self) -> &RdmaRegion {
-        self.rdma.as_ref().unwrap_or_else(|| mixed())
+    fn pick(&self, rail: usize) -> &RdmaRegion {
+        self.rails[rail].as_ref().unwrap_or_else(|| mixed())
     }
 }
 
@@ -249,7 +246,7 @@ pub struct HostExport {
     _named: Option<Arc<Named>>,
     tcp: Option<TcpExport>,
     #[cfg(feature = "rdma")]
-    _rdma: Option<RdmaExport>,
+    _rails: Vec<RdmaExport>,
     _shm: Option<ShmExport>,
 }
 
@@ -259,22 +256,22 @@ impl HostExport {
         // `shm` comes last: it seals the memory against further mappings that can write.
         let tcp = inner.tcp.as_ref().map(|tcp| tcp.export(memory)).transpose()?;
         #[cfg(feature = "rdma")]
-        let rdma = inner.pinned(|rdma| rdma.export(memory))?;
+        let rails = inner.pinned(|rdma| rdma.export(memory))?;
         let shm = inner.shm.as_ref().map(|shm| shm.export(memory)).transpose()?;
-        #[cfg(not(feature = "rdma"))]
-        let rdma = None::<HostExport>;
-        let called = [
-            shm.as_ref().map(Export::remote),
-            rdma.as_ref().map(Export::remote),
-            tcp.as_ref().map(Export::remote),
-        ];
+        let mut called = Called::default();
+        called[Route::Shm.code() as usize] = shm.as_ref().map(Export::remote);
+        called[Route::Tcp.code() as usize] = tcp.as_ref().map(Export::remote);
+        #[cfg(feature = "rdma")]
+        for (number, export) in rails.iter().enumerate() {
+            called[Route::Rail(number as u8).code() as usize] = Some(export.remote());
+        }
         let named = inner.sessions.then(|| inner.regions.insert(called)).transpose()?;
         Ok(Self {
             remote: remote(host, called, named.as_ref(), memory.len()),
             _named: named,
             tcp,
             #[cfg(feature = "rdma")]
-            _rdma: rdma,
+            _rails: rails,
             _shm: shm,
         })
     }
@@ -335,16 +332,21 @@ mod tests {
     fn a_region_is_offered_as_long_as_it_lives_and_its_name_is_not_given_again() {
         let names = Names::default();
         let region = RemoteRegion { address: 3, length: 4, key: 5 };
-        let first = names.insert([Some(region), None, None]).unwrap();
-        assert_eq!(names.offers(Way::Shm), [NamedRegion { name: 1, region }]);
-        assert_eq!(names.offers(Way::Tcp), []);
+        let mut called = Called::default();
+        called[Route::Shm.code() as usize] = Some(region);
+        called[Route::Rail(7).code() as usize] = Some(RemoteRegion { key: 6, ..region });
+        let first = names.insert(called).unwrap();
+        assert_eq!(names.offers(Route::Shm), [NamedRegion { name: 1, region }]);
+        assert_eq!(names.offers(Route::Tcp), []);
+        assert_eq!(names.offers(Route::Rail(6)), []);
+        assert_eq!(names.offers(Route::Rail(7))[0].region.key, 6);
         drop(first);
-        assert_eq!(names.offers(Way::Shm), []);
-        let kept: Vec<_> = (0..MAX_REGIONS).map(|_| names.insert([None; 3]).unwrap()).collect();
+        assert_eq!(names.offers(Route::Shm), []);
+        let kept: Vec<_> = (0..MAX_REGIONS).map(|_| names.insert(Called::default()).unwrap()).collect();
         assert_eq!(kept[0].name, 2);
-        let error = names.insert([None; 3]).unwrap_err().to_string();
+        let error = names.insert(Called::default()).unwrap_err().to_string();
         assert!(error.contains("2049") && error.contains("2048"), "{error}");
         drop(kept);
-        names.insert([None; 3]).unwrap();
+        names.insert(Called::default()).unwrap();
     }
 }

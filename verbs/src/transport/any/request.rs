@@ -7,7 +7,7 @@ use super::line::{Leash, Line};
 use super::{
     HostAttach, HostConnection,
     announced::{Expected, sentence},
-    connection::Lane,
+    connection::{Lane, Route},
     region::PeerRegions,
 };
 #[cfg(feature = "rdma")]
@@ -40,12 +40,18 @@ impl Caller {
         on!(self, Caller, caller => caller.private_data())
     }
 
-    fn accept(self, endpoint: &HostAttach, depth: usize, data: &[u8]) -> Result<Lane, Error> {
+    fn accept(self, endpoint: &HostAttach, depth: usize, data: &[u8]) -> Result<(Lane, Route), Error> {
         Ok(match self {
-            Caller::Shm(caller) => Lane::Shm(caller.accept_with(&endpoint.shm()?, depth, data)?),
-            Caller::Tcp(caller) => Lane::Tcp(caller.accept_with(&endpoint.tcp()?, depth, data)?),
+            Caller::Shm(caller) => {
+                (Lane::Shm(caller.accept_with(&endpoint.shm()?, depth, data)?), Route::Shm)
+            }
+            Caller::Tcp(caller) => {
+                (Lane::Tcp(caller.accept_with(&endpoint.tcp()?, depth, data)?), Route::Tcp)
+            }
             #[cfg(feature = "rdma")]
-            Caller::Rdma(caller) => Lane::Rdma(caller.accept_with(&endpoint.rdma()?, depth, data)?),
+            Caller::Rdma(caller) => {
+                (Lane::Rdma(caller.accept_with(&endpoint.rail(0)?, depth, data)?), Route::Rail(0))
+            }
         })
     }
 }
@@ -123,15 +129,18 @@ impl Request for HostRequest {
         check_private_data(private_data, MAX_REPLY_DATA)?;
         match (self.came.take().expect("it is answered once, and then consumed"), self.expected.take()) {
             (Came::By(caller), None) => {
-                HostConnection::new(caller.accept(endpoint, depth, private_data)?, PeerRegions::default())
+                let (lane, route) = caller.accept(endpoint, depth, private_data)?;
+                HostConnection::new(endpoint.host(), lane, route, PeerRegions::default())
             }
             (Came::By(caller), Some(expected)) => {
-                let way = caller.way();
-                let lane = caller.accept(endpoint, depth, &[]);
+                let accepted = caller.accept(endpoint, depth, &[]);
                 let regions = PeerRegions::told(expected.batch.regions.clone());
-                match lane.and_then(|lane| HostConnection::new(lane, regions)) {
-                    Ok(connection) => {
-                        expected.answer(Verdict::Accepted, Vec::new(), endpoint.offers(way), private_data);
+                let made = |(lane, route)| {
+                    Ok((HostConnection::new(endpoint.host(), lane, route, regions)?, endpoint.offers(route)))
+                };
+                match accepted.and_then(made) {
+                    Ok((connection, offers)) => {
+                        expected.answer(Verdict::Accepted, Vec::new(), offers, private_data);
                         Ok(connection)
                     }
                     Err(error) => {
@@ -160,8 +169,8 @@ fn accept_offered(
     private_data: &[u8],
 ) -> Result<HostConnection, Error> {
     match join(&expected, endpoint, depth) {
-        Ok((connection, offer)) => {
-            let regions = endpoint.offers(expected.batch.way);
+        Ok((connection, route, offer)) => {
+            let regions = endpoint.offers(route);
             expected.answer(Verdict::Accepted, offer, regions, private_data);
             Ok(connection)
         }
@@ -180,24 +189,30 @@ fn accept_offered(
     }
 }
 
-/// The lane's own end, connected and tied to its session, and what to tell the peer of it.
+/// The lane's own end, connected and tied to its session, by which route it goes, and what to tell the peer of it.
 #[cfg(feature = "rdma")]
 fn join(
     expected: &Expected,
     endpoint: &HostAttach,
     depth: usize,
-) -> Result<(HostConnection, Vec<u8>), Error> {
-    let (line, number) = (expected.line(), expected.number);
-    let ips = line.ips().map_err(Error::io("getsockname(the session)"))?;
-    let joining = endpoint.host().rdma_answer(endpoint, ips, depth, &expected.wanted.offer)?;
-    let offer = joining.offer();
+) -> Result<(HostConnection, Route, Vec<u8>), Error> {
+    let (line, number, batch) = (expected.line(), expected.number, &expected.batch);
+    let rails = &endpoint.host().0.rails;
+    let (joining, rail) = rails.answer(endpoint, depth, batch.rails.theirs, &expected.wanted.offer)?;
+    let (offer, route) = (joining.offer(), Route::Rail(rail));
     let lane = Lane::Rdma(tied(line, number, joining));
     // If it cannot be: its end is dropped, and so unties itself.
-    Ok((HostConnection::new(lane, PeerRegions::told(expected.batch.regions.clone()))?, offer))
+    let connection =
+        HostConnection::new(endpoint.host(), lane, route, PeerRegions::told(batch.regions.clone()))?;
+    Ok((connection, route, offer))
 }
 
 #[cfg(not(feature = "rdma"))]
-fn join(expected: &Expected, endpoint: &HostAttach, _: usize) -> Result<(HostConnection, Vec<u8>), Error> {
+fn join(
+    expected: &Expected,
+    endpoint: &HostAttach,
+    _: usize,
+) -> Result<(HostConnection, Route, Vec<u8>), Error> {
     Err(endpoint.host().lane_error(expected.batch.way))
 }
 

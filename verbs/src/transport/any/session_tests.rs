@@ -16,7 +16,7 @@ use super::{
     *,
 };
 use crate::{
-    session::wire::{MAX_LANES, Message},
+    session::wire::{LaneRails, MAX_LANES, Message},
     transport::{Completion, Connection, Endpoint, Listener, Payload, Request, conformance::Posts},
 };
 
@@ -160,6 +160,7 @@ fn a_peer_that_reads_nothing_ends_its_session_and_holds_up_nobody() {
     let message = Message::Lanes {
         first: 0,
         way: Way::Tcp,
+        rails: LaneRails::default(),
         regions: Vec::new(),
         lanes: vec![crate::session::wire::Wanted { offer: vec![0; 64], data: vec![0; 48] }; MAX_LANES],
     };

@@ -11,7 +11,7 @@ use crate::{
     session::{
         Key, KeyRing, Way,
         noise::{Initiator, Piece, piece},
-        wire::{Message, Process, Wanted},
+        wire::{LaneRails, Message, Process, Wanted},
     },
     transport::conformance::{ProcessRig, Side, Subject, loopback},
 };
@@ -66,8 +66,11 @@ fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
         };
         let process = Process { host: "elsewhere".to_owned(), pid: 1 };
         let wanted = Wanted { offer: Vec::new(), data: b"stranger".to_vec() };
-        let lanes = Message::Lanes { first: 1, way: Way::Tcp, regions: Vec::new(), lanes: vec![wanted] };
-        for message in [Message::Hello { boot: [1; 16], process }, lanes].iter().take(steps - 1) {
+        let rails = LaneRails::default();
+        let lanes =
+            Message::Lanes { first: 1, way: Way::Tcp, rails, regions: Vec::new(), lanes: vec![wanted] };
+        let hello = Message::Hello { boot: [1; 16], process, rails: Vec::new() };
+        for message in [hello, lanes].iter().take(steps - 1) {
             socket.write_all(&cipher.seal(&message.encode())).expect("say it");
             frame(&mut socket).expect("an answer");
         }

@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::{
+    connection::Route,
     raw::{Raw, hello, lanes},
     *,
 };
@@ -16,7 +17,7 @@ use crate::{
     session::{
         Reason,
         noise::{self, Initiator},
-        wire::{MAX_LANES, Message, Verdict, Wanted},
+        wire::{LaneRails, MAX_LANES, Message, Verdict, Wanted},
     },
     transport::{
         Attach, Completion, Connection, Endpoint, Listener, Payload, Region, Request, Sge,
@@ -353,8 +354,8 @@ fn a_guest_that_breaks_the_rules_ends_its_own_session_alone() {
     assert!(greedy.hear().is_none(), "more lanes than a session may be making");
 
     let mut offers = Raw::welcomed(at, Some(&key("a")));
-    let wanted = Wanted { offer: vec![1], data: Vec::new() };
-    offers.say(&Message::Lanes { first: 0, way: Way::Tcp, regions: Vec::new(), lanes: vec![wanted] });
+    let (wanted, rails) = (Wanted { offer: vec![1], data: Vec::new() }, LaneRails::default());
+    offers.say(&Message::Lanes { first: 0, way: Way::Tcp, rails, regions: Vec::new(), lanes: vec![wanted] });
     assert!(offers.hear().is_none(), "an offer for a way that takes none");
 
     // A way that does not lead here is an answer, and ends nothing. So are news of lanes that there are not.
@@ -362,7 +363,7 @@ fn a_guest_that_breaks_the_rules_ends_its_own_session_alone() {
     good.say(&Message::Ready { first: 7, count: 9 });
     good.say(&Message::Ended { number: 7 });
     good.say(&Message::Beat);
-    good.say(&Message::Lanes { first: 7, way: Way::Rdma, regions: Vec::new(), lanes: vec![wanted] });
+    good.say(&Message::Lanes { first: 7, way: Way::Rdma, rails, regions: Vec::new(), lanes: vec![wanted] });
     assert!(matches!(good.hear(), Some(Message::Answer { number: 7, verdict: Verdict::Impossible, .. })));
 
     // A handshake that was recorded is answered, and then comes to nothing.
@@ -483,7 +484,7 @@ fn a_region_that_was_not_told_of_cannot_be_reached() {
         };
         assert!(read(told.remote().at(0)), "{via}");
         // The provider's own key, which the peer never hears.
-        let stolen = server.host.0.regions.offers(if via.is_empty() { Way::Shm } else { Way::Tcp })[0];
+        let stolen = server.host.0.regions.offers(if via.is_empty() { Route::Shm } else { Route::Tcp })[0];
         assert!(!read(stolen.region.at(0)), "{via}: under the provider's key");
     }
 }

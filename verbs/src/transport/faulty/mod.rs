@@ -157,10 +157,10 @@ impl<T: Transport> Faulty<T> {
         attach: &Attach<T>,
         address: Option<&Address>,
     ) -> Connection<T> {
-        let (id, provider) = (inner.id(), inner.provider());
+        let (id, provider, way) = (inner.id(), inner.provider(), inner.way());
         let end = self.node.enter(inner, address.cloned());
         attach.enter(id, &end);
-        Connection { id, provider, end, node: self.node.clone() }
+        Connection { id, provider, way, end, node: self.node.clone() }
     }
 }
 
@@ -248,6 +248,7 @@ impl<T: Transport> transport::Runtime for Faulty<T> {
 pub struct Connection<T: Transport> {
     id: ConnectionId,
     provider: &'static str,
+    way: String,
     end: Shared<T::Connection>,
     node: Arc<Node<T::Connection>>,
 }
@@ -269,6 +270,10 @@ impl<T: Transport> transport::Connection for Connection<T> {
 
     fn provider(&self) -> &'static str {
         self.provider
+    }
+
+    fn way(&self) -> String {
+        self.way.clone()
     }
 
     fn post(&mut self, post: Post<'_, T::Region>) -> Result<(), PostError> {

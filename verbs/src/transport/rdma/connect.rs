@@ -12,7 +12,7 @@
 //! The socket stays open as long as the connection. It tells of the peer's end: of its process, or of the connection alone.
 //!
 //! **Which device.** The socket's local IP address chooses port and GID ([`crate::fabric`]). If it is an address of another device than the
-//! transport's, the side that connects fails, and the side that listens refuses with the reason.
+//! transport's, the side that connects fails, and the side that listens refuses with the reason. (Sessions agree on rails instead.)
 //!
 //! **Trust.** Whoever reaches the port can connect. A stranger can hold a slot of the door, not the door. On Ethernet the kernel looks for the
 //! hardware address of the GID that a peer offers, for a second if there is none. So a peer whose socket comes from the RDMA network
@@ -47,6 +47,7 @@ use crate::{
             keeper::Channel,
             offer::{Kind, MESSAGE, Message, Offer, READY},
             queues::Queues,
+            tables::read_tables,
         },
     },
 };
@@ -95,7 +96,7 @@ pub(super) fn device_for(address: &Address, fabric: &Fabric) -> Result<Option<St
         return Ok(None);
     }
     let local = own_end(address, to, from)?;
-    let devices = crate::devices::from_sysfs().map_err(Error::io("reading /sys/class/infiniband"))?;
+    let devices = read_tables()?;
     let found = fabric::choose(&devices, None, None, local, fabric);
     found.map(|local| Some(local.device)).map_err(|reason| Error::NoDevice { reason })
 }

@@ -140,13 +140,13 @@ impl Connection for RdmaConnection {
     }
 
     fn disconnect(&mut self) {
-        self.link.break_off();
+        self.link.leave();
     }
 }
 
 impl Drop for RdmaConnection {
     fn drop(&mut self) {
-        self.link.break_off();
+        self.link.leave();
     }
 }
 

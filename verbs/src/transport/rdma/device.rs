@@ -2,18 +2,15 @@
 //!
 //! Each [`Device`] opens its device for itself, and closes it when it ends. All of an `Rdma`'s objects hold an `Arc` of it, so that
 //! the protection domain and the context outlive the queues, queue pairs and regions made in them.
-//!
-//! The tables of GIDs are read from sysfs when the device is opened, and again after the device has said that they changed: a table has up to
-//! 255 entries of three files each, too many to read for each connection.
 
 use std::{
     ffi::{CStr, c_int},
     fmt, io,
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
     os::fd::BorrowedFd,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -22,21 +19,25 @@ use rdma_sys::*;
 
 use crate::{
     capabilities::Capabilities,
-    devices::{self, DeviceInfo, SYSFS},
+    devices::{DeviceInfo, SYSFS},
     error::Error,
     fabric::{self, Fabric, Local},
     memory::{Exclusive, Memory},
+    rails::{self, OwnAddress, Rail},
     transport::{
         Access, Export, MAX_SGE, Region, RemoteRegion,
         rdma::{
             events::Counters,
+            failures::Failures,
             library::{Verbs, verbs},
+            tables::{self, FRESH, Tables, read_tables, recent_tables},
         },
     },
 };
 
-/// How long tables are believed when they do not have an address.
-const FRESH: Duration = Duration::from_secs(1);
+/// For how long a port's state is believed, unless the device says that it changed: many lanes are made at once, and to ask takes a lock of
+/// the kernel's.
+const ASKED: Duration = Duration::from_millis(50);
 
 /// The devices that libibverbs knows. A device that has been opened outlives the list.
 struct DeviceList {
@@ -81,7 +82,7 @@ impl Drop for DeviceList {
 /// The error for a machine on which libibverbs finds no device.
 fn no_device(said: &io::Error) -> Error {
     let kernel: Vec<String> =
-        read_tables().unwrap_or_default().into_iter().map(|device| device.name).collect();
+        recent_tables().map_or_else(|_| Vec::new(), |all| all.iter().map(|one| one.name.clone()).collect());
     if kernel.is_empty() {
         return Error::NoDevice { reason: format!("{SYSFS} is empty or missing") };
     }
@@ -153,9 +154,15 @@ pub(super) struct Device {
     /// What the device has said.
     pub said: Counters,
     /// What sysfs said of all devices, and when.
-    tables: Mutex<(Arc<Vec<DeviceInfo>>, Instant)>,
+    tables: Mutex<(Tables, Instant)>,
     /// The tables have changed since they were read.
     stale: AtomicBool,
+    /// Whether the port was active, and when that was asked.
+    active: Mutex<Option<(bool, Instant)>>,
+    /// Peers that did not answer.
+    failures: Mutex<Failures>,
+    /// Connections that were lost.
+    lost: AtomicU64,
     open: Context,
 }
 
@@ -181,7 +188,7 @@ impl Device {
         };
         let list = DeviceList::new()?;
         let names: Vec<String> = list.devices().iter().map(|&device| list.name(device)).collect();
-        let tables = read_tables()?;
+        let tables = recent_tables()?;
         let index = match name {
             Some(name) => names.iter().position(|have| have == name).ok_or_else(|| Error::NoDevice {
                 reason: format!("there is no device `{name}` (there are: {})", names.join(", ")),
@@ -213,8 +220,11 @@ impl Device {
             fabric,
             limits,
             said: Counters::default(),
-            tables: Mutex::new((Arc::new(tables), Instant::now())),
+            tables: Mutex::new((tables, Instant::now())),
             stale: AtomicBool::new(false),
+            active: Mutex::default(),
+            failures: Mutex::default(),
+            lost: AtomicU64::new(0),
             open: context,
         }))
     }
@@ -237,12 +247,95 @@ impl Device {
         }
         let tables = read_tables().map_err(|error| error.to_string())?;
         let chosen = choose(&tables);
-        *self.tables.lock().unwrap_or_else(PoisonError::into_inner) = (Arc::new(tables), Instant::now());
+        *self.tables.lock().unwrap_or_else(PoisonError::into_inner) = (tables, Instant::now());
         chosen
+    }
+
+    /// What peers may be told of the port that the program was told to use (the first one, if none), as a rail.
+    pub(super) fn rail(&self) -> (Rail, Vec<OwnAddress>) {
+        let number = self.port.unwrap_or(1);
+        if self.stale.swap(false, Ordering::AcqRel)
+            && let Ok(tables) = recent_tables()
+        {
+            *self.tables.lock().unwrap_or_else(PoisonError::into_inner) = (tables, Instant::now());
+        }
+        let (tables, _) = self.tables.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let device = tables.iter().find(|device| device.name == self.name);
+        let port = device.and_then(|device| device.ports.iter().find(|port| port.number == number.into()));
+        let addresses = port.map(|port| rails::own_addresses(port, &self.fabric)).unwrap_or_default();
+        let told = Rail {
+            name: format!("{}:{number}", self.name),
+            megabits: port.map_or(0, |port| rails::megabits(&port.rate)),
+            addresses: addresses.iter().map(|own| own.address).collect(),
+        };
+        (told, addresses)
+    }
+
+    /// Processors near the device. None: near to none in particular.
+    pub(super) fn near(&self) -> Vec<usize> {
+        let (tables, _) = self.tables.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let device = tables.iter().find(|device| device.name == self.name);
+        device.map(|device| device.local_cores.clone()).unwrap_or_default()
+    }
+
+    /// An address of the rail, for a connection.
+    pub(super) fn at(&self, own: &OwnAddress) -> Local {
+        Local {
+            device: self.name.clone(),
+            port: self.port.unwrap_or(1),
+            gid_index: own.index,
+            gid: own.address.gid,
+            way: own.address.network,
+            why: fabric::Reason::Rail,
+        }
+    }
+
+    /// Whether the port is active, as the device has just said.
+    pub(super) fn is_active(&self) -> bool {
+        let mut known = self.active.lock().unwrap_or_else(PoisonError::into_inner);
+        match *known {
+            Some((active, asked)) if asked.elapsed() < ASKED => active,
+            _ => {
+                let asked = Instant::now();
+                let port = query_port(&self.open, &self.name, self.port.unwrap_or(1));
+                let active = port.is_ok_and(|port| port.state == ibv_port_state::IBV_PORT_ACTIVE);
+                *known = Some((active, asked));
+                active
+            }
+        }
+    }
+
+    fn failures(&self) -> MutexGuard<'_, Failures> {
+        // Every change is that of one entry.
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection to `peer` that was made at `made` has ended, and nobody here wished it.
+    pub(super) fn note_lost(&self, peer: Ipv6Addr, made: Instant) {
+        self.lost.fetch_add(1, Ordering::Relaxed);
+        self.failures().note(peer, made, Instant::now());
+    }
+
+    /// No connection to `peer` could be made.
+    pub(super) fn note_failure(&self, peer: Ipv6Addr) {
+        let now = Instant::now();
+        self.failures().note(peer, now, now);
+    }
+
+    /// How often in a row connections to `peer` have failed, of late.
+    pub(super) fn failures_of(&self, peer: Ipv6Addr) -> u32 {
+        self.failures().times(peer, Instant::now())
+    }
+
+    /// Connections that ended though nobody here wished it.
+    pub(super) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
     }
 
     /// The tables of GIDs have changed.
     pub(super) fn forget_tables(&self) {
+        tables::forget();
+        *self.active.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.stale.store(true, Ordering::Release);
     }
 
@@ -323,10 +416,6 @@ fn registration_error(device: &str, bytes: u64, said: io::Error) -> Error {
         }
         _ => Error::System { call: format!("ibv_reg_mr({device}, {bytes} bytes)"), source: said },
     }
-}
-
-fn read_tables() -> Result<Vec<DeviceInfo>, Error> {
-    devices::from_sysfs().map_err(Error::io(format!("reading {SYSFS}")))
 }
 
 /// Whether a port of device `name` is active.

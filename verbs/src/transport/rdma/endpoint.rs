@@ -230,6 +230,9 @@ impl RdmaEndpoint {
         }
         for id in over {
             let entry = self.forget(id).expect("it has just been there");
+            if let Some((peer, made)) = entry.link.lost_peer() {
+                self.queues.device.note_lost(peer, made);
+            }
             let flushed = |tag| Completion::Work { connection: id, id: tag, result: Err(WorkError::Flushed) };
             into.extend(entry.link.left_over().into_iter().map(flushed));
             let cause = entry.cause.unwrap_or(WorkError::Disconnected);

@@ -396,7 +396,8 @@ impl Keeping {
         let device = Arc::clone(&self.core.device);
         while let Some((kind, object)) = events::take(&device) {
             match kind {
-                Kind::AddressesChanged => device.forget_tables(),
+                // The tables have the states of ports, too.
+                Kind::AddressesChanged | Kind::PortDown | Kind::PortUp => device.forget_tables(),
                 Kind::LastBuffer => {
                     if let Some(watched) = self.of_queue_pair(object) {
                         watched.link.note_last_buffer();
@@ -409,7 +410,7 @@ impl Keeping {
                 Kind::DeviceLost => self.lose(|_| true),
                 Kind::CompletionsLost => self.lose(|link| link.queues.completion_queue() as usize == object),
                 Kind::ReceivesLost => self.lose(|link| link.queues.receive_queue() as usize == object),
-                Kind::PortDown | Kind::PortUp | Kind::Other(_) => {}
+                Kind::Other(_) => {}
             }
         }
     }

@@ -8,13 +8,16 @@
 //! | the queue pair, in `sending` | the handshake, which makes it; the keeper, which ends it | whoever posts |
 //! | `tags[s]` | whoever posts request `s`, under `sending` | the polling thread, after the completion of `s` |
 //! | `retired` | the polling thread | whoever posts, to see what room there is |
-//! | `down` | whoever first learns of the end | all |
+//! | `down`, `left` | whoever first learns of the end | all |
+//! | `peer` | the handshake, once | the polling thread, when the link has ended |
 //! | the queue pair's memory | the NIC, and libibverbs under `sending` | |
 
 use std::{
-    fmt, ptr,
+    fmt,
+    net::Ipv6Addr,
+    ptr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -62,6 +65,10 @@ pub(super) struct Link {
     tags: Box<[AtomicU64]>,
     retired: AtomicU32,
     down: AtomicBool,
+    /// This end has wished the end of the connection.
+    left: AtomicBool,
+    /// The address of the peer, and since when there is a connection.
+    peer: OnceLock<(Ipv6Addr, Instant)>,
     last_buffer: AtomicBool,
     /// What the keeper knows the link by.
     pub key: u64,
@@ -90,6 +97,8 @@ impl Link {
             tags: (0..slots).map(|_| AtomicU64::new(0)).collect(),
             retired: AtomicU32::new(0),
             down: AtomicBool::new(false),
+            left: AtomicBool::new(false),
+            peer: OnceLock::new(),
             last_buffer: AtomicBool::new(false),
             key: queues.keeper.next_key(),
             queues: Arc::clone(queues),
@@ -111,6 +120,7 @@ impl Link {
     ) -> Result<(), Error> {
         let mut sending = self.lock();
         sending.queue.held = held;
+        let _ = self.peer.set((theirs.gid, Instant::now()));
         sending.pair.as_ref().expect("it is destroyed after the handshake").connect(local, own, theirs)
     }
 
@@ -263,6 +273,20 @@ impl Link {
         if self.set_down() {
             self.queues.keeper.end(self.key);
         }
+    }
+
+    /// The same, because this end wishes it.
+    pub(super) fn leave(&self) {
+        if self.set_down() {
+            // Before the order to the keeper. If it ends the connection for another reason right now, that is taken for the reason.
+            self.left.store(true, Ordering::Release);
+            self.queues.keeper.end(self.key);
+        }
+    }
+
+    /// Whom it was connected to, and since when, if it ended without this end's wish.
+    pub(super) fn lost_peer(&self) -> Option<(Ipv6Addr, Instant)> {
+        self.peer.get().copied().filter(|_| !self.left.load(Ordering::Acquire))
     }
 
     fn retired(&self) -> u32 {

@@ -18,6 +18,9 @@
 //! its socket ([`fabric`](crate::fabric)). A socket whose address belongs to another device is an error
 //! on the side that connects, and a refusal that says so on the side that listens.
 //!
+//! A process that uses several ports has a transport for each, and asks it for connections at addresses of that port that both sides
+//! have agreed on (`rail`). Each transport remembers which peers it lost (`failures`).
+//!
 //! # Who owns what
 //! ```text
 //!  RdmaConnection ─▶ Link ─▶ Queues (CQ, SRQ, receive buffers) ─▶ Keeper ─▶ thread
@@ -47,6 +50,7 @@ mod connection;
 mod device;
 mod endpoint;
 mod events;
+mod failures;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzed;
 mod joining;
@@ -58,7 +62,9 @@ mod names;
 mod offer;
 mod queue_pair;
 mod queues;
+mod rail;
 mod sending;
+mod tables;
 
 pub use connect::{RdmaListener, RdmaRequest};
 pub use connection::{RdmaConnection, RdmaLeash};
@@ -69,6 +75,8 @@ pub use joining::RdmaJoining;
 
 pub(crate) use device::capabilities;
 pub(crate) use library::load as load_libraries;
+pub(in crate::transport) use rail::peer_of;
+pub(in crate::transport) use tables::read_tables;
 
 use device::Device;
 use joining::{Impossible, Joining, Place};
@@ -168,14 +176,6 @@ impl Rdma {
     ) -> Result<RdmaJoining, Error> {
         self.check_ours(endpoint);
         connect::answer(&endpoint.0, ips, depth, offer).map(RdmaJoining).map_err(Impossible::report)
-    }
-
-    /// Whether the device has the local address `ip`: why not.
-    ///
-    /// # Errors
-    /// [`Error::NoDevice`].
-    pub fn leads_from(&self, ip: IpAddr) -> Result<(), Error> {
-        self.device.local(ip).map(drop).map_err(|reason| Error::NoDevice { reason })
     }
 
     fn check_ours(&self, endpoint: &RdmaAttach) {

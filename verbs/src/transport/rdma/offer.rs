@@ -61,12 +61,10 @@ pub(super) struct Offer {
     pub gid: Ipv6Addr,
 }
 
-const WAYS: [Way; 4] = [Way::InfiniBand, Way::RoceV1, Way::RoceV2Ipv4, Way::RoceV2Ipv6];
-
 impl Offer {
     pub(super) fn encode(&self) -> [u8; OFFER] {
         let mut bytes = [0; OFFER];
-        bytes[0] = 1 + WAYS.iter().position(|&way| way == self.way).expect("all ways are listed") as u8;
+        bytes[0] = self.way.code();
         bytes[1] = (self.mtu.ilog2() - 7) as u8;
         (bytes[2], bytes[3]) = (self.reads_out, self.reads_in);
         bytes[4..6].copy_from_slice(&self.lid.to_le_bytes());
@@ -86,8 +84,8 @@ impl Offer {
             value @ 0..=BITS_24 => Ok(value),
             value => Err(format!("its {what} is {value}, which has more than 24 bits")),
         };
-        let way = usize::from(bytes[0]).checked_sub(1).and_then(|index| WAYS.get(index).copied());
-        let way = way.ok_or_else(|| format!("its kind of network is {}, and there are 1 to 4", bytes[0]))?;
+        let way = Way::from_code(bytes[0])
+            .ok_or_else(|| format!("its kind of network is {}, and there are 1 to 4", bytes[0]))?;
         if !(1..=5).contains(&bytes[1]) {
             return Err(format!("its path MTU is {}, and there are 1 (256 bytes) to 5 (4096)", bytes[1]));
         }

@@ -29,6 +29,7 @@ const CONFIG: EndpointConfig = EndpointConfig {
     read_depth: 4,
     connections: 4,
     completion_vector: 0,
+    core: None,
 };
 
 fn listen(transport: &Tcp) -> (super::TcpListener, String) {
