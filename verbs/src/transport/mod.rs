@@ -15,9 +15,9 @@
 //!
 //! **Memory.**
 //! 1. Suppose that a READ or a WRITE begins at a multiple of 8 in the peer's memory. Then each aligned 8-byte
-//!    word there is read or written whole, and once, wherever the payload lies in the poster's memory. (If it
-//!    begins elsewhere, a device may move words of its own that lie across the peer's.) Nothing larger is
-//!    whole. Inside one READ or WRITE, cache lines come in any order, and a READ may mix old and new lines.
+//!    word there is read or written whole, and once, wherever the payload lies in the poster's memory, and
+//!    wherever its list is cut into pieces. (If it begins elsewhere, a device may move words of its own that lie
+//!    across the peer's.) Nothing larger is whole. Inside one READ or WRITE, cache lines come in any order, and a READ may mix old and new lines.
 //! 2. Code that only looks at memory may see two WRITEs of one connection in either order. Completions give
 //!    an order: when the receiver has polled the completion of a SEND or of a WRITE with immediate
 //!    ([`Completion::Received`], [`Completion::WriteImmediate`]), every earlier WRITE of that connection is
@@ -66,9 +66,12 @@
 //! **Errors.** A connection breaks by a failed request, a dead peer, [`Connection::disconnect`], or the drop
 //! of the peer's end. Then every outstanding signalled request completes, with an error unless it is known to
 //! have happened. After those comes exactly one [`Completion::Disconnected`], the last completion of that
-//! connection. Once it has been polled, nothing of that connection changes memory any more. A dead peer is
-//! found out within two seconds, on idle connections too, provided that the endpoint is polled. Posts on a
-//! broken connection are refused with [`PostError::Disconnected`].
+//! connection. Once it has been polled, nothing of that connection changes memory any more. A message whose
+//! SEND has completed without an error is polled before its receiver polls the end, whichever side disconnects.
+//! A dead peer is found out within two seconds, on idle connections too, provided that the endpoint is polled.
+//! A peer that does not poll is not dead, however long that takes, nor is a process that is stopped for a second.
+//! A network that loses everything for a second may break a connection, or only delay it. Posts on a broken
+//! connection are refused with [`PostError::Disconnected`].
 //!
 //! **Threads and time.** User code reads the time, waits, sleeps and starts threads through the transport and
 //! its objects alone. These calls may let other threads run: [`Runtime::relax`], [`Transport::connect`] and its

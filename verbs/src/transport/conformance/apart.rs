@@ -63,7 +63,7 @@ pub(super) fn test_name(module: &str, test: &str) -> String {
 }
 
 /// What is held, for comparison with what was held before.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Holdings {
     /// What is counted, by name.
     pub counts: Vec<(&'static str, u64)>,
@@ -93,5 +93,11 @@ impl Holdings {
             ("mappings of shared memory", shared),
         ];
         Self { counts, memory: field("RssAnon:") + field("RssShmem:") }
+    }
+
+    /// The first thing of which there is more now than `before`, by more than `slack` KiB in the case of memory.
+    pub(super) fn exceeds(&self, before: &Self, slack: u64) -> Option<&'static str> {
+        let more = self.counts.iter().zip(&before.counts).find(|(now, before)| now.1 > before.1);
+        more.map(|(now, _)| now.0).or((self.memory > before.memory + slack).then_some("KiB of memory"))
     }
 }

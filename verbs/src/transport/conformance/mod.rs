@@ -41,6 +41,9 @@
 //! | connecting | `handshake_…`: data, refusals, addresses, peers who stop half-way |
 //! | nothing is kept of what is over | `holdings_…`: memory, descriptors, queue pairs, receive buffers |
 //!
+//! Cases run on networks that behave. `tests/rdma.rs` runs those that break no connection on one that loses, doubles and reorders
+//! packets, too.
+//!
 //! **Not here** is what peers can do who do not keep to a provider's protocol: that is tested beside its wire format. Hostile
 //! rings, bells, descriptors, files: `shm/tests`. Frames and openings: `tcp/tests.rs`. Offers: `tests/rdma_connect.rs`.
 //! Sessions, tokens, keys: `any/tests.rs`. Any bytes at all: `src/fuzz.rs`.

@@ -460,10 +460,12 @@ fn lists_read<R: Rig>(rig: &R) {
     writer.join();
 }
 
+/// Bytes that the third party READs.
+const LEN: usize = 2000;
+
 /// Rule 6 of three parties: an owner writes its memory and tells somebody; who is told sends a third party, which has an endpoint and a
 /// connection of its own, to READ it.
 pub(super) fn third_party<R: Rig>(rig: &R) {
-    const LEN: usize = 2000;
     let mut pair = Pair::alike(rig, &EndpointConfig::default());
     let mut third = Host::new(rig.host(Side::Client), &EndpointConfig::default());
     let theirs = pair.region(Side::Server, LEN, Access::RemoteRead);
@@ -474,39 +476,12 @@ pub(super) fn third_party<R: Rig>(rig: &R) {
     std::mem::swap(&mut pair.client, &mut third);
     pair.connect();
     std::mem::swap(&mut pair.client, &mut third);
-    let (rounds, transport) = (u64::from(rig.effort().rounds.min(500)), pair.client.transport.clone());
+    let rounds = u64::from(rig.effort().rounds.min(500));
     let (learned, done) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-    let reader = Background::start(&transport.clone(), {
-        let (learned, done, remote) = (Arc::clone(&learned), Arc::clone(&done), theirs.remote());
-        let mut end = pair.to_server.pop().expect("the third party's connection");
-        move || {
-            let (begun, mut turn) = (transport.now(), 0);
-            for round in 1..=rounds {
-                let mut wait = || {
-                    assert!(transport.now() < begun + 3 * PATIENCE, "the third party waits in round {round}");
-                    transport.relax(turn);
-                    turn += 1;
-                };
-                while learned.load(Ordering::Acquire) < round {
-                    wait();
-                }
-                end.read(&[piece(&own, 0, LEN)], remote.at(0), Some(round)).expect("post");
-                end.ring().expect("ring");
-                while third.poll() == 0 {
-                    wait();
-                }
-                let completion = third.take();
-                assert!(
-                    matches!(completion, Some(Completion::Work { id, result: Ok(()), .. }) if id == round),
-                    "{completion:?}"
-                );
-                assert!(
-                    bytes(&own, 0, LEN) == pattern(round, LEN),
-                    "round {round}: the READ saw something older"
-                );
-                done.store(round, Ordering::Release);
-            }
-        }
+    let reader = Background::start(&pair.client.transport, {
+        let end = pair.to_server.pop().expect("the third party's connection");
+        let (remote, learned, done) = (theirs.remote().at(0), Arc::clone(&learned), Arc::clone(&done));
+        move || third_reads::<R>(third, end, &own, remote, rounds, [&learned, &done])
     });
     for round in 1..=rounds {
         theirs.memory().write(0, &pattern(round, LEN));
@@ -528,4 +503,39 @@ pub(super) fn third_party<R: Rig>(rig: &R) {
         pair.until("the third party", |_| (done.load(Ordering::Acquire) == round).then_some(()));
     }
     reader.join();
+}
+
+/// What the third party does: it READs when a round has been learned of, finds what was written before, and says that it is done.
+fn third_reads<R: Rig>(
+    mut third: Host<R::Transport>,
+    mut end: End<R>,
+    own: &RegionOf<R>,
+    remote: RemoteAddress,
+    rounds: u64,
+    [learned, done]: [&AtomicU64; 2],
+) {
+    let transport = third.transport.clone();
+    let (begun, mut turn) = (transport.now(), 0);
+    for round in 1..=rounds {
+        let mut wait = || {
+            assert!(transport.now() < begun + 3 * PATIENCE, "the third party waits in round {round}");
+            transport.relax(turn);
+            turn += 1;
+        };
+        while learned.load(Ordering::Acquire) < round {
+            wait();
+        }
+        end.read(&[piece(own, 0, LEN)], remote, Some(round)).expect("post");
+        end.ring().expect("ring");
+        while third.poll() == 0 {
+            wait();
+        }
+        let completion = third.take();
+        assert!(
+            matches!(completion, Some(Completion::Work { id, result: Ok(()), .. }) if id == round),
+            "{completion:?}"
+        );
+        assert!(bytes(own, 0, LEN) == pattern(round, LEN), "round {round}: the READ saw something older");
+        done.store(round, Ordering::Release);
+    }
 }

@@ -3,7 +3,7 @@
 
 use std::{
     marker::PhantomData,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd},
 };
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
@@ -34,7 +34,6 @@ pub(in crate::transport) trait Over: Transport {
 /// Two of them, which share nothing but the file system.
 pub(in crate::transport) struct Hosts<T>(PhantomData<T>);
 
-// It holds no `T`, only its name.
 impl<T: Over> Subject for Hosts<T> {
     type Transport = T;
     const MODULE: &'static str = T::MODULE;
@@ -81,7 +80,7 @@ fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
         .for_each(|key| wire::RegionRecord { key, writable: true, base: 0, length: 64 }.encode(&mut records));
     let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).expect("socket");
     connect(&socket, &SocketAddrUnix::new(path).expect("a path")).expect("connect");
-    let say = |bytes: &[u8], fds: &[std::os::fd::BorrowedFd<'_>]| {
+    let say = |bytes: &[u8], fds: &[BorrowedFd<'_>]| {
         // It may have been shown the door by now.
         let _ = wire::send(&socket, bytes, fds, None);
     };
@@ -95,8 +94,7 @@ fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
         3 => say(&hello(0).encode(), &[bell.as_fd()]),
         _ => return None,
     }
-    let held: (OwnedFd, OwnedFd) = (socket, bell);
-    Some(Box::new(held))
+    Some(Box::new((socket, bell)))
 }
 
 mod provider {
