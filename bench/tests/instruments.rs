@@ -150,7 +150,7 @@ fn throughput_has_a_row_for_each_setting() {
 fn pushes_over_tcp_are_set_beside_a_stream() {
     let folder = Folder::new();
     let json = format!("--json={}", folder.file("stream.json"));
-    let measured = ["throughput", "--op=push", "--beside-stream", "--rounds=2", "--duration=0.1", &json];
+    let measured = ["throughput", "--op=push", "--beside-stream", "--rounds=2", "--duration=0.3", &json];
     let out = succeed(&[&measured[..], &["--size=4096"]].concat());
     assert!(out.contains("TCP stream"), "{out}");
     let results = folder.json("stream.json");
