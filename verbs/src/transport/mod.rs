@@ -351,8 +351,8 @@ pub trait Transport: Runtime + Clone + Send + Sync + 'static {
     ) -> Result<(Self::Connection, Vec<u8>), Error>;
 
     /// Makes all of `lanes`, in their order, or none: what was made before one fails is dropped, and its peer is told. A provider that can
-    /// asks for many at once, and then waits once; others make one after the other. `timeout` is for each, and for all that are asked for
-    /// together.
+    /// asks for many at once, and then waits once; others make one after the other. `timeout` is for each: many that are asked for together
+    /// may take longer, up to a minute.
     ///
     /// # Errors
     /// That of the first that fails.

@@ -327,7 +327,6 @@ fn serve(shared: &Shared) {
         };
         let lines = cares.iter().map(|care| &**care.served.line());
         let found = look(&shared.bell, lines, left);
-        shared.bell.hush();
         let all = found.is_some();
         let mut found = found.into_iter().flatten();
         cares.retain_mut(|care| care.serve(found.next().unwrap_or_default()));

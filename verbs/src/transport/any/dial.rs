@@ -29,6 +29,9 @@ use crate::{
 /// again, if its network is back. (A session that is set aside goes on as long as it has lanes.)
 pub(super) const STALE: Duration = Duration::from_secs(2);
 
+/// The longest time that lanes wait for together, if one alone would not wait longer.
+const LONGEST: Duration = Duration::from_secs(60);
+
 /// The session with one server: none, or one that has ended, is begun anew by the next lane.
 #[derive(Default)]
 pub(super) struct Dialled {
@@ -83,15 +86,16 @@ pub(super) fn connect_all(
 ) -> Result<Vec<Made>, Error> {
     assert!(lanes.iter().all(|lane| lane.endpoint.is_of(host)), "the endpoint is of another transport");
     lanes.iter().try_for_each(|lane| check_private_data(lane.private_data, MAX_REQUEST_DATA))?;
-    let deadline = Instant::now().checked_add(timeout);
     let Address::Session { host: name, port, via } = address else {
-        let left = || deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()));
-        return lanes.iter().map(|lane| direct(host, address, *lane, left())).collect();
+        return lanes.iter().map(|lane| direct(host, address, *lane, timeout)).collect();
     };
     if !host.0.sessions {
         return Err(Error::WrongProvider { address: address.to_string(), provider: "shm, rdma or tcp" });
     }
-    let asked = Asked { host, address, name, port: *port, deadline, timeout };
+    // What many wait for together takes longer than what one waits for.
+    let together = timeout.saturating_mul(lanes.len().max(1) as u32).min(timeout.max(LONGEST));
+    let deadline = Instant::now().checked_add(together);
+    let asked = Asked { host, address, name, port: *port, deadline, timeout: together };
     let dialled = host.0.dialled(address);
     // A panic leaves a session in which lanes were asked for that nobody takes: they end in time.
     let mut dialled = dialled.lock().unwrap_or_else(PoisonError::into_inner);

@@ -8,7 +8,8 @@
 //!        ◀─ ANSWER for each
 //! ```
 //!
-//! So what is waited for does not depend on how many lanes there are. A token opens one lane, in place of private data; what the server's
+//! So what is waited for does not depend on how many lanes there are, but for the kernel's handshakes of TCP: those come one after the other,
+//! each followed by what is wanted, because the server's door has few places for those who have not spoken. A token opens one lane, in place of private data; what the server's
 //! program says goes by the session.
 
 #[cfg(feature = "rdma")]
@@ -163,7 +164,7 @@ impl Session {
                     shm::Calling::begin(&place, lane, asked.left())
                 };
                 let finish = |calling: shm::Calling<'_>| Ok(Lane::Shm(calling.finish()?.0));
-                self.by_tokens(asked, Route::Shm, lanes, begin, |_| Ok(()), finish)
+                self.by_tokens(asked, Route::Shm, lanes, begin, finish)
             }
             Way::Tcp => {
                 // Not by the name: it may lead to another server the next time.
@@ -171,10 +172,13 @@ impl Session {
                 let begin = |lane: &Spec<'_>, token: &Token| {
                     let endpoint = lane.endpoint.tcp()?;
                     let lane = LaneSpec { endpoint: &endpoint, private_data: token, depth: lane.depth };
-                    tcp::Calling::begin(asked.address, server, lane, asked.left())
+                    let mut calling = tcp::Calling::begin(asked.address, server, lane, asked.left())?;
+                    // At once: the door has few places for those who have not said what they want.
+                    calling.say()?;
+                    Ok(calling)
                 };
                 let finish = |calling: tcp::Calling<'_>| Ok(Lane::Tcp(calling.finish()?.0));
-                self.by_tokens(asked, Route::Tcp, lanes, begin, tcp::Calling::say, finish)
+                self.by_tokens(asked, Route::Tcp, lanes, begin, finish)
             }
         }
     }
@@ -203,14 +207,13 @@ impl Session {
         said.map_err(|reason| asked.unreachable(reason))
     }
 
-    /// The lanes of a way with a handshake of its own, which `begin`s for each, `goes_on` for each, and then `finish`es for each.
+    /// The lanes of a way with a handshake of its own, which `begin`s for each, and then `finish`es for each.
     fn by_tokens<C>(
         &mut self,
         asked: &Asked<'_>,
         route: Route,
         lanes: &[Spec<'_>],
         begin: impl Fn(&Spec<'_>, &Token) -> Result<C, Error>,
-        go_on: impl Fn(&mut C) -> Result<(), Error>,
         finish: impl Fn(C) -> Result<Lane, Error>,
     ) -> Result<Vec<Made>, Failed> {
         let wanted = |lane: &Spec<'_>| Wanted { offer: Vec::new(), data: lane.private_data.to_vec() };
@@ -225,9 +228,6 @@ impl Session {
         let mut calling = Vec::with_capacity(lanes.len());
         for (number, (lane, token)) in (first..).zip(lanes.iter().zip(&tokens)) {
             calling.push((number, begin(lane, token).map_err(|error| failed(number, error))?));
-        }
-        for (number, calling) in &mut calling {
-            go_on(calling).map_err(|error| failed(*number, error))?;
         }
         let mut made = Vec::with_capacity(lanes.len());
         for (number, calling) in calling {

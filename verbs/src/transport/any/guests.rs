@@ -213,7 +213,6 @@ fn serve(arrivals: &Arrivals, shared: &Arc<Shared>) {
     while !shared.stopped() {
         let looked = Instant::now();
         let found = sleep(arrivals, &guests, beat, shared.expire());
-        arrivals.bell.hush();
         let all = found.is_some();
         let mut found = found.into_iter().flatten();
         guests.retain_mut(|guest| stays(guest, found.next().unwrap_or_default(), shared));

@@ -74,8 +74,8 @@ impl Bell {
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
-    /// Called by the thread before it looks at what it may have been woken for.
-    pub(super) fn hush(&self) {
+    /// Before the thread looks at what it may have been woken for.
+    fn hush(&self) {
         // Fails when nobody rang.
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
@@ -415,15 +415,20 @@ impl Ear {
         mut take: impl FnMut(Message) -> Result<(), String>,
     ) -> Result<Option<News>, Option<String>> {
         let mut news = None;
+        // What the handshake left over comes first.
+        self.frames(line, &mut take).map_err(Some)?;
         for _ in 0..READS {
-            // What the handshake left over comes first.
-            self.frames(line, &mut take).map_err(Some)?;
             let mut bytes = [0; 4096];
             match (&line.socket).read(&mut bytes) {
                 Ok(0) => return Err(line.voice().fault.take()),
                 Ok(count) => {
                     news = news.or(line.pulse.heard(Instant::now()));
                     self.0.extend_from_slice(&bytes[..count]);
+                    self.frames(line, &mut take).map_err(Some)?;
+                    // What comes after that is found by the next look.
+                    if count < bytes.len() {
+                        break;
+                    }
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(news),
@@ -431,7 +436,6 @@ impl Ear {
                 Err(error) => return Err(Some(error.to_string())),
             }
         }
-        self.frames(line, &mut take).map_err(Some)?;
         Ok(news)
     }
 
@@ -477,6 +481,9 @@ pub(super) fn look<'a>(
     let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: timeout.subsec_nanos().into() };
     match poll(&mut fds, Some(&timeout)) {
         Ok(_) => {
+            if !fds[0].revents().is_empty() {
+                bell.hush();
+            }
             let found = |fd: &PollFd<'_>| {
                 let writable = fd.revents().contains(PollFlags::OUT);
                 Found { readable: !(fd.revents() - PollFlags::OUT).is_empty(), writable }

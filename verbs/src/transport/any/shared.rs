@@ -3,7 +3,7 @@
 //! | what | written by | read by | under |
 //! |---|---|---|---|
 //! | `tokens` | guests: a lane was asked for, a session has ended; who finds a lane takes its token out | the threads of the doors | its lock |
-//! | `ready` | the threads of the doors | `accept` | its lock |
+//! | `ready` | the threads of the doors; guests: a lane that has brought its offer | `accept` | its lock |
 
 use std::{
     collections::{HashMap, VecDeque},

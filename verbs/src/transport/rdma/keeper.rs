@@ -99,13 +99,21 @@ enum Order {
     Abandon(u64),
 }
 
+/// Orders that the thread has not taken yet.
+#[derive(Default)]
+struct Orders {
+    list: Vec<Order>,
+    /// The bell has been rung for one of them.
+    rung: bool,
+}
+
 /// What the thread and its handle share.
 struct Core {
     device: Arc<Device>,
     epoll: OwnedFd,
     bell: OwnedFd,
     stop: AtomicBool,
-    orders: Mutex<Vec<Order>>,
+    orders: Mutex<Orders>,
     next_key: AtomicU64,
 }
 
@@ -186,10 +194,12 @@ impl Keeper {
     }
 
     fn order(&self, order: Order) {
+        // Of a connection whose news come by others there is nothing to be read: it is taken into care with the next order, or the next tick.
+        let soon = !matches!(order, Order::Watch { channel: Channel::Other(_), .. });
         let mut orders = lock(&self.core.orders);
-        orders.push(order);
-        // The bell has been rung for those before.
-        if orders.len() == 1 {
+        orders.list.push(order);
+        if soon && !orders.rung {
+            orders.rung = true;
             self.core.ring();
         }
     }
@@ -262,7 +272,11 @@ impl Keeping {
                 for event in events {
                     match event.data.u64() {
                         BELL => {}
-                        DEVICE => self.hear_device(),
+                        DEVICE => {
+                            // What the device says may be of a connection that is not in care yet.
+                            self.obey();
+                            self.hear_device();
+                        }
                         key => self.hear(key),
                     }
                 }
@@ -282,10 +296,10 @@ impl Keeping {
     }
 
     fn obey(&mut self) {
-        // Before the list is taken: whoever finds it empty afterwards rings again.
+        // Before the list is taken: whoever orders something afterwards rings again.
         let _ = rustix::io::read(&self.core.bell, &mut [0; 8]);
-        let orders = std::mem::take(&mut *lock(&self.core.orders));
-        for order in orders {
+        let Orders { list, .. } = std::mem::take(&mut *lock(&self.core.orders));
+        for order in list {
             match order {
                 Order::Watch { link, channel, waiting } => self.watch(link, channel, waiting),
                 Order::Ready(key) => self.ready(key),

@@ -129,7 +129,7 @@ impl Patience<'_> {
     }
 }
 
-/// A connection that is being made. Many can be begun, then told what is wanted, before the first answer is awaited.
+/// A connection that is being made. Many listeners can be told what is wanted before the first answer is awaited.
 pub(in crate::transport) struct Calling<'a> {
     shared: Arc<Shared>,
     patience: Patience<'a>,
