@@ -221,8 +221,12 @@ mod sessions {
             // The same for a victim in a process of its own.
             let key: Key = format!("suite {}", "5a".repeat(32)).parse().unwrap();
             let keys: KeyRing = [key].into_iter().collect();
-            let host =
-                || Host::with_keys(&[address(0)], keys.clone()).unwrap_or_else(|error| panic!("{error}"));
+            // One rail: an endpoint has places and buffers for each, and the suite counts them.
+            let device = ["rxe1".parse().unwrap()];
+            let host = || {
+                let host = Host::with_devices(&[address(0)], keys.clone(), &device);
+                host.unwrap_or_else(|error| panic!("{error}"))
+            };
             Self { client: host(), server: host(), port: PORT.fetch_add(8, Ordering::Relaxed) }
         }
 

@@ -1,3 +1,5 @@
+//! Ports that become rails, what peers are told of them, and which reach each other.
+
 use super::*;
 use crate::devices::GidKind;
 

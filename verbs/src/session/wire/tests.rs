@@ -1,3 +1,5 @@
+//! Messages that are said and heard, cut short, changed and made up.
+
 use proptest::prelude::*;
 
 use super::*;

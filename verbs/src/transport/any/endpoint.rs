@@ -4,6 +4,8 @@
 //! thread that connects or accepts, makes the inner endpoint, and puts it where the polling thread finds it ([`Shared::inner`]).
 //! With one provider, and no sessions, it is there from the start.
 //!
+//! Each inner endpoint has places for connections and receive buffers of its own, as many as the endpoint was asked for.
+//!
 //! # Sleeping
 //! The polling thread can sleep in one inner endpoint alone: the *first* one, of `shm`, the rails, `tcp` in this order. Each other one
 //! wakes it there when it has something:
