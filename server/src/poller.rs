@@ -292,6 +292,9 @@ impl<T: Transport> Poller<T> {
     fn gone(&mut self, connection: ConnectionId, id: ClientId, cause: WorkError) {
         self.clients.remove(&connection);
         let Some(peer) = self.posting.peer(id) else { return };
+        if peer.condemned {
+            self.parting.ended(connection);
+        }
         let may_come_back = !peer.left && !peer.condemned && !peer.ends_with_process();
         let identity = peer.identity;
         self.posting.suspend(id);

@@ -321,7 +321,7 @@ impl Plan {
             2 => ReadLanes::Shared(2),
             _ => ReadLanes::PerWorker,
         };
-        let mut random = Random(self.seed ^ 0x0b5e_0000);
+        let mut random = Random(self.seed ^ 0x0b73_0000);
         if random.one_in(5) {
             let server = random.among(0..=self.servers as u64 - 1) as usize;
             let place = Place { beside: random.one_in(3).then_some(server), copies: random.one_in(4) };

@@ -39,6 +39,11 @@ impl Parting {
         self.told.front().map(|(end, _)| *end)
     }
 
+    /// A connection of one who was told has ended: there is nobody to hang up on.
+    pub fn ended(&mut self, connection: ConnectionId) {
+        self.told.retain(|(_, told)| *told != connection);
+    }
+
     /// The connection of a stranger has ended.
     pub fn stranger_gone(&mut self) {
         self.strangers -= 1;
@@ -98,7 +103,6 @@ impl<T: Transport> Poller<T> {
         {
             self.parting.told.pop_front();
             let peer = self.clients.get(&connection).copied().and_then(|id| self.posting.peer(id));
-            // Most have been gone for long.
             if let Some(peer) = peer.filter(|peer| peer.condemned) {
                 eprintln!("fervor-server: client {} does not take that: it is hung up on", peer.number);
                 peer.disconnect();
