@@ -1,3 +1,5 @@
+//! Which ports become rails, and which addresses are on a common network.
+
 use super::*;
 use crate::devices::GidKind;
 
