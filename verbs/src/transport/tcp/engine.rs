@@ -178,8 +178,12 @@ impl Engine {
         let now = Instant::now();
         if now >= self.beat {
             self.beat = now + BEAT;
-            let open = self.served.values().filter(|served| served.phase == Phase::Open);
-            open.for_each(|served| served.link.beat());
+            for (token, served) in &mut self.served {
+                if served.phase == Phase::Open && served.link.beat(SERVED) == Flush::More {
+                    served.flush = true;
+                    list(&mut self.ready, *token, served);
+                }
+            }
         }
     }
 
@@ -372,10 +376,10 @@ impl Engine {
             match served.phase {
                 Phase::Open => {}
                 Phase::Refusing(until) => match served.link.flush(SERVED) {
-                    Flush::Done => told.push(*token),
+                    Flush::Done if served.link.has_sent_all() => told.push(*token),
                     _ if now >= until => told.push(*token),
                     Flush::More => list(&mut self.ready, *token, served),
-                    Flush::Blocked => {}
+                    Flush::Done | Flush::Blocked => {}
                 },
                 Phase::Over(until) if now >= until => late.push(*token),
                 Phase::Over(_) => over.push(*token),

@@ -40,7 +40,7 @@ use super::{
     outgoing::Outgoing,
     region::TcpRegion,
     sender::{Signs, Try},
-    wire::{FRAME, Frame, Kind, encode_refusal},
+    wire::{Frame, Kind, encode_refusal},
 };
 use crate::{
     memory::Memory,
@@ -330,18 +330,27 @@ impl Link {
         if self.signs.is_room_awaited() { self.flush(most) } else { Flush::Done }
     }
 
-    /// Says something to a peer to which nothing was said for a while: its kernel answers, or its host is gone.
-    pub(super) fn beat(&self) {
+    /// Whether nothing waits and no call is under way.
+    pub(super) fn has_sent_all(&self) -> bool {
+        // In this order: bytes go from the one to the other.
+        let queued = !self.queue().out.is_empty();
+        !queued && self.sending.try_lock().is_ok_and(|sending| sending.out.is_empty())
+    }
+
+    /// Says something to a peer to which nothing was said for a while: its kernel answers, or its host is gone. What another thread has
+    /// left to this one meanwhile is sent, too.
+    pub(super) fn beat(&self, most: usize) -> Flush {
         // Where something waits, the kernel has something to say already.
         if self.alive.swap(false, Ordering::Relaxed) || self.signs.is_room_awaited() {
-            return;
+            return Flush::Done;
         }
         let mut queue = self.queue();
         let frame = Frame::answer(Kind::Executed, queue.told, 0).encode();
         queue.out.put_bytes(&frame);
         drop(queue);
-        self.flush(FRAME);
+        let left = self.flush(most);
         self.alive.store(false, Ordering::Relaxed);
+        left
     }
 
     /// A request of the peer is executed: by the engine.

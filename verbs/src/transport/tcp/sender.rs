@@ -46,7 +46,8 @@ pub(super) struct Signs<W> {
 }
 
 impl<W: Word> Signs<W> {
-    /// Has what was put sent: by this thread, with `attempt`, or by the one that has the lock.
+    /// Has what was put sent: by this thread, with `attempt`, or by the one that has the lock. A thread that hears that there is
+    /// [more](Flush::More) has this called again: part of it may have been left to it by others.
     pub(super) fn send<G>(
         &self,
         lock: impl Fn() -> Option<G>,
