@@ -1,4 +1,4 @@
-//! Which ports become rails, and which addresses are on a common network.
+//! Ports that become rails, what peers are told of them, and which reach each other.
 
 use super::*;
 use crate::devices::GidKind;

@@ -1,4 +1,4 @@
-//! What the messages of a session are as bytes, and what is refused.
+//! Messages that are said and heard, cut short, changed and made up.
 
 use proptest::prelude::*;
 

@@ -327,12 +327,13 @@ impl Session {
         while let Some(picked) = next {
             match self.by_offers(asked, &picked, lanes) {
                 Err(Failed::Way(reason)) => reasons.push(format!("{}: {reason}", picks.name(&picked))),
+                Err(Failed::Lane(Error::Timeout { .. })) => {
+                    picks.late(&picked);
+                    return Err(Failed::Lane(asked.late()));
+                }
                 made => return made,
             }
             picks.failed(&picked);
-            if asked.left().is_zero() {
-                return Err(Failed::Lane(asked.late()));
-            }
             next = picks.next();
         }
         Err(Failed::Way(if reasons.is_empty() { picks.none() } else { reasons.join("; ") }))

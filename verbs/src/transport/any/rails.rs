@@ -282,12 +282,19 @@ impl Picks<'_> {
     }
 
     /// What was picked did not lead to the server.
-    pub(super) fn failed(&self, Picked { pick, .. }: &Picked) {
-        for (number, rail) in self.theirs.iter().enumerate() {
-            if pick.theirs >> number & 1 == 1 {
-                let rdma = &self.rails.opened[pick.own].rdma;
-                rail.addresses.iter().for_each(|address| rdma.note_failure(address.gid));
-            }
+    pub(super) fn failed(&self, picked: &Picked) {
+        self.note(picked, Rdma::note_failure);
+    }
+
+    /// The server did not answer in time, for whatever reason.
+    pub(super) fn late(&self, picked: &Picked) {
+        self.note(picked, Rdma::note_doubt);
+    }
+
+    fn note(&self, Picked { pick, .. }: &Picked, note: impl Fn(&Rdma, Ipv6Addr)) {
+        let asked_for = self.theirs.iter().enumerate().filter(|(number, _)| pick.theirs >> number & 1 == 1);
+        for address in asked_for.flat_map(|(_, rail)| &rail.addresses) {
+            note(&self.rails.opened[pick.own].rdma, address.gid);
         }
     }
 

@@ -322,6 +322,11 @@ impl Device {
         self.failures().note(peer, now, now);
     }
 
+    /// `peer` did not answer in time.
+    pub(super) fn note_doubt(&self, peer: Ipv6Addr) {
+        self.failures().doubt(peer, Instant::now());
+    }
+
     /// How often in a row connections to `peer` have failed, of late.
     pub(super) fn failures_of(&self, peer: Ipv6Addr) -> u32 {
         self.failures().times(peer, Instant::now())

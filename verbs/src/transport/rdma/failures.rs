@@ -4,6 +4,9 @@
 //! the network. But its end, and that of the network, look alike here if the peer finds out first; and to choose another way costs nothing.)
 //! What breaks at once with others is one failure: one of a connection that was made before the last failure adds nothing.
 //!
+//! A peer that did not answer in time is *doubted*: it is left out as after one failure, but it does not come nearer to being given up. It may
+//! be slow.
+//!
 //! After a failure a peer is left out for [`FIRST_PENALTY`], after each further one for twice as long. A connection that held for longer than
 //! [`HEALED`] begins a new row.
 
@@ -48,6 +51,18 @@ impl Failures {
             known.last = now;
             return;
         }
+        self.remember(peer, now);
+    }
+
+    /// `peer` did not answer in time.
+    pub(super) fn doubt(&mut self, peer: Ipv6Addr, now: Instant) {
+        match self.0.iter_mut().find(|known| known.peer == peer) {
+            Some(known) => known.last = now,
+            None => self.remember(peer, now),
+        }
+    }
+
+    fn remember(&mut self, peer: Ipv6Addr, now: Instant) {
         if self.0.len() >= PEERS {
             // The one that was heard of for the last time the longest ago.
             let oldest = (0..self.0.len()).min_by_key(|&at| self.0[at].last).expect("there are many");
@@ -88,6 +103,20 @@ mod tests {
         // One that held.
         failures.note(peer(1), at(9.0), at(40.0));
         assert_eq!([failures.times(peer(1), at(41.0)), failures.times(peer(1), at(42.1))], [1, 0]);
+    }
+
+    #[test]
+    fn who_is_slow_is_left_out_and_not_given_up() {
+        let now = Instant::now();
+        let later = now + Duration::from_secs(1);
+        let mut failures = Failures::default();
+        for _ in 0..5 {
+            failures.doubt(peer(1), now);
+        }
+        assert_eq!([failures.times(peer(1), now), failures.times(peer(1), now + FIRST_PENALTY)], [1, 0]);
+        failures.note(peer(1), now, now);
+        failures.doubt(peer(1), later);
+        assert_eq!(failures.times(peer(1), later), 2);
     }
 
     #[test]

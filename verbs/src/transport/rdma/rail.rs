@@ -43,6 +43,11 @@ impl Rdma {
         self.device.note_failure(peer);
     }
 
+    /// A peer at this address did not answer in time.
+    pub(in crate::transport) fn note_doubt(&self, peer: Ipv6Addr) {
+        self.device.note_doubt(peer);
+    }
+
     /// Connections that were lost.
     pub(in crate::transport) fn lost(&self) -> u64 {
         self.device.lost()
