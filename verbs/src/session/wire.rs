@@ -438,7 +438,8 @@ impl<'a> Rest<'a> {
     }
 
     fn lanes(&mut self) -> Result<Message, Malformed> {
-        let (first, way, rails) = (self.u32("number")?, self.way()?, self.lane_rails()?);
+        let (first, way) = (self.u32("number")?, self.way()?);
+        let rails = self.lane_rails(way)?;
         let regions = self.regions()?;
         let count = self.count_lanes(first)?;
         let lane = |_| {
@@ -489,13 +490,18 @@ impl<'a> Rest<'a> {
         Ok(RailAddress { network, gid, prefix })
     }
 
-    fn lane_rails(&mut self) -> Result<LaneRails, Malformed> {
+    fn lane_rails(&mut self, way: Way) -> Result<LaneRails, Malformed> {
         let [own, theirs] = self.take("rails of lanes")?;
-        if usize::from(own) < MAX_RAILS {
-            Ok(LaneRails { own, theirs })
-        } else {
-            malformed("rails of lanes", format!("begin with number {own}, and {MAX_RAILS} are possible"))
-        }
+        let rails = LaneRails { own, theirs };
+        let fault = match way == Way::Rdma {
+            true if usize::from(own) >= MAX_RAILS => {
+                format!("begin with number {own}, and {MAX_RAILS} are possible")
+            }
+            true if theirs == 0 => "are none of the server's".to_owned(),
+            false if rails != LaneRails::default() => format!("are named, and lanes over {way} have none"),
+            _ => return Ok(rails),
+        };
+        malformed("rails of lanes", fault)
     }
 
     fn regions(&mut self) -> Result<Vec<NamedRegion>, Malformed> {

@@ -111,7 +111,10 @@ fn an_error_names_the_field_and_the_value() {
         error(&[3, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 49, 0]),
         "private data has length 49, and 48 at most"
     );
-    assert_eq!(error(&[3, 0, 0, 0, 0, 2, 8, 1]), "rails of lanes begin with number 8, and 8 are possible");
+    let rails = |way, own, theirs| error(&[3, 0, 0, 0, 0, way, own, theirs]);
+    assert_eq!(rails(2, 8, 1), "rails of lanes begin with number 8, and 8 are possible");
+    assert_eq!(rails(2, 0, 0), "rails of lanes are none of the server's");
+    assert_eq!(rails(3, 0, 1), "rails of lanes are named, and lanes over tcp have none");
     let rails = |rails: &[u8]| error(&[&[1], &[0; 22][..], rails].concat());
     assert_eq!(rails(&[9, 0]), "rails has length 9, and 8 at most");
     assert_eq!(rails(&[1, 0, 73, 0]), "name of a rail has length 73, and 72 at most");

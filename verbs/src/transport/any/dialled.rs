@@ -304,7 +304,12 @@ impl Session {
         let mut made: Vec<Option<Made>> = lanes.iter().map(|_| None).collect();
         for (picks, picked, numbers) in groups {
             let lanes: Vec<_> = numbers.iter().map(|number| lanes[*number]).collect();
-            let done = self.by_picks(asked, picks, picked, &lanes)?;
+            let heard_of = made.iter().any(Option::is_some);
+            let done = self.by_picks(asked, picks, picked, &lanes).map_err(|failed| match failed {
+                // The server knows of the others.
+                Failed::NotAsked(error) if heard_of => Failed::Lane(error),
+                failed => failed,
+            })?;
             numbers.into_iter().zip(done).for_each(|(number, lane)| made[number] = Some(lane));
         }
         Ok(made.into_iter().map(|lane| lane.expect("each is of one group")).collect())

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     error::Error,
     session::{
-        Key,
+        Key, Way,
         key::random,
         noise::Cipher,
         wire::{Message, Offer, Token, Verdict},
@@ -44,6 +44,8 @@ struct Guest {
     line: Arc<Line>,
     ear: Ear,
     key: Option<Arc<Key>>,
+    /// How many rails it has told of.
+    rails: usize,
     /// Since when it has not proved who it is; `None` when it has.
     unproven: Option<Instant>,
 }
@@ -51,19 +53,19 @@ struct Guest {
 impl Guest {
     /// Takes what it has said. `Err`: its session ends; with the reason, unless it is gone.
     fn hear(&mut self, shared: &Shared) -> Result<(), Option<String>> {
-        let Self { line, ear, key, unproven } = self;
-        let news = ear.hear(line, |message| take(shared, (line, key.as_ref(), unproven), message))?;
+        let Self { line, ear, key, rails, unproven } = self;
+        let news = ear.hear(line, |message| take(shared, (line, key.as_ref(), rails, unproven), message))?;
         news.iter().for_each(|news| shared.log(format_args!("{} {news}", line.name())));
         Ok(())
     }
 }
 
-type Said<'a> = (&'a Arc<Line>, Option<&'a Arc<Key>>, &'a mut Option<Instant>);
+type Said<'a> = (&'a Arc<Line>, Option<&'a Arc<Key>>, &'a mut usize, &'a mut Option<Instant>);
 
-fn take(shared: &Shared, (line, key, unproven): Said<'_>, message: Message) -> Result<(), String> {
+fn take(shared: &Shared, (line, key, told, unproven): Said<'_>, message: Message) -> Result<(), String> {
     match message {
-        Message::Hello { process, .. } if unproven.is_some() => {
-            *unproven = None;
+        Message::Hello { process, rails, .. } if unproven.is_some() => {
+            (*unproven, *told) = (None, rails.len());
             line.introduce(process);
             shared.host.note_peer(line);
             let (boot, process) = (shared.host.0.boot, this_process());
@@ -76,6 +78,12 @@ fn take(shared: &Shared, (line, key, unproven): Said<'_>, message: Message) -> R
             if !key.is_none_or(|key| key.goes(way)) {
                 return Err(format!(
                     "its key is limited, and it asks for a lane over {way}, which cannot be"
+                ));
+            }
+            if way == Way::Rdma && usize::from(rails.own) >= *told {
+                let own = rails.own;
+                return Err(format!(
+                    "it asks for a lane by its rail {own}, and has told of {told} (from 0 on)"
                 ));
             }
             let busy = || "the server is being asked for too many lanes at a time".to_owned();
@@ -105,13 +113,13 @@ fn take(shared: &Shared, (line, key, unproven): Said<'_>, message: Message) -> R
 
 /// Lets lanes in that have brought an offer, or gives them tokens.
 fn announce(shared: &Shared, line: &Arc<Line>, first: u32, lanes: Vec<Expected>) -> Result<(), String> {
-    let way = lanes[0].batch.way;
+    let (way, rails) = (lanes[0].batch.way, lanes[0].batch.rails);
     if lanes.iter().any(|lane| way.takes_offers() == lane.wanted.offer.is_empty()) {
         return Err(
             "it asks for lanes that lack an offer, or have one that their way does not take".to_owned()
         );
     }
-    if let Err(reason) = shared.host.0.leads(way) {
+    if let Err(reason) = shared.host.0.leads(way, rails) {
         for lane in lanes {
             lane.answer(Verdict::Impossible, Vec::new(), Vec::new(), sentence(&reason));
         }
@@ -166,7 +174,7 @@ impl Lobby {
             Arc::new(key.clone())
         });
         let unproven = Some(Instant::now());
-        self.arrivals.lock().push(Guest { line, ear: Ear::default(), key, unproven });
+        self.arrivals.lock().push(Guest { line, ear: Ear::default(), key, rails: 0, unproven });
         self.arrivals.bell.ring();
     }
 }

@@ -46,7 +46,10 @@ use crate::{
     error::Error,
     memory::{Exclusive, Memory},
     rails::{Rail, RailName, RailStats},
-    session::{Key, KeyRing, Way, wire::Boot},
+    session::{
+        Key, KeyRing, Way,
+        wire::{Boot, LaneRails},
+    },
     transport::{Access, Connected, EndpointConfig, LaneSpec, Transport, host, shm, tcp},
 };
 
@@ -411,14 +414,21 @@ impl Inner {
     }
 
     /// Whether lanes of sessions may come by `way`; or why they cannot.
-    fn leads(&self, way: Way) -> Result<(), String> {
+    fn leads(
+        &self,
+        way: Way,
+        #[cfg_attr(not(feature = "rdma"), expect(unused_variables))] rails: LaneRails,
+    ) -> Result<(), String> {
         let there = match way {
             Way::Shm => self.shm.is_some(),
             Way::Tcp => self.tcp.is_some(),
             #[cfg(feature = "rdma")]
             Way::Rdma => {
                 self.pinning.dropped().map_or(Ok(()), Err)?;
-                !self.rails.is_empty()
+                if !self.rails.is_empty() {
+                    return self.rails.lead(rails.theirs);
+                }
+                false
             }
             #[cfg(not(feature = "rdma"))]
             Way::Rdma => false,

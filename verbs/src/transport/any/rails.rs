@@ -195,14 +195,38 @@ impl Rails {
         picking::choose(&mine, asked, peer, self.next_turn())
     }
 
-    fn none_leads_to(&self, peer: &RailAddress, asked: u8) -> String {
-        let asked_for = self.opened.iter().enumerate().filter(|(number, _)| asked >> number & 1 == 1);
-        let of = |(_, opened): (_, &Opened)| {
+    /// Whether lanes may come by any of `asked` of our rails (a bit each).
+    ///
+    /// # Errors
+    /// A sentence that says why not.
+    pub(super) fn lead(&self, asked: u8) -> Result<(), String> {
+        match self.asked_for(asked).any(|opened| opened.rdma.is_active()) {
+            true => Ok(()),
+            false => Err(format!("the server has no such rail that is up: {}", self.states(asked))),
+        }
+    }
+
+    fn asked_for(&self, asked: u8) -> impl Iterator<Item = &Opened> {
+        let asked_for = move |(number, _): &(usize, &Opened)| asked >> number & 1 == 1;
+        self.opened.iter().enumerate().filter(asked_for).map(|(_, opened)| opened)
+    }
+
+    /// What rails are that a peer asks for, for people.
+    fn states(&self, asked: u8) -> String {
+        let of = |opened: &Opened| {
             let state = if opened.rdma.is_active() { "" } else { ", which is down" };
             format!("{}{state}", opened.rdma.rail().0)
         };
-        let named: Vec<_> = asked_for.map(of).collect();
-        format!("none of the server's rails leads to {} {}: {}", peer.network, peer.gid, named.join("; "))
+        let states: Vec<_> = self.asked_for(asked).map(of).collect();
+        match states.is_empty() {
+            true => format!("it has {}, and was asked for others", self.opened.len()),
+            false => states.join("; "),
+        }
+    }
+
+    fn none_leads_to(&self, peer: &RailAddress, asked: u8) -> String {
+        let states = self.states(asked);
+        format!("none of the server's rails leads to {} {}: {states}", peer.network, peer.gid)
     }
 }
 

@@ -7,6 +7,7 @@ use std::{
 };
 
 use crate::{
+    rails::Rail,
     session::{
         Key, KeyRing, Way,
         noise::{Cipher, Initiator, Piece, piece, respond},
@@ -17,12 +18,20 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The first message of process 42 of host `far`.
+/// The first message of process 42 of host `far`, which has one rail.
 pub(super) fn hello() -> Message {
-    Message::Hello { boot: [1; 16], process: Process { host: "far".to_owned(), pid: 42 }, rails: Vec::new() }
+    let rail = Rail { name: "far0:1".to_owned(), megabits: 100, addresses: Vec::new() };
+    let process = Process { host: "far".to_owned(), pid: 42 };
+    Message::Hello { boot: [1; 16], process, rails: vec![rail] }
 }
 
-/// Asks for so many lanes.
+/// Asks for a lane with an offer.
+pub(super) fn offering(first: u32, way: Way, rails: LaneRails) -> Message {
+    let wanted = Wanted { offer: vec![1], data: Vec::new() };
+    Message::Lanes { first, way, rails, regions: Vec::new(), lanes: vec![wanted] }
+}
+
+/// Asks for so many lanes by a way without rails.
 pub(super) fn lanes(first: u32, way: Way, count: usize) -> Message {
     let wanted = Wanted { offer: Vec::new(), data: b"raw".to_vec() };
     Message::Lanes {

@@ -10,14 +10,14 @@ use std::{
 
 use super::{
     connection::Route,
-    raw::{Raw, hello, lanes},
+    raw::{Raw, hello, lanes, offering},
     *,
 };
 use crate::{
     session::{
         Reason,
         noise::{self, Initiator},
-        wire::{LaneRails, MAX_LANES, Message, Verdict, Wanted},
+        wire::{LaneRails, MAX_LANES, Message, Verdict},
     },
     transport::{
         Attach, Completion, Connection, Endpoint, Listener, Payload, Region, Request, Sge,
@@ -354,16 +354,19 @@ fn a_guest_that_breaks_the_rules_ends_its_own_session_alone() {
     assert!(greedy.hear().is_none(), "more lanes than a session may be making");
 
     let mut offers = Raw::welcomed(at, Some(&key("a")));
-    let (wanted, rails) = (Wanted { offer: vec![1], data: Vec::new() }, LaneRails::default());
-    offers.say(&Message::Lanes { first: 0, way: Way::Tcp, rails, regions: Vec::new(), lanes: vec![wanted] });
+    offers.say(&offering(0, Way::Tcp, LaneRails::default()));
     assert!(offers.hear().is_none(), "an offer for a way that takes none");
 
+    let mut railed = Raw::welcomed(at, Some(&key("a")));
+    railed.say(&offering(0, Way::Rdma, LaneRails { own: 1, theirs: 1 }));
+    assert!(railed.hear().is_none(), "by a rail that it has not told of");
+
     // A way that does not lead here is an answer, and ends nothing. So are news of lanes that there are not.
-    let wanted = Wanted { offer: vec![1], data: Vec::new() };
     good.say(&Message::Ready { first: 7, count: 9 });
     good.say(&Message::Ended { number: 7 });
     good.say(&Message::Beat);
-    good.say(&Message::Lanes { first: 7, way: Way::Rdma, rails, regions: Vec::new(), lanes: vec![wanted] });
+    // Of the server's rails it names the last of those that there may be.
+    good.say(&offering(7, Way::Rdma, LaneRails { own: 0, theirs: 1 << 7 }));
     assert!(matches!(good.hear(), Some(Message::Answer { number: 7, verdict: Verdict::Impossible, .. })));
 
     // A handshake that was recorded is answered, and then comes to nothing.
