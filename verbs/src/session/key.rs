@@ -17,7 +17,6 @@ use rustix::{
     rand::{GetRandomFlags, getrandom},
 };
 
-use super::wire::Way;
 use crate::error::Error;
 
 /// Longest name of a key, bytes.
@@ -67,9 +66,9 @@ impl Key {
         &self.rules
     }
 
-    /// Whether it can go by this way.
-    pub(crate) fn goes(&self, way: Way) -> bool {
-        !self.limited || way.limits()
+    /// See [`KeyRing::limit`].
+    pub(crate) fn is_limited(&self) -> bool {
+        self.limited
     }
 
     pub(crate) fn secret(&self) -> &[u8; 32] {

@@ -69,13 +69,13 @@ fn take(shared: &Shared, (line, key, told, unproven): Said<'_>, message: Message
             line.introduce(process);
             shared.host.note_peer(line);
             let (boot, process) = (shared.host.0.boot, this_process());
-            let goes = |offer: &Offer| key.is_none_or(|key| key.goes(offer.way));
+            let goes = |offer: &Offer| may_go(key, offer.way);
             let rails = shared.host.told_rails();
             let offers = shared.offers().into_iter().filter(goes).collect();
             line.say(&Message::Welcome { boot, process, offers, rails })
         }
         Message::Lanes { first, way, rails, regions, lanes } if unproven.is_none() => {
-            if !key.is_none_or(|key| key.goes(way)) {
+            if !may_go(key, way) {
                 return Err(format!(
                     "its key is limited, and it asks for a lane over {way}, which cannot be"
                 ));
@@ -109,6 +109,11 @@ fn take(shared: &Shared, (line, key, told, unproven): Said<'_>, message: Message
         Message::Beat if unproven.is_none() => Ok(()),
         other => Err(format!("it sent a message of kind {} that is not due", other.kind())),
     }
+}
+
+/// Whether the holder of `key` may have lanes by this way.
+fn may_go(key: Option<&Arc<Key>>, way: Way) -> bool {
+    way.limits() || !key.is_some_and(|key| key.is_limited())
 }
 
 /// Lets lanes in that have brought an offer, or gives them tokens.
