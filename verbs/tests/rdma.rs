@@ -123,7 +123,7 @@ fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
     let endpoint = client.endpoint(&EndpointConfig::default()).expect("endpoint");
     let own: IpAddr = CLIENT.parse().expect("an address");
     let joining = client.join(&endpoint.attach(), own).expect("join");
-    let mut request = vec![0; MESSAGE];
+    let mut request = [0; MESSAGE];
     request[..8].copy_from_slice(b"FVR\x02\x01\0\x08\0");
     request[8..40].copy_from_slice(&joining.offer());
     request[40..48].copy_from_slice(b"stranger");
@@ -202,63 +202,53 @@ mod sessions {
     use super::*;
 
     /// Two hosts that go to each other by sessions, and insist on RDMA.
-    struct SessionRig {
-        client: Host,
-        server: Host,
-        port: u16,
-    }
+    struct Sessions;
 
-    fn address(port: u16) -> Address {
-        Address::Session { host: "10.7.0.2".to_owned(), port, via: Some(Way::Rdma) }
-    }
-
-    impl Rig for SessionRig {
+    impl Subject for Sessions {
         type Transport = Host;
-        type Victim = VictimProcess;
+        const MODULE: &'static str = module_path!();
+        const VIEWS: bool = false;
+        const LOOPBACK: bool = false;
 
-        fn new(_: &'static str, _: u64) -> Self {
-            static PORT: AtomicU16 = AtomicU16::new(25_000);
+        fn host(_: Side) -> Host {
             // The same for a victim in a process of its own.
-            let key: Key = format!("suite {}", "5a".repeat(32)).parse().unwrap();
+            let key: Key = format!("suite {}", "5a".repeat(32)).parse().expect("a key");
             let keys: KeyRing = [key].into_iter().collect();
             // One rail: an endpoint has places and buffers for each, and the suite counts them.
-            let device = ["rxe1".parse().unwrap()];
-            let host = || {
-                let host = Host::with_devices(&[address(0)], keys.clone(), &device);
-                host.unwrap_or_else(|error| panic!("{error}"))
-            };
-            Self { client: host(), server: host(), port: PORT.fetch_add(8, Ordering::Relaxed) }
+            let device = ["rxe1".parse().expect("a device")];
+            let host = Host::with_devices(&[Self::address(0, 0)], keys, &device);
+            host.unwrap_or_else(|error| panic!("{error}"))
         }
 
-        fn host(&self, side: Side) -> Host {
-            match side {
-                Side::Client => self.client.clone(),
-                Side::Server => self.server.clone(),
-            }
+        fn address(rig: u32, number: u32) -> Address {
+            let port = u16::try_from(29_000 + rig % 1000 * 8 + number).expect("few addresses");
+            Address::Session { host: SERVER.to_owned(), port, via: Some(Way::Rdma) }
         }
 
-        fn address(&self, number: u32) -> Address {
-            address(self.port + u16::try_from(number).expect("few addresses"))
+        fn effort() -> Effort {
+            Hosts::<Host>::effort()
         }
 
-        fn views(&self) -> bool {
-            false
+        /// Strangers that say nothing, or a part of an opening. Those who go further: `any/suite.rs`, where messages can be made.
+        fn stalled(address: &Address, step: usize) -> Option<Box<dyn Send>> {
+            let Address::Session { host, port, .. } = address else { panic!("{address} has no sessions") };
+            let said = *["", "F"].get(step)?;
+            let mut socket = TcpStream::connect((host.as_str(), *port)).expect("connect");
+            // It may have been shown the door by now.
+            let _ = socket.write_all(said.as_bytes());
+            Some(Box::new(socket))
         }
 
-        fn effort(&self) -> Effort {
-            Effort { rounds: 100, in_flight: 10_000 }
+        fn no_far_memory() -> Option<String> {
+            Hosts::<Host>::no_far_memory()
         }
 
-        fn start(&self, role: Role, address: &Address) -> VictimProcess {
-            VictimProcess::start("sessions::victim", role, address)
-        }
-
-        fn kill(&self, victim: VictimProcess) {
-            victim.kill();
+        fn holdings() -> Holdings {
+            Hosts::<Host>::holdings()
         }
     }
 
-    fervor_verbs::conformance!(SessionRig);
+    fervor_verbs::conformance!(ProcessRig<Sessions>);
 }
 
 /// The cases for a network that is not as it should be: those that break no connection themselves. Where packets are lost, a connection may

@@ -16,7 +16,8 @@ use fervor_verbs::{
     Address, Error,
     fabric::Fabric,
     transport::{
-        Attach, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, Request, Transport,
+        Attach, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, Post, Request,
+        Transport,
         rdma::{Rdma, RdmaConnection, RdmaEndpoint, RdmaListener},
     },
 };

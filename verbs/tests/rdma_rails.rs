@@ -15,8 +15,8 @@ use fervor_verbs::{
     Address, Memory,
     session::KeyRing,
     transport::{
-        Access, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, Region, RemoteRegion,
-        Request, Sge, Transport,
+        Access, Completion, Connection, Endpoint, EndpointConfig, Listener, Payload, Post, Region,
+        RemoteRegion, Request, Sge, Transport,
         any::{Host, HostConnection, HostEndpoint, HostListener, HostRegion},
     },
 };
@@ -133,7 +133,8 @@ impl Scene {
     fn use_lane(&mut self, (near, far): &mut (HostConnection, HostConnection)) {
         let (near_id, far_id) = (near.id(), far.id());
         for (from, to, end) in [(&mut *near, far_id, false), (&mut *far, near_id, true)] {
-            from.send(Payload::Inline(b"hello"), None, None).unwrap();
+            let payload = Payload::Inline(b"hello");
+            from.post(Post::Send { payload, immediate: None, signal: None }).unwrap();
             from.ring().unwrap();
             let end = if end { &mut self.client } else { &mut self.server };
             let Completion::Received { connection, buffer, .. } = end.next_of_living() else {
@@ -146,7 +147,7 @@ impl Scene {
         let word = u64::from(near.id().0) + 7;
         self.server.region.memory().write(64, &word.to_le_bytes());
         let into = [Sge { region: &self.client.region, offset: 0, length: 8 }];
-        near.read(&into, remote.at(64), Some(3)).unwrap();
+        near.post(Post::Read { into: &into, from: remote.at(64), signal: Some(3) }).unwrap();
         near.ring().unwrap();
         let done = self.client.next();
         assert!(matches!(done, Completion::Work { id: 3, result: Ok(()), .. }), "{done:?}");

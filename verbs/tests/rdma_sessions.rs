@@ -17,7 +17,7 @@ use fervor_verbs::{
     session::KeyRing,
     transport::{
         Access, Completion, Connected, Connection, Endpoint, EndpointConfig, LaneSpec, Listener, Payload,
-        Region, Request, Transport,
+        Post, Region, Request, Transport,
         any::{Host, HostConnection, HostEndpoint, HostListener},
     },
 };
@@ -112,7 +112,7 @@ fn message(endpoint: &mut HostEndpoint) -> Vec<u8> {
 }
 
 fn send(lane: &mut HostConnection, words: &[u8]) {
-    lane.send(Payload::Inline(words), None, None).unwrap();
+    lane.post(Post::Send { payload: Payload::Inline(words), immediate: None, signal: None }).unwrap();
     lane.ring().unwrap();
 }
 
@@ -227,7 +227,13 @@ fn lanes_end_with_their_session() {
     let (mut lanes, _back) = pair.lanes(&through, 3);
     let wire = wire.join().unwrap();
     assert_ne!(wire.port, port);
-    lanes[0].0.write(Payload::Inline(&[7; 8]), region.remote().at(0), None, Some(1)).unwrap();
+    let write = |payload, signal| Post::Write {
+        payload: Payload::Inline(payload),
+        to: region.remote().at(0),
+        immediate: None,
+        signal,
+    };
+    lanes[0].0.post(write(&[7; 8], Some(1))).unwrap();
     lanes[0].0.ring().unwrap();
     let done = poll_for(&mut pair.asks, 1, |found| matches!(found, Completion::Work { .. }));
     assert!(matches!(done[0], Completion::Work { result: Ok(()), .. }), "{done:?}");
@@ -235,7 +241,7 @@ fn lanes_end_with_their_session() {
     poll_for(&mut pair.answers, 3, is_end);
     poll_for(&mut pair.asks, 3, is_end);
     for (lane, _) in &mut lanes {
-        assert!(lane.write(Payload::Inline(&[8; 8]), region.remote().at(0), None, None).is_err());
+        assert!(lane.post(write(&[8; 8], None)).is_err());
     }
     let mut seen = [0; 8];
     memory.read(0, &mut seen);
