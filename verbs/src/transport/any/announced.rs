@@ -18,7 +18,6 @@ use crate::{
 pub(super) struct Batch {
     pub(super) way: Way,
     /// Those that they may go by.
-    #[cfg_attr(not(feature = "rdma"), expect(dead_code))]
     pub(super) rails: LaneRails,
     /// The regions of the client.
     pub(super) regions: Vec<NamedRegion>,

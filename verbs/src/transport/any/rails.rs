@@ -2,7 +2,7 @@
 //!
 //! Whoever makes a lane by RDMA asks for [`Picks`], one after the other, until one leads there. What did not lead there, and which
 //! peers were lost, the rail itself remembers (`rdma::failures`): so a dead one is left out by lanes that are made afterwards, and used again
-//! when it is back. Which rails a lane goes by is decided in [`picking`](super::picking).
+//! when it is back. Which rails a lane goes by is decided in [`super::picking`].
 //!
 //! **Trust.** A client may offer any address. On Ethernet the kernel looks for its hardware address, for a second if there is none, and the
 //! thread that accepts waits as long. So a peer that is let in can slow down those who come after it; it has to be let in by a session first.

@@ -15,7 +15,7 @@
 //! | `signs` | | | how a thread that finds `sending` taken leaves its bytes to the one that has it: see `sender` |
 //! | `flying` | the posting thread adds, the engine takes away | the engine | its lock, which is held for a moment |
 //! | `offered`, `taken` | the sender, before and after that call | the engine | atomic |
-//! | `executed` | the engine | whoever takes `queue` over | atomic |
+//! | `executed` | the engine; for a READ under the lock of `queue`, with its reply | whoever takes `queue` over, under that lock | atomic |
 //! | `replying` | the engine adds, the sender takes away | the engine | atomic |
 //!
 //! Locks are taken in the order `sending`, `queue`, `flying`.
@@ -377,8 +377,9 @@ impl Link {
             }
         }
         self.replying.fetch_add(1, Ordering::Relaxed);
-        let before = self.executed.fetch_add(1, Ordering::Relaxed);
         let mut queue = self.queue();
+        // SYNC POINT: under the lock of who says how many are executed, or the peer could hear of this one before its reply.
+        let before = self.executed.fetch_add(1, Ordering::Relaxed);
         queue.out.put_bytes(&Frame::answer(Kind::Reply, before, length as u64).encode());
         queue.out.put_reply(memory, offset, length);
         queue.told = before + 1;
