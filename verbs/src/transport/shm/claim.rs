@@ -49,6 +49,12 @@ pub(super) fn executed(word: &impl Word) -> u64 {
     word.load(Ordering::Acquire) & !(SEALED | EXECUTING)
 }
 
+/// Whether no request will begin any more: the end is reported. For the posting thread.
+#[inline]
+pub(super) fn is_sealed(word: &impl Word) -> bool {
+    word.load(Ordering::Relaxed) & SEALED != 0
+}
+
 /// Lets no request begin any more. `false`: one executes; ask again. For the polling thread.
 pub(super) fn seal(word: &impl Word) -> bool {
     let seen = word.load(Ordering::Relaxed);

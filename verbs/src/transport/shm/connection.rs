@@ -389,7 +389,8 @@ impl Connection for ShmConnection {
     fn ring(&mut self) -> Result<(), PostError> {
         self.announce();
         self.failed = false;
-        if std::mem::take(&mut self.news) {
+        // Where the end is reported there is nothing to tell: what was posted before has completed.
+        if std::mem::take(&mut self.news) && !self.link.is_sealed() {
             self.link.ring_own();
         } else if self.link.cause().is_some() {
             return Err(PostError::Disconnected);

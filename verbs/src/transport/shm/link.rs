@@ -149,6 +149,12 @@ impl Link {
         claim::seal(&*self.posted)
     }
 
+    /// Whether its end is reported. For the posting thread.
+    #[inline]
+    pub(super) fn is_sealed(&self) -> bool {
+        claim::is_sealed(&*self.posted)
+    }
+
     /// Why the connection ended, if it has.
     #[inline]
     pub(super) fn cause(&self) -> Option<WorkError> {

@@ -33,6 +33,16 @@ fn a_post_that_comes_when_the_end_is_being_reported_does_nothing() {
 }
 
 #[test]
+fn a_ring_for_what_was_posted_before_the_end_says_that_the_connection_is_over() {
+    let (mut a, _b) = pair(&EndpointConfig::default());
+    a.connection.write(Payload::Inline(&[1; 8]), a.remote.at(0), None, Some(1)).unwrap();
+    a.connection.disconnect();
+    assert_eq!(a.work().0, 1);
+    assert_eq!(a.disconnected(), WorkError::Disconnected);
+    assert_eq!(a.connection.ring(), Err(PostError::Disconnected));
+}
+
+#[test]
 fn a_region_of_a_refused_post_is_not_kept() {
     let (mut a, _b) = pair(&EndpointConfig { send_depth: 1, ..EndpointConfig::default() });
     a.connection.write(Payload::Inline(&[1; 8]), a.remote.at(0), None, None).unwrap();
