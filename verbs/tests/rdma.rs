@@ -89,13 +89,6 @@ impl<T: Over> Subject for Hosts<T> {
     }
 
     /// To register memory is to pin all of it, and both hosts have some here.
-    fn no_far_memory() -> Option<String> {
-        let text = fs::read_to_string("/proc/meminfo").expect("read /proc/meminfo");
-        let line = text.lines().find(|line| line.starts_with("MemAvailable:")).expect("MemAvailable");
-        let kib: u64 = line.split_whitespace().nth(1).expect("a number").parse().expect("a number");
-        (kib < 9 << 20).then(|| format!("two of them would be pinned, and there are {} MiB", kib >> 10))
-    }
-
     fn holdings() -> Holdings {
         let mut holdings = Holdings::of_this_process();
         let output = Command::new("rdma").args(["resource", "show"]).output().expect("run rdma");
@@ -184,18 +177,18 @@ impl Drop for Network {
     }
 }
 
-fervor_verbs::conformance!(RdmaRig<Rdma>);
+fervor_verbs::conformance!(RdmaRig<Rdma>, pinned);
 
 mod faulty {
     use super::*;
 
-    fervor_verbs::conformance!(FaultyRig<RdmaRig<Host>, Nothing>);
+    fervor_verbs::conformance!(FaultyRig<RdmaRig<Host>, Nothing>, pinned);
 }
 
 mod late {
     use super::*;
 
-    fervor_verbs::conformance!(FaultyRig<RdmaRig<Host>, Late>);
+    fervor_verbs::conformance!(FaultyRig<RdmaRig<Host>, Late>, pinned);
 }
 
 mod sessions {
@@ -239,16 +232,12 @@ mod sessions {
             Some(Box::new(socket))
         }
 
-        fn no_far_memory() -> Option<String> {
-            Hosts::<Host>::no_far_memory()
-        }
-
         fn holdings() -> Holdings {
             Hosts::<Host>::holdings()
         }
     }
 
-    fervor_verbs::conformance!(ProcessRig<Sessions>);
+    fervor_verbs::conformance!(ProcessRig<Sessions>, pinned);
 }
 
 /// The cases for a network that is not as it should be: those that break no connection themselves. Where packets are lost, a connection may

@@ -46,11 +46,6 @@ pub trait Subject: Send + Sync + 'static {
         None
     }
 
-    /// As [`Rig::no_far_memory`].
-    fn no_far_memory() -> Option<String> {
-        None
-    }
-
     /// As [`Rig::holdings`].
     fn holdings() -> Holdings {
         Holdings::of_this_process()
@@ -126,10 +121,6 @@ impl<S: Subject> Rig for ProcessRig<S> {
 
     fn cut(&self) -> Option<Box<dyn Send>> {
         if S::LOOPBACK { Some(Box::new(LoopbackDown::new())) } else { S::cut() }
-    }
-
-    fn no_far_memory(&self) -> Option<String> {
-        S::no_far_memory()
     }
 
     fn holdings(&self) -> Holdings {

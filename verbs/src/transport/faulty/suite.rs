@@ -123,10 +123,6 @@ impl<R: Rig, P: Planned> Rig for FaultyRig<R, P> {
         self.inner.cut()
     }
 
-    fn no_far_memory(&self) -> Option<String> {
-        self.inner.no_far_memory()
-    }
-
     fn holdings(&self) -> Holdings {
         self.inner.holdings()
     }
