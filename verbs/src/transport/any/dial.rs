@@ -7,13 +7,11 @@
 //! that the server's address does not belong to), the next best is tried, and the bad one not again in this session. RDMA leads there by
 //! several pairs of rails, which are tried one after the other; what fails, the rails remember ([`rails`](super::rails)).
 
-use std::{
-    sync::PoisonError,
-    time::{Duration, Instant},
-};
+use std::{sync::PoisonError, time::Duration};
 
 use super::{
-    Host, HostAttach, HostConnection,
+    Host, HostConnection,
+    asked::{Asked, Failed, Made, Spec},
     connection::{Lane, Route},
     dialled::Session,
     region::PeerRegions,
@@ -21,13 +19,12 @@ use super::{
 use crate::{
     address::Address,
     error::Error,
-    session::{Reason, Way, wire::MAX_LANES},
-    transport::{Connected, LaneSpec, MAX_REQUEST_DATA, Transport, host::check_private_data},
+    session::{Way, wire::MAX_LANES},
+    transport::{
+        LaneSpec, MAX_REQUEST_DATA, Transport,
+        host::{check_private_data, patience::Patience},
+    },
 };
-
-/// A server that was not heard for so long is not asked for anything in the same session: a new one finds it sooner than the kernel tries
-/// again, if its network is back. (A session that is set aside goes on as long as it has lanes.)
-pub(super) const STALE: Duration = Duration::from_secs(2);
 
 /// The longest time that lanes wait for together, if one alone would not wait longer.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -38,43 +35,6 @@ pub(super) struct Dialled {
     session: Option<Session>,
     /// Ways that were tried and led nowhere.
     bad: Vec<(Way, String)>,
-}
-
-/// A connection that was made, with what the server's program has said.
-pub(super) type Made = Connected<HostConnection>;
-/// What is wanted of a lane.
-pub(super) type Spec<'a> = LaneSpec<'a, HostAttach>;
-
-/// What a connect has been asked for.
-#[derive(Clone, Copy)]
-pub(super) struct Asked<'a> {
-    pub(super) host: &'a Host,
-    pub(super) address: &'a Address,
-    pub(super) name: &'a str,
-    pub(super) port: u16,
-    pub(super) deadline: Option<Instant>,
-    timeout: Duration,
-}
-
-impl Asked<'_> {
-    pub(super) fn left(&self) -> Duration {
-        self.deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()))
-    }
-
-    pub(super) fn late(&self) -> Error {
-        Error::Timeout {
-            what: format!("connecting to `{}`", self.address),
-            seconds: self.timeout.as_secs_f64(),
-        }
-    }
-
-    pub(super) fn unreachable(&self, reason: impl Into<String>) -> Error {
-        Error::Unreachable { address: self.address.to_string(), reason: reason.into() }
-    }
-
-    pub(super) fn no_session(&self, reason: Reason) -> Error {
-        Error::NoSession { address: self.address.to_string(), reason: reason.to_string() }
-    }
 }
 
 /// See [`Transport::connect_all`].
@@ -94,8 +54,7 @@ pub(super) fn connect_all(
     }
     // What many wait for together takes longer than what one waits for.
     let together = timeout.saturating_mul(lanes.len().max(1) as u32).min(timeout.max(LONGEST));
-    let deadline = Instant::now().checked_add(together);
-    let asked = Asked { host, address, name, port: *port, deadline, timeout: together };
+    let asked = Asked { host, name, port: *port, patience: Patience::new(address, together) };
     let dialled = host.0.dialled(address);
     // A panic leaves a session in which lanes were asked for that nobody takes: they end in time.
     let mut dialled = dialled.lock().unwrap_or_else(PoisonError::into_inner);
@@ -128,18 +87,8 @@ fn some(
     }
     made.map_err(|failed| match failed {
         Failed::NotAsked(error) | Failed::Lane(error) => error,
-        Failed::Way(reason) => asked.unreachable(reason),
+        Failed::Way(reason) => asked.patience.unreachable(reason),
     })
-}
-
-/// Why no lane was made.
-pub(super) enum Failed {
-    /// The session had ended before the server could know of the lanes.
-    NotAsked(Error),
-    /// The way does not lead there; another one may.
-    Way(String),
-    /// A lane was refused, or not made in time.
-    Lane(Error),
 }
 
 /// Makes lanes by the best way that leads there.

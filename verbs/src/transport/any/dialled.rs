@@ -23,9 +23,9 @@ use std::{
 
 use super::{
     HostConnection,
+    asked::{Asked, Failed, Made, Spec},
     attendant::{Answer, Call, Unheard},
     connection::{Lane, Route},
-    dial::{Asked, Failed, Made, Spec},
     line::{Ear, Line},
     peer::this_process,
     region::PeerRegions,
@@ -48,6 +48,10 @@ use crate::{
     },
     transport::{LaneSpec, shm, tcp},
 };
+
+/// A server that was not heard for so long is not asked for anything in the same session: a new one finds it sooner than the kernel tries
+/// again, if its network is back. (A session that is set aside goes on as long as it has lanes.)
+const STALE: Duration = Duration::from_secs(2);
 
 /// How long a server may take for its last word on a lane that has been refused.
 const LAST_WORD: Duration = Duration::from_secs(2);
@@ -72,20 +76,20 @@ pub(super) struct Session {
 /// Why no more is heard of lanes that were asked for.
 fn unheard(asked: &Asked<'_>, why: Unheard) -> Error {
     match why {
-        Unheard::Late => asked.late(),
-        Unheard::Over(reason) => asked.unreachable(reason),
+        Unheard::Late => asked.patience.late(),
+        Unheard::Over(reason) => asked.patience.unreachable(reason),
     }
 }
 
 impl Session {
     /// Connects, shakes hands, and hears what the server offers.
     pub(super) fn begin(asked: &Asked<'_>) -> Result<Self, Error> {
-        let addresses = tcp::look_up(asked.address, asked.name, asked.port)?;
-        let socket = tcp::dial(&addresses, || asked.left()).map_err(|error| match error.kind() {
-            ErrorKind::TimedOut | ErrorKind::WouldBlock => asked.late(),
-            _ => asked.unreachable(error.to_string()),
+        let addresses = tcp::look_up(asked.patience.address, asked.name, asked.port)?;
+        let socket = tcp::dial(&addresses, || asked.patience.left()).map_err(|error| match error.kind() {
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => asked.patience.late(),
+            _ => asked.patience.unreachable(error.to_string()),
         })?;
-        let lost = |error: std::io::Error| asked.unreachable(error.to_string());
+        let lost = |error: std::io::Error| asked.patience.unreachable(error.to_string());
         socket.set_nodelay(true).map_err(lost)?;
         let server = socket.peer_addr().map_err(lost)?;
         let (initiator, opening) = Initiator::start(asked.host.0.keys.first());
@@ -104,11 +108,14 @@ impl Session {
             Ok(Message::Welcome { boot, process, offers, rails }) => (boot, process, offers, rails),
             Ok(other) => {
                 return Err(asked
+                    .patience
                     .unreachable(format!("its first message is no welcome, but of kind {}", other.kind())));
             }
-            Err(error) => return Err(asked.unreachable(format!("it sent a malformed message: {error}"))),
+            Err(error) => {
+                return Err(asked.patience.unreachable(format!("it sent a malformed message: {error}")));
+            }
         };
-        let serve = |bell: &_| Line::new(socket, cipher, asked.address.to_string(), bell);
+        let serve = |bell: &_| Line::new(socket, cipher, asked.patience.address.to_string(), bell);
         let call = asked.host.0.attend(|bell| {
             let line = serve(bell).map_err(lost)?;
             line.introduce(process);
@@ -120,7 +127,7 @@ impl Session {
 
     /// Whether lanes are better made in a new one. If so it is set aside.
     pub(super) fn is_stale(&self) -> bool {
-        if self.call.line.age() >= super::dial::STALE {
+        if self.call.line.age() >= STALE {
             self.call.set_aside("the server was not heard any more");
         }
         self.call.over().is_some()
@@ -161,7 +168,7 @@ impl Session {
                 let begin = |lane: &Spec<'_>, token: &Token| {
                     let endpoint = lane.endpoint.shm()?;
                     let lane = LaneSpec { endpoint: &endpoint, private_data: token, depth: lane.depth };
-                    shm::Calling::begin(&place, lane, asked.left())
+                    shm::Calling::begin(&place, lane, asked.patience.left())
                 };
                 let finish = |calling: shm::Calling<'_>| Ok(Lane::Shm(calling.finish()?.0));
                 self.by_tokens(asked, Route::Shm, lanes, begin, finish)
@@ -172,7 +179,8 @@ impl Session {
                 let begin = |lane: &Spec<'_>, token: &Token| {
                     let endpoint = lane.endpoint.tcp()?;
                     let lane = LaneSpec { endpoint: &endpoint, private_data: token, depth: lane.depth };
-                    let mut calling = tcp::Calling::begin(asked.address, server, lane, asked.left())?;
+                    let mut calling =
+                        tcp::Calling::begin(asked.patience.address, server, lane, asked.patience.left())?;
                     // At once: the door has few places for those who have not said what they want.
                     calling.say()?;
                     Ok(calling)
@@ -188,7 +196,7 @@ impl Session {
         let first = self.next;
         self.next = first.checked_add(count as u32).filter(|next| *next < u32::MAX).ok_or_else(|| {
             self.call.set_aside("its lanes have no numbers left");
-            Failed::NotAsked(asked.unreachable("the session has no numbers left for lanes"))
+            Failed::NotAsked(asked.patience.unreachable("the session has no numbers left for lanes"))
         })?;
         self.call.want(first..self.next);
         Ok(first)
@@ -204,7 +212,7 @@ impl Session {
     ) -> Result<(), Error> {
         let (way, regions) = (route.way(), asked.host.0.regions.offers(route));
         let said = self.call.line.say(&Message::Lanes { first, way, rails, regions, lanes });
-        said.map_err(|reason| asked.unreachable(reason))
+        said.map_err(|reason| asked.patience.unreachable(reason))
     }
 
     /// The lanes of a way with a handshake of its own, which `begin`s for each, and then `finish`es for each.
@@ -220,9 +228,9 @@ impl Session {
         let first = self.number(asked, lanes.len())?;
         let wanted = lanes.iter().map(wanted).collect();
         self.ask(asked, (route, LaneRails::default()), first, wanted).map_err(Failed::NotAsked)?;
-        let tokens = self.call.tokens(asked.deadline).map_err(|why| match why {
-            Unheard::Late => Failed::Lane(asked.late()),
-            Unheard::Over(reason) => Failed::NotAsked(asked.unreachable(reason)),
+        let tokens = self.call.tokens(asked.patience.deadline).map_err(|why| match why {
+            Unheard::Late => Failed::Lane(asked.patience.late()),
+            Unheard::Over(reason) => Failed::NotAsked(asked.patience.unreachable(reason)),
         })?;
         let failed = |number: u32, error| self.failed(asked, number, error);
         let mut calling = Vec::with_capacity(lanes.len());
@@ -234,7 +242,7 @@ impl Session {
             made.push((number, finish(calling).map_err(|error| failed(number, error))?));
         }
         let answered = |(number, lane)| {
-            let answer = self.call.answer(number, asked.deadline);
+            let answer = self.call.answer(number, asked.patience.deadline);
             let answer = answer.map_err(|why| Failed::Lane(unheard(asked, why)))?;
             let Answer { regions, data, .. } = accepted(asked, answer)?;
             let regions = PeerRegions::told(regions);
@@ -248,11 +256,13 @@ impl Session {
     fn failed(&self, asked: &Asked<'_>, number: u32, error: Error) -> Failed {
         match error {
             Error::Refused { .. } => {
-                let deadline = Instant::now() + asked.left().min(LAST_WORD);
+                let deadline = Instant::now() + asked.patience.left().min(LAST_WORD);
                 match self.call.answer(number, Some(deadline)) {
                     Ok(answer) => match accepted(asked, answer) {
                         Err(failed) => failed,
-                        Ok(_) => Failed::Lane(asked.unreachable("it refused a lane that it had accepted")),
+                        Ok(_) => {
+                            Failed::Lane(asked.patience.unreachable("it refused a lane that it had accepted"))
+                        }
                     },
                     // The server has heard of no lane: somebody else listens there.
                     Err(Unheard::Late) => {
@@ -264,7 +274,7 @@ impl Session {
             Error::Unreachable { reason, .. } | Error::NoDevice { reason } => Failed::Way(reason),
             // Without a key shared memory is for one user. Memory that cannot be pinned need not be pinned for other ways.
             error @ (Error::OtherUser { .. } | Error::Memlock { .. }) => Failed::Way(error.to_string()),
-            Error::Timeout { .. } => Failed::Lane(asked.late()),
+            Error::Timeout { .. } => Failed::Lane(asked.patience.late()),
             error => Failed::Lane(error),
         }
     }
@@ -275,7 +285,7 @@ fn accepted(asked: &Asked<'_>, answer: Answer) -> Result<Answer, Failed> {
     match answer.verdict {
         Verdict::Accepted => Ok(answer),
         Verdict::Refused => {
-            let address = asked.address.to_string();
+            let address = asked.patience.address.to_string();
             Err(Failed::Lane(Error::Refused { address, private_data: answer.data }))
         }
         Verdict::Impossible => Err(Failed::Way(String::from_utf8_lossy(&answer.data).into_owned())),
@@ -329,7 +339,7 @@ impl Session {
                 Err(Failed::Way(reason)) => reasons.push(format!("{}: {reason}", picks.name(&picked))),
                 Err(Failed::Lane(Error::Timeout { .. })) => {
                     picks.late(&picked);
-                    return Err(Failed::Lane(asked.late()));
+                    return Err(Failed::Lane(asked.patience.late()));
                 }
                 made => return made,
             }
@@ -417,7 +427,7 @@ impl Session {
         number: u32,
         mut joining: RdmaJoining,
     ) -> Result<Made, Failed> {
-        let answer = self.call.answer(number, asked.deadline);
+        let answer = self.call.answer(number, asked.patience.deadline);
         let answer = answer.map_err(|why| Failed::Lane(unheard(asked, why)))?;
         let Answer { offer, regions, data, .. } = accepted(asked, answer)?;
         joining.finish(&offer).map_err(|error| Failed::Way(error.to_string()))?;
@@ -442,18 +452,18 @@ fn hear(mut socket: &TcpStream, heard: &mut Vec<u8>, asked: &Asked<'_>) -> Resul
             Piece::Refused(reason) => return Err(asked.no_session(reason)),
             Piece::Unfinished => {}
         }
-        let left = asked.left();
+        let left = asked.patience.left();
         if left.is_zero() {
-            return Err(asked.late());
+            return Err(asked.patience.late());
         }
         let patience = left.min(Duration::from_secs(1 << 30));
         socket.set_read_timeout(Some(patience)).map_err(Error::io("setsockopt(SO_RCVTIMEO)"))?;
         let mut bytes = [0; 4096];
         match socket.read(&mut bytes) {
-            Ok(0) => return Err(asked.unreachable("it closed the connection")),
+            Ok(0) => return Err(asked.patience.unreachable("it closed the connection")),
             Ok(count) => heard.extend_from_slice(&bytes[..count]),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-            Err(error) => return Err(asked.unreachable(error.to_string())),
+            Err(error) => return Err(asked.patience.unreachable(error.to_string())),
         }
     }
 }

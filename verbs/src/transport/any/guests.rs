@@ -43,6 +43,11 @@ const SESSIONS: usize = 4096;
 struct Guest {
     line: Arc<Line>,
     ear: Ear,
+    standing: Standing,
+}
+
+/// What is known of a guest.
+struct Standing {
     key: Option<Arc<Key>>,
     /// How many rails it has told of.
     rails: usize,
@@ -53,16 +58,17 @@ struct Guest {
 impl Guest {
     /// Takes what it has said. `Err`: its session ends; with the reason, unless it is gone.
     fn hear(&mut self, shared: &Shared) -> Result<(), Option<String>> {
-        let Self { line, ear, key, rails, unproven } = self;
-        let news = ear.hear(line, |message| take(shared, (line, key.as_ref(), rails, unproven), message))?;
+        let Self { line, ear, standing } = self;
+        let news = ear.hear(line, |message| take(shared, line, standing, message))?;
         news.iter().for_each(|news| shared.log(format_args!("{} {news}", line.name())));
         Ok(())
     }
 }
 
-type Said<'a> = (&'a Arc<Line>, Option<&'a Arc<Key>>, &'a mut usize, &'a mut Option<Instant>);
-
-fn take(shared: &Shared, (line, key, told, unproven): Said<'_>, message: Message) -> Result<(), String> {
+/// Does what a message asks for.
+fn take(shared: &Shared, line: &Arc<Line>, standing: &mut Standing, message: Message) -> Result<(), String> {
+    let Standing { key, rails: told, unproven } = standing;
+    let key = key.as_ref();
     match message {
         Message::Hello { process, rails, .. } if unproven.is_some() => {
             (*unproven, *told) = (None, rails.len());
@@ -179,7 +185,11 @@ impl Lobby {
             Arc::new(key.clone())
         });
         let unproven = Some(Instant::now());
-        self.arrivals.lock().push(Guest { line, ear: Ear::default(), key, rails: 0, unproven });
+        self.arrivals.lock().push(Guest {
+            line,
+            ear: Ear::default(),
+            standing: Standing { key, rails: 0, unproven },
+        });
         self.arrivals.bell.ring();
     }
 }
@@ -233,7 +243,7 @@ fn serve(arrivals: &Arrivals, shared: &Arc<Shared>) {
         make_room(&mut guests, shared);
         if Instant::now() >= beat {
             beat = Instant::now() + BEAT;
-            guests.iter().filter(|guest| guest.unproven.is_none()).for_each(|guest| {
+            guests.iter().filter(|guest| guest.standing.unproven.is_none()).for_each(|guest| {
                 guest.line.beat();
                 let news = if all { guest.line.unheard(looked) } else { None };
                 news.iter().for_each(|news| shared.log(format_args!("{} {news}", guest.line.name())));
@@ -243,7 +253,10 @@ fn serve(arrivals: &Arrivals, shared: &Arc<Shared>) {
     for guest in guests {
         shared.forget(&guest.line);
         // Its lanes are not those of the door.
-        if guest.unproven.is_none() && guest.line.say(&Message::Leaving).is_ok() && guest.line.has_lanes() {
+        if guest.standing.unproven.is_none()
+            && guest.line.say(&Message::Leaving).is_ok()
+            && guest.line.has_lanes()
+        {
             shared.host.0.attend_leaving(guest.line, guest.ear);
         } else {
             guest.line.end();
@@ -255,7 +268,7 @@ fn serve(arrivals: &Arrivals, shared: &Arc<Shared>) {
 fn stays(guest: &mut Guest, found: Found, shared: &Arc<Shared>) -> bool {
     let said = if found.writable { guest.line.resume().map_err(Some) } else { Ok(()) };
     let result = said.and_then(|()| if found.readable { guest.hear(shared) } else { Ok(()) });
-    let result = result.and_then(|()| match guest.unproven {
+    let result = result.and_then(|()| match guest.standing.unproven {
         Some(since) if since.elapsed() >= PATIENCE => {
             Err(Some("it did not go on with the handshake".to_owned()))
         }
@@ -277,10 +290,11 @@ fn end(guest: &Guest, shared: &Arc<Shared>) {
 /// Sends away whoever has been unproven for the longest time, as long as there are too many; and whoever came last when there are too many
 /// sessions.
 fn make_room(guests: &mut Vec<Guest>, shared: &Arc<Shared>) {
-    let mut surplus = guests.iter().filter(|guest| guest.unproven.is_some()).count().saturating_sub(UNPROVEN);
+    let mut surplus =
+        guests.iter().filter(|guest| guest.standing.unproven.is_some()).count().saturating_sub(UNPROVEN);
     // Those who came first are first in the list.
     guests.retain(|guest| {
-        let leaves = surplus > 0 && guest.unproven.is_some();
+        let leaves = surplus > 0 && guest.standing.unproven.is_some();
         if leaves {
             surplus -= 1;
             end(guest, shared);
@@ -299,7 +313,7 @@ fn make_room(guests: &mut Vec<Guest>, shared: &Arc<Shared>) {
 fn sleep(arrivals: &Arrivals, guests: &[Guest], beat: Instant, longest: Duration) -> Option<Vec<Found>> {
     let patience = guests
         .iter()
-        .filter_map(|guest| guest.unproven)
+        .filter_map(|guest| guest.standing.unproven)
         .map(|since| PATIENCE.saturating_sub(since.elapsed()));
     let mut timeout = patience.fold(longest, Duration::min);
     if !guests.is_empty() {

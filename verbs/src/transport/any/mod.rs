@@ -22,7 +22,7 @@
 //! | `rails`, `picking` | the ports that the host uses for RDMA; which of them, of both sides, a lane goes by |
 //! | `watcher` | a thread that sleeps on the queue of a rail for a polling thread that sleeps elsewhere |
 //! | `line`, `peer` | one end of a session, and the lanes that end with it; who the peer is, and whether it is heard |
-//! | `dial`, `dialled`, `attendant` | the client's end: the ways to a server, making lanes, and the thread that serves its sessions |
+//! | `dial`, `dialled`, `asked`, `attendant` | the client's end: the ways to a server, making lanes, for what, and the thread that serves its sessions |
 //! | `door`, `guests` | the server's end: who comes in, and the thread that serves their sessions |
 //! | `announced`, `shared` | lanes that a session announces; what door, guests and listener share |
 //! | `pinning` | RDMA that is dropped when memory cannot be pinned |
@@ -66,6 +66,7 @@ macro_rules! on {
 }
 
 mod announced;
+mod asked;
 mod attendant;
 mod connection;
 mod dial;

@@ -7,6 +7,7 @@
 //! | [`HostSignal`] | an event count whose announcer makes no system call while nobody waits |
 //! | [`HostThread`], [`spawn`] | threads, pinned on request |
 //! | `strangers` | a listening TCP socket whose door nobody holds |
+//! | `patience` | how long a call that connects may wait, and what it says then |
 
 use std::{hint, io, sync::mpsc, thread::JoinHandle, time::Duration};
 
@@ -15,6 +16,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::{error::Error, transport::Thread};
 
+pub(super) mod patience;
 mod signal;
 pub(crate) mod strangers;
 

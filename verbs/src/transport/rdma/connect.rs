@@ -27,7 +27,7 @@ use std::{
 };
 
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
+    event::PollFlags,
     io::Errno,
     net::{self, AddressFamily, SocketFlags, SocketType, sockopt},
 };
@@ -38,7 +38,7 @@ use crate::{
     fabric::{self, Fabric, Reason, Way},
     transport::{
         LaneSpec, Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Request,
-        host::{check_private_data, strangers::Door},
+        host::{check_private_data, patience::Patience, strangers::Door},
         rdma::{
             connection::RdmaConnection,
             device::Device,
@@ -101,43 +101,10 @@ pub(super) fn device_for(address: &Address, fabric: &Fabric) -> Result<Option<St
     found.map(|local| Some(local.device)).map_err(|reason| Error::NoDevice { reason })
 }
 
-/// A connection that is being made to an address, until a deadline.
-struct Dialling<'a> {
-    address: &'a Address,
-    deadline: Option<Instant>,
-    limit: Duration,
-}
+/// A connection that is being made.
+struct Dialling<'a>(Patience<'a>);
 
 impl Dialling<'_> {
-    fn left(&self) -> Duration {
-        self.deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()))
-    }
-
-    fn late(&self) -> Error {
-        Error::Timeout {
-            what: format!("connecting to `{}`", self.address),
-            seconds: self.limit.as_secs_f64(),
-        }
-    }
-
-    fn unreachable(&self, reason: impl Into<String>) -> Error {
-        Error::Unreachable { address: self.address.to_string(), reason: reason.into() }
-    }
-
-    /// Waits until `socket` can be read or written.
-    fn wait(&self, socket: &TcpStream, what: PollFlags) -> Result<(), Error> {
-        let left = self.left();
-        if left.is_zero() {
-            return Err(self.late());
-        }
-        let left = left.min(Duration::from_secs(3600));
-        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(socket, what)], Some(&left)) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(e) => Err(Error::io("poll(socket)")(e.into())),
-        }
-    }
-
     /// A socket that is connected, and does not block.
     fn dial(&self, to: SocketAddr, from: SocketAddr) -> Result<TcpStream, Error> {
         let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
@@ -145,21 +112,21 @@ impl Dialling<'_> {
         let socket = net::socket_with(family, SocketType::STREAM, flags, None)
             .map_err(|e| Error::io("socket()")(e.into()))?;
         net::bind(&socket, &from)
-            .map_err(|e| self.unreachable(format!("cannot connect from `{}`: {e}", from.ip())))?;
+            .map_err(|e| self.0.unreachable(format!("cannot connect from `{}`: {e}", from.ip())))?;
         let begun = net::connect(&socket, &to);
         let socket = TcpStream::from(socket);
         match begun {
             Ok(()) => {}
             Err(Errno::INPROGRESS | Errno::INTR) => loop {
-                self.wait(&socket, PollFlags::OUT)?;
+                self.0.wait(&socket, PollFlags::OUT)?;
                 if let Some(error) = socket.take_error().map_err(Error::io("getsockopt(SO_ERROR)"))? {
-                    return Err(self.unreachable(error.to_string()));
+                    return Err(self.0.unreachable(error.to_string()));
                 }
                 if socket.peer_addr().is_ok() {
                     break;
                 }
             },
-            Err(e) => return Err(self.unreachable(io::Error::from(e).to_string())),
+            Err(e) => return Err(self.0.unreachable(io::Error::from(e).to_string())),
         }
         sockopt::set_tcp_nodelay(&socket, true)
             .map_err(|e| Error::io("setsockopt(TCP_NODELAY)")(e.into()))?;
@@ -170,9 +137,9 @@ impl Dialling<'_> {
         while !words.is_empty() {
             match socket.write(words) {
                 Ok(count) => words = &words[count..],
-                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(socket, PollFlags::OUT)?,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.0.wait(socket, PollFlags::OUT)?,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.unreachable(error.to_string())),
+                Err(error) => return Err(self.0.unreachable(error.to_string())),
             }
         }
         Ok(())
@@ -183,14 +150,14 @@ impl Dialling<'_> {
         let mut heard = 0;
         while heard < MESSAGE {
             match socket.read(&mut answer[heard..]) {
-                Ok(0) => return Err(self.unreachable("it closed the connection")),
+                Ok(0) => return Err(self.0.unreachable("it closed the connection")),
                 Ok(count) => heard += count,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(socket, PollFlags::IN)?,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.0.wait(socket, PollFlags::IN)?,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.unreachable(error.to_string())),
+                Err(error) => return Err(self.0.unreachable(error.to_string())),
             }
         }
-        Message::decode(&answer).map_err(|reason| self.unreachable(reason))
+        Message::decode(&answer).map_err(|reason| self.0.unreachable(reason))
     }
 }
 
@@ -203,10 +170,10 @@ pub(super) fn connect(
     let queues = &endpoint.0;
     let (to, from) = resolve(address)?;
     check_private_data(data, MAX_REQUEST_DATA)?;
-    let dialling = Dialling { address, deadline: Instant::now().checked_add(limit), limit };
+    let dialling = Dialling(Patience::new(address, limit));
     let ip = own_end(address, to, from)?;
     let local = queues.device.local(ip).map_err(|reason| {
-        dialling.unreachable(format!(
+        dialling.0.unreachable(format!(
             "the way there does not lead through {}, the device of this transport: {reason}; choose the local address \
              with ?from=",
             queues.device.name
@@ -223,12 +190,12 @@ pub(super) fn connect(
         Kind::Refuse => {
             return Err(Error::Refused { address: address.to_string(), private_data: answer.data });
         }
-        Kind::Impossible => return Err(dialling.unreachable(String::from_utf8_lossy(&answer.data))),
-        Kind::Request => return Err(dialling.unreachable("it wants to connect, too")),
+        Kind::Impossible => return Err(dialling.0.unreachable(String::from_utf8_lossy(&answer.data))),
+        Kind::Request => return Err(dialling.0.unreachable("it wants to connect, too")),
     }
     joining.finish(&answer.offer).map_err(|impossible| match impossible {
-        Impossible::Offer(reason) => dialling.unreachable(reason),
-        Impossible::Own(error) => dialling.unreachable(error.to_string()),
+        Impossible::Offer(reason) => dialling.0.unreachable(reason),
+        Impossible::Own(error) => dialling.0.unreachable(error.to_string()),
     })?;
     dialling.say(&socket, &[READY])?;
     Ok((joining.connection(Channel::Socket(socket)), answer.data))

@@ -9,7 +9,7 @@ use std::{
     },
     path::Path,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::{
@@ -35,7 +35,10 @@ use super::{
 use crate::{
     address::Address,
     error::Error,
-    transport::{EndpointConfig, LaneSpec, MAX_REQUEST_DATA, host::check_private_data},
+    transport::{
+        EndpointConfig, LaneSpec, MAX_REQUEST_DATA,
+        host::{check_private_data, patience::Patience},
+    },
 };
 
 /// How often a listener that has said half of its answer is looked at.
@@ -112,28 +115,6 @@ impl Peer {
     }
 }
 
-/// The time that a call may take.
-struct Patience<'a> {
-    address: &'a Address,
-    timeout: Duration,
-    deadline: Option<Instant>,
-}
-
-impl Patience<'_> {
-    fn left(&self) -> Duration {
-        self.deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()))
-    }
-
-    fn over(&self) -> Error {
-        let what = format!("connecting to `{}`", self.address);
-        Error::Timeout { what, seconds: self.timeout.as_secs_f64() }
-    }
-
-    fn unreachable(&self, reason: impl Into<String>) -> Error {
-        Error::Unreachable { address: self.address.to_string(), reason: reason.into() }
-    }
-}
-
 /// A listener that has been told what is wanted, and has yet to answer: many can be asked before the first answer is awaited.
 pub(in crate::transport) struct Calling<'a> {
     shared: Arc<Shared>,
@@ -159,7 +140,7 @@ impl<'a> Calling<'a> {
         let depth = depth.clamp(1, shared.config.send_depth);
         let (_, name) = resolve(address)?;
         check_private_data(private_data, MAX_REQUEST_DATA)?;
-        let patience = Patience { address, timeout, deadline: Instant::now().checked_add(timeout) };
+        let patience = Patience::new(address, timeout);
         let seat = Seat::reserve(&shared)?;
         let inner = &shared.inner;
         let socket = dial(&name, inner.user, &patience)?;
@@ -215,7 +196,7 @@ fn dial(name: &SocketAddrUnix, own: u32, patience: &Patience<'_>) -> Result<Owne
         match connect(&socket, name) {
             Ok(()) => return Ok(socket),
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Err(patience.over()),
+            Err(Errno::AGAIN) => return Err(patience.late()),
             Err(e) => return Err(undialled(e, own, patience)),
         }
     }
@@ -246,7 +227,7 @@ fn answer(socket: &OwnedFd, shared: &Shared, patience: &Patience<'_>) -> Result<
                 return Err(patience.unreachable("it left in the middle of its answer"));
             }
             Progress::Silent | Progress::Unfinished if patience.left().is_zero() => {
-                return Err(patience.over());
+                return Err(patience.late());
             }
             Progress::Silent => ready(socket, PollFlags::IN, patience.left())?,
             // The socket is ready already, for what is there.
@@ -264,7 +245,7 @@ fn parting_words(
 ) -> Result<Heard, Error> {
     let Error::System { source, .. } = &error else { return Err(error) };
     match source.kind() {
-        io::ErrorKind::WouldBlock => return Err(patience.over()),
+        io::ErrorKind::WouldBlock => return Err(patience.late()),
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {}
         _ => return Err(error),
     }

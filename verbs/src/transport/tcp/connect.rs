@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
+    event::PollFlags,
     io::Errno,
     net::{self, AddressFamily, SocketFlags, SocketType, sockopt},
 };
@@ -27,7 +27,7 @@ use crate::{
     error::Error,
     transport::{
         LaneSpec, Listener, MAX_REPLY_DATA, MAX_REQUEST_DATA, Reach, Request,
-        host::{check_private_data, strangers::Door},
+        host::{check_private_data, patience::Patience, strangers::Door},
     },
 };
 
@@ -80,7 +80,7 @@ pub(super) fn connect_to(
     timeout: Duration,
 ) -> Result<(TcpConnection, Vec<u8>), Error> {
     let addresses = resolve(address)?;
-    let patience = Patience { address, timeout, deadline: Instant::now().checked_add(timeout) };
+    let patience = Patience::new(address, timeout);
     let mut calling = Calling::new(patience, lane, |patience| {
         dial(&addresses, || patience.left()).map_err(|error| match error.kind() {
             ErrorKind::TimedOut | ErrorKind::WouldBlock => patience.late(),
@@ -89,44 +89,6 @@ pub(super) fn connect_to(
     })?;
     calling.say()?;
     calling.finish()
-}
-
-/// The time that a call may take.
-struct Patience<'a> {
-    address: &'a Address,
-    timeout: Duration,
-    deadline: Option<Instant>,
-}
-
-impl Patience<'_> {
-    fn left(&self) -> Duration {
-        self.deadline.map_or(Duration::MAX, |at| at.saturating_duration_since(Instant::now()))
-    }
-
-    fn late(&self) -> Error {
-        let what = format!("connecting to `{}`", self.address);
-        Error::Timeout { what, seconds: self.timeout.as_secs_f64() }
-    }
-
-    fn unreachable(&self, reason: impl Into<String>) -> Error {
-        Error::Unreachable { address: self.address.to_string(), reason: reason.into() }
-    }
-
-    /// Waits until `socket` is ready for `what`.
-    fn wait(&self, socket: &TcpStream, what: PollFlags) -> Result<(), Error> {
-        loop {
-            let left = self.left().min(Duration::from_secs(3600));
-            if left.is_zero() {
-                return Err(self.late());
-            }
-            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-            match poll(&mut [PollFd::new(socket, what)], Some(&left)) {
-                Ok(0) | Err(Errno::INTR) => {}
-                Ok(_) => return Ok(()),
-                Err(e) => return Err(Error::io("poll(socket)")(e.into())),
-            }
-        }
-    }
 }
 
 /// A connection that is being made. Many listeners can be told what is wanted before the first answer is awaited.
@@ -161,7 +123,7 @@ impl<'a> Calling<'a> {
         lane: LaneSpec<'_, TcpAttach>,
         timeout: Duration,
     ) -> Result<Self, Error> {
-        let patience = Patience { address, timeout, deadline: Instant::now().checked_add(timeout) };
+        let patience = Patience::new(address, timeout);
         Self::new(patience, lane, |patience| {
             let family = if at.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;

@@ -3,8 +3,9 @@
 use std::{fmt, sync::Arc};
 
 use super::{
-    link::{Flush, Link, Posted, Target},
+    link::{Link, Posted, Target},
     region::TcpRegion,
+    sender::Flush,
     shared::Shared,
     wire::{Frame, Kind, MAX_LENGTH},
 };

@@ -28,7 +28,8 @@ use rustix::{event::epoll, io::Errno};
 
 use super::{
     inbound::{Inbound, Stop},
-    link::{Event, Flush, Link, cause},
+    link::{Event, Link, cause},
+    sender::Flush,
     shared::{Orders, Shared},
     wire::FRAME,
 };

@@ -39,7 +39,7 @@ use std::{
 use super::{
     outgoing::Outgoing,
     region::TcpRegion,
-    sender::{Signs, Try},
+    sender::{Flush, Signs, Try},
     wire::{Frame, Kind, encode_refusal},
 };
 use crate::{
@@ -51,17 +51,6 @@ use crate::{
 const RUNG: usize = 4 << 20;
 /// Turns of waiting for a call that hands over bytes, which is about to be over; then its thread is waited for.
 const CALL_TURNS: u32 = 100;
-
-/// What is left after a flush.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Flush {
-    /// Nothing.
-    Done,
-    /// The kernel takes no more now, or the connection is broken.
-    Blocked,
-    /// More than one call hands over.
-    More,
-}
 
 /// See the module.
 #[derive(Debug)]

@@ -16,8 +16,18 @@
 
 use std::sync::atomic::Ordering;
 
-use super::link::Flush;
 use crate::memory::atomic::Word;
+
+/// What is left after a flush.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flush {
+    /// Nothing.
+    Done,
+    /// The kernel takes no more now, or the connection is broken.
+    Blocked,
+    /// More than one call hands over.
+    More,
+}
 
 /// What came of a try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
