@@ -322,28 +322,6 @@ mod tests {
         }
     }
 
-    /// Where huge pages are free, and untouched or touched.
-    #[test]
-    fn huge_pages_that_are_there_are_taken() {
-        let page = HugePage::Mib2;
-        let free = || page.pool().map_or(0, |pool| pool.free);
-        let touch = Touch { threads: 2.try_into().unwrap(), cores: &[], progress: &|_| () };
-        for touch in [None, Some(touch)] {
-            let options = MemoryOptions { pages: Pages::Huge(page), touch };
-            let mut memory = match Exclusive::with("test", page.bytes() + 1, &options) {
-                // None have been set aside, or other tests have them just now.
-                Err(Error::HugePages(_)) if free() < 2 => {
-                    return eprintln!("left out: there are no two free huge pages of {page}");
-                }
-                made => made.unwrap(),
-            };
-            assert_eq!((memory.huge_page(), memory.len()), (Some(page), page.bytes() + 1));
-            let stat = rustix::fs::fstat(memory.memory().as_fd()).unwrap();
-            assert_eq!(stat.st_blocks as usize * 512, 2 * page.bytes());
-            memory.bytes_mut().fill(3);
-        }
-    }
-
     #[test]
     fn copies_of_every_length_and_alignment() {
         let memory = Memory::new("test", 600).unwrap();

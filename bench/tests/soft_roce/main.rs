@@ -9,6 +9,7 @@
 //! | [`guarantee`] | every model keeps its promise |
 //! | [`torn`] | raw READs are torn, rows never are |
 //! | [`training`] | processes learn as far as without RDMA, also when packets are lost |
+//! | [`pages`] | memory lies on huge pages where they are asked for |
 //! | [`peers`] | who is killed or vanishes is found out in time, and the others go on |
 //! | [`rails`] | two rails are used at once, and a job goes on by one when the other dies |
 //! | [`sessions`] | a session leads to RDMA, to shared memory and to TCP |
@@ -20,6 +21,7 @@
 mod guarantee;
 mod latency;
 mod network;
+mod pages;
 mod peers;
 mod program;
 mod rails;
